@@ -1,0 +1,22 @@
+"""From rows of a data set to one packed micro-batch. numpy until the packer's last line."""
+
+from sepo.data.pack import pack
+from sepo.data.plan import StepPlan, num_steps, plan_step
+from sepo.data.select import all_positions, random_positions, select_positions
+from sepo.data.truncate import truncate
+from sepo.data.types import PackedBatch, ScoredPair, Segment, TokenPair
+
+__all__ = [
+    "PackedBatch",
+    "ScoredPair",
+    "Segment",
+    "StepPlan",
+    "TokenPair",
+    "all_positions",
+    "num_steps",
+    "pack",
+    "plan_step",
+    "random_positions",
+    "select_positions",
+    "truncate",
+]

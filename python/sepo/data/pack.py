@@ -1,0 +1,102 @@
+"""Lay pairs end to end: [prompt | chosen | rejected], the prompt once, no padding.
+
+The packer owns the shift: it says which row predicts which target, and nothing after it does.
+"""
+
+import numpy as np
+import torch
+
+from sepo.data.types import PackedBatch, Segment
+
+PackablePair = tuple[np.ndarray, Segment, Segment]  # prompt (T0,) int32, chosen, rejected
+
+
+def pack(
+    pairs: list[PackablePair],
+    *,
+    vocab_size: int | None = None,  # checks every token against it when given
+) -> PackedBatch:
+    """Pack (prompt, chosen, rejected) triples, in order, into one buffer on the CPU.
+
+    No pairs at all give a buffer of one token that no row reads: a rank without work still runs
+    the model, so that collectives match. Raises ValueError for an index out of range; nothing
+    downstream checks again, because on a device that would wait.
+    """
+    tokens, position_ids, rows, targets, weights, ref_logp = [], [], [], [], [], []
+    spans, cu_rows = [], [0]
+    start = 0  # buffer index of this pair's first token
+    for prompt, chosen, rejected in pairs:
+        if len(prompt) == 0:
+            raise ValueError("expected a prompt of at least one token: its last row predicts")
+        first = start + len(prompt)  # buffer index of the first response token
+        rejected_start = first + len(chosen.response)
+        end = rejected_start + len(rejected.response)
+        spans.append((start, first, rejected_start, end))
+        tokens += [prompt, chosen.response, rejected.response]
+        position_ids.append(np.arange(len(prompt)))
+        for segment, segment_start in ((chosen, first), (rejected, rejected_start)):
+            _check_segment(segment)
+            position_ids.append(len(prompt) + np.arange(len(segment.response)))
+            # the state before position t predicts t; before position 0 is the prompt's last state
+            row = segment_start + segment.positions - 1
+            rows.append(np.where(segment.positions == 0, first - 1, row))
+            targets.append(segment.targets)
+            weights.append(_or_ones(segment))
+            ref_logp.append(segment.ref_logp)
+            cu_rows.append(cu_rows[-1] + len(segment.positions))
+        start = end
+    if not pairs:
+        tokens, position_ids = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]
+    if vocab_size is not None:
+        _check_vocabulary([*tokens, *targets], vocab_size)
+
+    has_reference = all(part is not None for part in ref_logp)
+    _, prefix_end, rejected_start, pair_end = zip(*spans, strict=True) if spans else [()] * 4
+    int32 = dict(dtype=torch.int32)
+    return PackedBatch(
+        tokens=_flat(tokens, torch.int64),
+        position_ids=_flat(position_ids, torch.int64),
+        prefix_end=torch.tensor(prefix_end, **int32),
+        rejected_start=torch.tensor(rejected_start, **int32),
+        pair_end=torch.tensor(pair_end, **int32),
+        rows=_flat(rows, torch.int32),
+        targets=_flat(targets, torch.int64),
+        cu_rows=torch.tensor(cu_rows, **int32),
+        weights=_flat(weights, torch.float32),
+        ref_logp=_flat(ref_logp, torch.float32) if has_reference else None,
+        spans=tuple(spans),
+    )
+
+
+def _check_segment(segment: Segment) -> None:
+    positions = segment.positions
+    if len(positions) == 0:
+        return
+    if positions[0] < 0 or (np.diff(positions) <= 0).any():
+        raise ValueError(f"expected ascending positions >= 0, got {positions.tolist()}")
+    if positions[-1] > len(segment.response):
+        raise ValueError(
+            f"position {positions[-1]} is predicted by response token {positions[-1] - 1}, "
+            f"but the segment keeps {len(segment.response)} tokens"
+        )
+
+
+def _check_vocabulary(parts: list[np.ndarray], vocab_size: int) -> None:
+    ids = np.concatenate(parts)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(
+            f"expected token ids in [0, {vocab_size}), got {ids.min()} to {ids.max()}: "
+            "the data was tokenised for another model"
+        )
+
+
+def _or_ones(segment: Segment) -> np.ndarray:
+    if segment.weights is None:
+        return np.ones(len(segment.positions), np.float32)
+    return segment.weights
+
+
+def _flat(parts: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
+    return (
+        torch.from_numpy(np.concatenate(parts)).to(dtype) if parts else torch.empty(0, dtype=dtype)
+    )

@@ -1,0 +1,80 @@
+"""What a run reports: means over all pairs of all ranks, and one JSON line a log."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sepo.methods import Segments
+
+
+def pair_metrics(
+    segments: Segments,
+    losses: Tensor,  # (P,)
+    rewards: Tensor,  # (S,)
+) -> dict[str, Tensor]:  # sums over the pairs, TRL's names
+    chosen, rejected = rewards.view(-1, 2).unbind(1)
+    logp_chosen, logp_rejected = segments.logp.view(-1, 2).unbind(1)
+    return {
+        "loss": losses.sum(),
+        "rewards/chosen": chosen.sum(),
+        "rewards/rejected": rejected.sum(),
+        "rewards/margins": (chosen - rejected).sum(),
+        "rewards/accuracies": (chosen > rejected).sum(),
+        "logps/chosen": logp_chosen.sum(),
+        "logps/rejected": logp_rejected.sum(),
+    }
+
+
+class RunningMeans:
+    """Sums kept on the device; one all-reduce and one transfer when they are read."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, sums: dict[str, Tensor], count: int) -> None:
+        for name, value in sums.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += count
+
+    def pop(self, accelerator) -> dict[str, float]:
+        """Means over every rank's pairs since the last call. Every rank must call it."""
+        names = list(self._sums)
+        if not names:
+            return {}
+        values = torch.stack([self._sums[name] for name in names])
+        packed = torch.cat([values, values.new_tensor([self._count])])
+        *sums, count = accelerator.reduce(packed, "sum").tolist()
+        self.__init__()
+        return {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)}
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object a line, `step` in each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, metrics: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget what a killed run wrote after the checkpoint of `step`, and a torn last line."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                continue
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.path)

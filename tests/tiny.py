@@ -1,0 +1,56 @@
+"""Tiny random models of every architecture the tests run on: real classes, no download."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+V = 61  # a prime: no tile size divides it
+
+_COMMON = dict(vocab_size=V, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+_LLAMA_LIKE = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+CONFIGS = {
+    "llama": dict(_LLAMA_LIKE, tie_word_embeddings=True),
+    "qwen2": dict(_LLAMA_LIKE, tie_word_embeddings=False),
+    "gpt_neox": dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    ),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
+}
+
+
+def tiny_model(
+    arch: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
+) -> PreTrainedModel:
+    """A two-layer random model in eval mode. Weights are large enough that attention matters."""
+    config = AutoConfig.for_model(
+        arch, **{**_COMMON, **CONFIGS.get(arch, _LLAMA_LIKE), **overrides}
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.2)
+    if dtype == torch.float64:
+        _norms_in_float64(model)
+    return model.eval()
+
+
+def _norms_in_float64(model: PreTrainedModel) -> None:
+    """transformers' RMSNorms round to float32 inside, which would hide errors below 1e-7."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm"):
+                exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
