@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from dense import dense_token_logprob, random_triples
+from tiny import CONFIGS, V, tiny_model
+
 from sepo import attention
 from sepo.data import all_positions, pack, truncate
 from sepo.errors import InputError
 from sepo.model import head, load_model, prepare_model, token_logprob
-from tiny import CONFIGS, V, tiny_model
 
 ARCHITECTURES = sorted(CONFIGS)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -10,12 +10,13 @@ import torch
 from dense import dense_token_logprob, random_triples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import CONFIGS, V, tiny_model
+
 from sepo.data import ScoredPair, pack, random_positions
 from sepo.data.segments import make_segments
 from sepo.losses import dpo_loss, sepo_loss, simpo_loss
 from sepo.methods import METHODS, reduce_segments
 from sepo.model import prepare_model
-from tiny import CONFIGS, V, tiny_model
 
 ARGS = SimpleNamespace(
     gamma=2.0, margin=0.5, beta=0.7, gamma_beta_ratio=0.5, label_smoothing=0.1, seed=5

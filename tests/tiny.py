@@ -1,7 +1,16 @@
 """Tiny random models of every architecture the tests run on: real classes, no download."""
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from sepo.data import ScoredPair
 
 V = 61  # a prime: no tile size divides it
 
@@ -54,3 +63,34 @@ def _norms_in_float64(model: PreTrainedModel) -> None:
                 exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
                 exact.weight = norm.weight
                 setattr(parent, name, exact)
+
+
+def tiny_tokenizer(offset: int = 0) -> PreTrainedTokenizerFast:
+    """Words w0 to w60; another offset is another tokenizer of the same size."""
+    words = {f"w{(i + offset) % V}": i for i in range(V)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1", unk_token="w0")
+
+
+def random_scored_pairs(count: int, *, seed: int = 0, longest: int = 12) -> list[ScoredPair]:
+    """Pairs with scores and reference log-probabilities drawn at random."""
+    rng = np.random.default_rng(seed)
+    tokens = lambda: rng.integers(0, V, rng.integers(1, longest + 1)).astype(np.int32)
+    floats = lambda y: rng.normal(size=len(y)).astype(np.float32)
+    pairs = []
+    for i in range(count):
+        prompt, chosen, rejected = tokens(), tokens(), tokens()
+        pairs.append(
+            ScoredPair(
+                id=str(i),
+                prompt=prompt,
+                chosen=chosen,
+                rejected=rejected,
+                chosen_score=floats(chosen),
+                rejected_score=floats(rejected),
+                chosen_ref_logp=floats(chosen),
+                rejected_ref_logp=floats(rejected),
+            )
+        )
+    return pairs

@@ -36,7 +36,7 @@ class Method:
 
     positions: Literal["selected", "random", "all", "chosen"]  # which tokens the loss uses
     loss: Callable[[Segments, SePOConfig], Tensor]  # (P,)
-    reward: Callable[[Segments, SePOConfig], Tensor]  # (S,) what rewards/* report
+    reward: Callable[[Segments, SePOConfig], Tensor] | None = None  # (S,) what rewards/* report
     per: Literal["pair", "token"] = "pair"  # the step's loss is a mean over these
     needs_reference: bool = False
 
@@ -64,7 +64,6 @@ METHODS = {
     "sft": Method(
         positions="chosen",
         loss=lambda s, a: -s.logp[0::2],
-        reward=lambda s, a: s.score,
         per="token",
     ),
     "dpo": Method(

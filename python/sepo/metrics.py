@@ -13,18 +13,21 @@ from sepo.methods import Segments
 def pair_metrics(
     segments: Segments,
     losses: Tensor,  # (P,)
-    rewards: Tensor,  # (S,)
-) -> dict[str, Tensor]:  # sums over the pairs, TRL's names
-    chosen, rejected = rewards.view(-1, 2).unbind(1)
+    rewards: Tensor | None,  # (S,), None: the method compares nothing
+) -> dict[str, Tensor]:
+    """Sums over the pairs, under TRL's names."""
     logp_chosen, logp_rejected = segments.logp.view(-1, 2).unbind(1)
+    sums = {"loss": losses.sum(), "logps/chosen": logp_chosen.sum()}
+    if rewards is None:
+        return sums
+    chosen, rejected = rewards.view(-1, 2).unbind(1)
     return {
-        "loss": losses.sum(),
+        **sums,
+        "logps/rejected": logp_rejected.sum(),
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
         "rewards/margins": (chosen - rejected).sum(),
         "rewards/accuracies": (chosen > rejected).sum(),
-        "logps/chosen": logp_chosen.sum(),
-        "logps/rejected": logp_rejected.sum(),
     }
 
 

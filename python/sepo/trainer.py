@@ -45,7 +45,7 @@ class SePOTrainer(Trainer):
         prepare_model(model)
         if args.disable_dropout:
             disable_dropout(model)
-        self.train_pairs = None if train_dataset is None else PairSet(train_dataset, args)
+        self.train_pairs = None if train_dataset is None else PreparedPairs(train_dataset, args)
         super().__init__(
             model,
             args,
@@ -96,7 +96,7 @@ class SePOTrainer(Trainer):
         }
         return step_loss
 
-    def _segments(self, model: nn.Module, pairs: "PairSet", part: Sequence[int]) -> Segments:
+    def _segments(self, model: nn.Module, pairs: "PreparedPairs", part: Sequence[int]) -> Segments:
         """Log-probabilities of one micro-batch, a number a segment."""
         batch = pack([pairs[i] for i in part], vocab_size=self._vocab_size).to(self.args.device)
         with self.compute_loss_context_manager():
@@ -109,11 +109,12 @@ class SePOTrainer(Trainer):
 
     def _losses(self, segments: Segments, means: RunningMeans) -> Tensor:  # (P,)
         losses = self.method.loss(segments, self.args)
-        rewards = self.method.reward(segments, self.args)
+        reward = self.method.reward
+        rewards = None if reward is None else reward(segments, self.args)
         means.add(pair_metrics(segments, losses, rewards), len(losses))
         return losses
 
-    def _loss_count(self, pairs: "PairSet", indices: np.ndarray) -> int:
+    def _loss_count(self, pairs: "PreparedPairs", indices: np.ndarray) -> int:
         """What the step's sum of losses is divided by, the same on every rank."""
         return int(pairs.selected[indices].sum()) if self.method.per == "token" else len(indices)
 
@@ -155,7 +156,7 @@ class SePOTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise InputError("evaluation needs eval_dataset")
-        pairs, means, model = PairSet(dataset, self.args), RunningMeans(), self.model_wrapped
+        pairs, means, model = PreparedPairs(dataset, self.args), RunningMeans(), self.model_wrapped
         model.eval()
         plan = plan_step(
             pairs.lengths,
@@ -198,7 +199,7 @@ class SePOTrainer(Trainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
 
-class PairSet(Sequence):
+class PreparedPairs(Sequence):
     """Pairs as a method reads them, with the lengths that the plan needs."""
 
     def __init__(self, pairs: Sequence[TokenPair], args: SePOConfig):

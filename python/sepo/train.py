@@ -1,0 +1,149 @@
+"""The training script: `sepo train`, `python -m sepo.train`, `torchrun -m sepo.train`.
+
+Arguments are SePOConfig's, on the command line or in `--config run.yaml`; the command line wins.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
+
+from sepo.checkpoints import completed_step
+from sepo.config import SePOConfig
+from sepo.data.read import read_pairs
+from sepo.data.store import ScoredStore
+from sepo.data.types import TokenPair
+from sepo.errors import InputError, exit_with_one_line
+from sepo.fingerprint import weights_hash
+from sepo.methods import METHODS
+from sepo.model import load_model, load_tokenizer
+from sepo.trainer import SePOTrainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    check_output_dir(args)
+    tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    pairs = load_pairs(args.dataset_name, args.dataset_split, tokenizer, args)
+    eval_pairs = None
+    if args.eval_dataset_name is not None:
+        eval_pairs = load_pairs(args.eval_dataset_name, args.eval_dataset_split, tokenizer, args)
+    model = load_model(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    reference = None
+    if METHODS[args.method].needs_reference:
+        reference = load_reference(args, pairs, model)
+    trainer = SePOTrainer(
+        model,
+        args,
+        train_dataset=pairs,
+        eval_dataset=eval_pairs,
+        processing_class=tokenizer,
+        reference_model=reference,
+    )
+    trainer.train(resume_from_checkpoint=resume_argument(args))
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(f"{args.method}: {trainer.state.global_step} steps, model in {args.output_dir}")
+
+
+def parse(argv: list[str]) -> SePOConfig:
+    """Command line over YAML over defaults. Raises InputError for a key that nobody knows."""
+    parser = HfArgumentParser(SePOConfig, prog="sepo train", description=__doc__)
+    parser.add_argument("--config", help="YAML file of the same arguments; the command line wins.")
+    parser.error = _raise_input_error
+    known = {action.dest for action in parser._actions}
+    config_path = parser.parse_known_args(argv)[0].config
+    if config_path is not None:
+        parser.set_defaults(**_read_yaml(config_path, known))
+    try:
+        namespace, rest = parser.parse_known_args(argv)
+        if rest:
+            raise InputError(f"unknown argument {rest[0]}, see sepo train --help")
+        values = {k: v for k, v in vars(namespace).items() if k != "config"}
+        args = SePOConfig(**values)
+    except (ValueError, ImportError) as error:
+        raise InputError(str(error).splitlines()[0]) from error
+    for flag in ("model_name_or_path", "dataset_name", "output_dir"):
+        if getattr(args, flag) is None:
+            raise InputError(f"expected --{flag} on the command line or in the YAML")
+    return args
+
+
+def load_pairs(
+    name: str, split: str, tokenizer: PreTrainedTokenizerBase, args: SePOConfig
+) -> Sequence[TokenPair]:
+    """Pairs of a scored store, or of raw preference data; what was dropped is printed."""
+    if (Path(name) / "manifest.json").exists():
+        return ScoredStore.open(name, tokenizer)
+    read = read_pairs(
+        name,
+        tokenizer,
+        split=split,
+        config=args.dataset_config,
+        max_length=args.max_length,
+        append_eos=args.append_eos,
+        progress=not args.disable_tqdm,
+    )
+    if args.should_log:
+        print(read.report)
+    return read.pairs
+
+
+def load_reference(args: SePOConfig, pairs: Sequence[TokenPair], policy):
+    """None if the pairs carry this reference's log-probabilities, else the model itself."""
+    path = args.reference_model_name_or_path
+    if isinstance(pairs, ScoredStore) and "logp" in pairs.manifest["keep"]:
+        reference = policy
+        if path is not None:
+            reference = load_model(path, trust_remote_code=args.trust_remote_code)
+        expected, found = pairs.manifest["reference"], weights_hash(reference)
+        if expected != found:
+            raise InputError(
+                f"{args.dataset_name}: its log-probabilities were written by a reference with "
+                f"weights {expected[:12]}, but {path or args.model_name_or_path} has {found[:12]}"
+            )
+        return None
+    return load_model(path or args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+
+
+def check_output_dir(args: SePOConfig) -> None:
+    output_dir = Path(args.output_dir)
+    if output_dir.is_file():
+        raise InputError(f"--output_dir {output_dir}: expected a directory, found a file")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and args.resume_from_checkpoint is None:
+        raise InputError(
+            f"--output_dir {output_dir} is not empty: choose another, or continue with "
+            "--resume_from_checkpoint true"
+        )
+    if isinstance(resume_argument(args), str):
+        completed_step(args.resume_from_checkpoint)  # raises for one that is not whole
+
+
+def resume_argument(args: SePOConfig) -> str | bool | None:
+    """`true` means the last complete checkpoint, `false` and nothing mean none."""
+    value = args.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(value).lower(), value)
+
+
+def _read_yaml(path: str, known: set[str]) -> dict:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}: expected a mapping of arguments to values")
+    for key in values:
+        if key not in known:
+            raise InputError(f"--config {path}: unknown key {key}")
+    return values
+
+
+def _raise_input_error(message: str) -> None:
+    raise InputError(message)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,171 @@
+"""Bad input: one line naming the file, row, field or flag; exit code 2; nothing half-written."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+from processes import run
+from sepo import cli
+from sepo.errors import exit_with_one_line
+from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
+from training_run import make_run, write_store
+
+TEXT_ROW = dict(prompt="w3 w4", chosen="w5 w6", rejected="w7")
+ROLE = dict(prompt="user", chosen="assistant", rejected="assistant")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    make_run(path)
+    return path
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Run a command line; return its one line on stderr."""
+
+    def refuse(*argv):
+        with pytest.raises(SystemExit) as stop:
+            exit_with_one_line(lambda: cli.run([str(a) for a in argv]))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2, error
+        lines = [line for line in error.splitlines() if "sepo: error:" in line]
+        assert len(lines) == 1 and "Traceback" not in error
+        assert not (tmp_path / "out").exists(), "half-written"
+        return lines[0]
+
+    return refuse
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train(home, tmp_path, *more):
+    return ("train", "--config", home / "run.yaml", "--output_dir", tmp_path / "out", *more)
+
+
+def test_unknown_key_in_the_yaml(home, tmp_path, refused):
+    values = yaml.safe_load((home / "run.yaml").read_text())
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**values, "learning_rte": 1}))
+    line = refused("train", "--config", tmp_path / "bad.yaml", "--output_dir", tmp_path / "out")
+    assert "bad.yaml: unknown key learning_rte" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--no_such_flag", "1"], "unknown argument --no_such_flag"),
+        (["--fraction", "0"], "--fraction: expected a number in (0, 1], got 0.0"),
+        (["--fraction", "1.1"], "--fraction: expected a number in (0, 1], got 1.1"),
+        (["--learning_rate", "fast"], "--learning_rate"),
+        (["--method", "sepoo"], "--method"),
+        (["--dataset_name", "/nowhere/pairs.jsonl"], "/nowhere/pairs.jsonl"),
+        (["--model_name_or_path", "/nowhere/model"], "/nowhere/model"),
+        (["--config", "/nowhere/run.yaml"], "/nowhere/run.yaml"),
+        (["--resume_from_checkpoint", "/nowhere/checkpoint-3"], "not a complete checkpoint"),
+    ],
+)
+def test_arguments(home, tmp_path, refused, more, message):
+    assert message in refused(*train(home, tmp_path, *more))
+
+
+def test_output_dir_in_use(home, tmp_path, refused):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "precious").touch()
+    line = refused(*train(home, tmp_path, "--output_dir", tmp_path / "used"))
+    assert "--output_dir" in line and "not empty" in line and "--resume_from_checkpoint" in line
+    assert [p.name for p in (tmp_path / "used").iterdir()] == ["precious"]
+
+
+def test_a_store_of_another_tokenizer(home, tmp_path, refused):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer(offset=1).save_pretrained(tmp_path / "model")
+    line = refused(*train(home, tmp_path, "--model_name_or_path", tmp_path / "model"))
+    assert "store" in line and "tokenizer" in line
+
+
+def test_a_store_with_nan_scores(home, tmp_path, refused):
+    pairs = random_scored_pairs(3)
+    score = pairs[1].chosen_score.copy()
+    score[0] = np.nan
+    pairs[1] = replace(pairs[1], chosen_score=score)
+    write_store(tmp_path / "store", pairs)
+    line = refused(*train(home, tmp_path, "--dataset_name", tmp_path / "store"))
+    assert "row 1: expected finite values in chosen_score" in line
+
+
+def test_a_cached_reference_of_other_weights(home, tmp_path, refused):
+    write_store(tmp_path / "store", random_scored_pairs(3), reference="0" * 64)
+    line = refused(*train(home, tmp_path, "--method", "dpo", "--dataset_name", tmp_path / "store"))
+    assert "weights 000000000000" in line
+
+
+def test_sepo_on_pairs_without_scores(home, tmp_path, refused):
+    data = write_rows(tmp_path / "pairs.jsonl", [TEXT_ROW])
+    line = refused(*train(home, tmp_path, "--dataset_name", data))
+    assert "row 0: expected a score per chosen token (`sepo score` writes them)" in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "pairs.jsonl"),
+        ([dict(prompt="w3", chosen="w4")], "rejected"),
+        ([dict(TEXT_ROW, chosen=7)], "row 0"),
+        ([dict(TEXT_ROW, chosen=TEXT_ROW["rejected"])], "identical"),
+        ([dict(TEXT_ROW, chosen="")], "empty"),
+        ([dict(TEXT_ROW, prompt="w3 " * 2000)], "max_length"),
+        (
+            [{k: [dict(role=ROLE[k], content=v)] for k, v in TEXT_ROW.items()}],
+            "chat template",
+        ),
+    ],
+    ids=["empty", "column", "type", "identical", "no-response", "long-prompt", "no-template"],
+)
+@pytest.mark.parametrize("command", ["train", "score", "inspect"])
+def test_data(home, tmp_path, refused, rows, message, command):
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    if command == "train":
+        argv = train(home, tmp_path, "--method", "simpo", "--dataset_name", data)
+    elif command == "score":
+        models = ("--oracle", home / "model", "--reference", home / "model")
+        argv = ("score", "--dataset_name", data, *models, "--output_dir", tmp_path / "out")
+        argv += ("--max_length", 512)
+    else:
+        argv = ("inspect", data, "--model_name_or_path", home / "model", "--max_length", 512)
+    assert message in refused(*argv)
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["score"], ["inspect", "x"]])
+def test_usage(refused, argv):
+    refused(*argv)
+
+
+def test_command_line_wins_over_yaml(home):
+    from sepo.train import parse
+
+    argv = ["--config", str(home / "run.yaml"), "--output_dir", "x", "--learning_rate", "0.5"]
+    args = parse([*argv, "--use_cpu"])
+    assert (args.learning_rate, args.pairs_per_step, args.method) == (0.5, 4, "sepo")
+
+
+def test_yaml_numbers_may_be_written_with_an_exponent(home, tmp_path):
+    from sepo.train import parse
+
+    (tmp_path / "run.yaml").write_text((home / "run.yaml").read_text() + "weight_decay: 5e-6\n")
+    args = parse(["--config", str(tmp_path / "run.yaml"), "--output_dir", "x"])
+    assert args.weight_decay == 5e-6
+
+
+@pytest.mark.slow
+def test_the_three_ways_to_start_are_one_program(home, tmp_path):
+    for way in (["-m", "sepo.train"], ["-m", "sepo.cli", "train"]):
+        out = tmp_path / way[1]
+        run(*way, "--config", home / "run.yaml", "--output_dir", out, "--max_steps", 2)
+    a, b = (tmp_path / n / "model.safetensors" for n in ("sepo.train", "sepo.cli"))
+    assert a.read_bytes() == b.read_bytes()

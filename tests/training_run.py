@@ -1,0 +1,46 @@
+"""A complete small run on disk: model, tokenizer, scored store, YAML."""
+
+from pathlib import Path
+
+import yaml
+from sepo.data.store import FORMAT, StoreWriter, pairs_hash, template_hash, tokenizer_hash
+from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
+
+
+def make_run(path: Path, *, pairs: int = 12, **arguments) -> list[str]:
+    """Write it all below `path`; return the arguments of `sepo train` but for --output_dir."""
+    tiny_model().save_pretrained(path / "model")
+    tiny_tokenizer().save_pretrained(path / "model")
+    write_store(path / "store", random_scored_pairs(pairs))
+    config = dict(
+        method="sepo",
+        model_name_or_path=str(path / "model"),
+        dataset_name=str(path / "store"),
+        pairs_per_step=4,
+        max_tokens_per_batch=32,
+        learning_rate=0.01,
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    (path / "run.yaml").write_text(yaml.safe_dump({**config, **arguments}))
+    return ["--config", str(path / "run.yaml")]
+
+
+def write_store(path: Path, pairs: list, **manifest) -> None:
+    """A store of one part, as `sepo score --keep logp` would leave it."""
+    tokenizer = tiny_tokenizer()
+    defaults = dict(
+        format=FORMAT,
+        tokenizer=tokenizer_hash(tokenizer),
+        tokenizer_name="tiny",
+        chat_template=template_hash(tokenizer),
+        source=pairs_hash(pairs),
+        keep=["logp", "score"],
+        pairs=len(pairs),
+        pairs_per_part=len(pairs),
+    )
+    writer = StoreWriter(path, {**defaults, **manifest})
+    writer.write(0, pairs)
+    writer.finish()

@@ -1,0 +1,35 @@
+"""Two ranks, one model sharded with torch's own fully_shard: the step's gradient, saved by rank 0.
+
+torchrun --nproc-per-node 2 fsdp2_step.py OUT {tied|untied|own_head}
+"""
+
+import sys
+
+import torch
+from sepo import SePOConfig, SePOTrainer
+from tiny import random_scored_pairs, tiny_model
+from torch.distributed.fsdp import fully_shard
+
+
+def main(out: str, head: str) -> None:
+    args = SePOConfig(
+        output_dir=out, use_cpu=True, disable_tqdm=True, pairs_per_step=7, max_tokens_per_batch=40
+    )
+    model = tiny_model("llama", tie_word_embeddings=head == "tied")
+    trainer = SePOTrainer(model, args, random_scored_pairs(7))
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if head == "own_head":
+        fully_shard(model.lm_head)
+    fully_shard(model)
+    loss = trainer.training_step(model, {})
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    mean = loss.clone()
+    torch.distributed.all_reduce(mean)
+    if args.process_index == 0:
+        torch.save({"loss": mean / args.world_size, "gradients": gradients}, f"{out}/step.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
