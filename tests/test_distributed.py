@@ -4,9 +4,10 @@ import pytest
 import torch
 from processes import ROOT, run
 from safetensors.torch import load_file
-from sepo import SePOConfig, SePOTrainer
 from tiny import random_scored_pairs, tiny_model
 from training_run import make_run
+
+from sepo import SePOConfig, SePOTrainer
 
 pytestmark = pytest.mark.slow
 

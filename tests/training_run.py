@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import yaml
-from sepo.data.store import FORMAT, StoreWriter, pairs_hash, template_hash, tokenizer_hash
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
+
+from sepo.data.store import FORMAT, StoreWriter, pairs_hash, template_hash, tokenizer_hash
 
 
 def make_run(path: Path, *, pairs: int = 12, **arguments) -> list[str]:

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sepo.data import Segment, all_positions, pack, truncate
 
 ids = lambda *values: np.array(values, np.int32)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sepo.data import num_steps, plan_step
 from sepo.data.plan import best_fit_decreasing
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from sepo.data import ScoredPair, TokenPair
 from sepo.data.segments import make_segments, num_selected, num_tokens
 from sepo.errors import InputError

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sepo.data import all_positions, random_positions, select_positions
 from sepo.data.select import count_selected, weighted_positions
 from sepo.errors import InputError

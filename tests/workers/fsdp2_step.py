@@ -6,9 +6,10 @@ torchrun --nproc-per-node 2 fsdp2_step.py OUT {tied|untied|own_head}
 import sys
 
 import torch
-from sepo import SePOConfig, SePOTrainer
 from tiny import random_scored_pairs, tiny_model
 from torch.distributed.fsdp import fully_shard
+
+from sepo import SePOConfig, SePOTrainer
 
 
 def main(out: str, head: str) -> None:

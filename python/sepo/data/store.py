@@ -1,0 +1,350 @@
+"""The scored store: a directory of parquet parts and one manifest.
+
+    manifest.json                  what was scored, by which models, and into how many parts
+    part-00000-of-00042.parquet    pairs 0 to pairs_per_part - 1, in the order of the data
+
+Parts are consecutive blocks of the data, so their content does not depend on who wrote them: any
+number of processes fill one store. A file appears whole or not at all. Whether the store is
+complete follows from the parts that are there, never from what a manifest says about itself.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sepo.data.types import ScoredPair, TokenPair
+from sepo.errors import InputError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENS = ("prompt", "chosen", "rejected")
+WEIGHTS = ("chosen_weight", "rejected_weight")
+FLOATS = {  # column -> the tokens it runs along; null where a store or a pair has none
+    "chosen_score": "chosen",
+    "rejected_score": "rejected",
+    "chosen_ref_logp": "chosen",
+    "rejected_ref_logp": "rejected",
+    "chosen_weight": "chosen",
+    "rejected_weight": "rejected",
+}
+SCHEMA = pa.schema(
+    [("id", pa.string())]
+    + [(name, pa.list_(pa.int32())) for name in TOKENS]
+    + [(name, pa.list_(pa.float32())) for name in FLOATS]
+)
+IDENTITY = {  # manifest entries that make two runs the same run -> how a message calls them
+    "format": "format version",
+    "tokenizer": "tokenizer",
+    "chat_template": "chat template",
+    "oracle": "oracle weights",
+    "oracle_dtype": "oracle dtype",
+    "reference": "reference weights",
+    "reference_dtype": "reference dtype",
+    "source": "data",
+    "keep": "kept columns",
+    "pairs": "number of pairs",
+    "pairs_per_part": "pairs per part",
+}
+
+
+class ScoredStore:
+    """A complete store, decoded in memory: about 8 bytes a token."""
+
+    def __init__(self, manifest: dict, parts: list["_Part"]):
+        self.manifest = manifest
+        self.lengths = np.concatenate([p.lengths for p in parts])  # (pairs, 3) int64: TOKENS
+        self._parts = parts
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, tokenizer=None) -> "ScoredStore":
+        """Read and check a store.
+
+        Raises InputError for a directory that is no store, another format version, missing parts,
+        a part of another run, a tokenizer that is not the store's (if one is given), a value that
+        is NaN or infinite, and lists whose lengths disagree.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise InputError(f"{path}: expected a scored store, found no {MANIFEST}")
+        if tokenizer is not None:
+            _check_tokenizer(path, manifest, tokenizer)
+        missing = missing_parts(path, manifest)
+        if missing:
+            shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            raise InputError(
+                f"{path}: {len(missing)} of {num_parts(manifest)} parts are missing ({shown}); "
+                "run the same `sepo score` command again, for every shard: it writes only those"
+            )
+        parts = [_Part(path / name) for name in part_names(manifest)]
+        if (found := sum(len(p.ids) for p in parts)) != manifest["pairs"]:
+            raise InputError(f"{path}: expected {manifest['pairs']} pairs, found {found}")
+        return cls(_completed(path, manifest), parts)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> ScoredPair:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        part, row = divmod(index % len(self), self.manifest["pairs_per_part"])
+        return self._parts[part].pair(row)
+
+    def pairs(self) -> Iterator[ScoredPair]:
+        """All pairs in the order of the data."""
+        return (self[i] for i in range(len(self)))
+
+
+class StoreWriter:
+    """Fills a store part by part; several may work on one directory, each with its own owner name.
+
+    `manifest` holds at least the entries of IDENTITY. Raises InputError where the directory already
+    holds a store that differs in one of them.
+    """
+
+    def __init__(self, path: str | os.PathLike, manifest: dict, *, owner: str = "0"):
+        self.path, self.owner = Path(path), owner
+        self.path.mkdir(parents=True, exist_ok=True)
+        for stale in self.path.glob(f".*.{owner}.tmp"):  # left by a killed run of this owner
+            stale.unlink()
+        present = read_manifest(self.path)
+        if present is None:
+            stray = next(self.path.glob("part-*.parquet"), None)
+            if stray is not None:
+                raise InputError(f"{self.path}: found {stray.name} without {MANIFEST}")
+            # Two owners may both get here; they replace one file by another like it.
+            self._write_json(manifest | {"complete": False})
+            present = read_manifest(self.path)
+        _check_same_run(self.path, present, manifest)
+        self.manifest = present
+
+    def missing(self) -> list[int]:
+        """Indices of the parts that are still to be written."""
+        return missing_parts(self.path, self.manifest)
+
+    def pairs_of(self, part: int) -> range:
+        """Indices of the pairs that belong to a part."""
+        size = self.manifest["pairs_per_part"]
+        return range(part * size, min((part + 1) * size, self.manifest["pairs"]))
+
+    def write(self, part: int, pairs: list[ScoredPair], *, note: dict | None = None) -> None:
+        """Write one part, atomically. `note`: what the manifest shall say about its making."""
+        columns = {"id": pa.array([p.id for p in pairs], pa.string())}
+        for field in SCHEMA:
+            if field.name != "id":
+                columns[field.name] = pa.array([getattr(p, field.name) for p in pairs], field.type)
+        about = {"run": _run(self.manifest), "tokens": sum(map(len, pairs)), **(note or {})}
+        schema = SCHEMA.with_metadata({"sepo": json.dumps(about, sort_keys=True)})
+        table = pa.table(columns, schema=schema)
+        with _Atomic(self.path / part_names(self.manifest)[part], self.owner) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+
+    def finish(self) -> bool:
+        """Complete the manifest if every part is there; whoever comes last does it. Idempotent."""
+        if self.missing():
+            return False
+        self.manifest = _completed(self.path, self.manifest)
+        self._write_json(self.manifest)
+        return True
+
+    def _write_json(self, value: dict) -> None:
+        with _Atomic(self.path / MANIFEST, self.owner) as temporary:
+            temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(path: Path) -> dict | None:
+    """The manifest as written, None if there is none. Raises InputError for another format."""
+    file = path / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+        found = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: expected the JSON manifest of a scored store") from error
+    if found != FORMAT:
+        raise InputError(f"{file}: expected format version {FORMAT}, found {found}")
+    return manifest
+
+
+def num_parts(manifest: dict) -> int:
+    return -(-manifest["pairs"] // manifest["pairs_per_part"])
+
+
+def part_names(manifest: dict) -> list[str]:
+    total = num_parts(manifest)
+    return [f"part-{i:05d}-of-{total:05d}.parquet" for i in range(total)]
+
+
+def missing_parts(path: Path, manifest: dict) -> list[int]:
+    """Indices of the parts not there. Raises InputError for a part of another run."""
+    missing, run = [], _run(manifest)
+    for index, name in enumerate(part_names(manifest)):
+        if not (path / name).is_file():
+            missing.append(index)
+        elif _about(path / name).get("run") != run:
+            raise InputError(f"{path / name}: written by another run than {MANIFEST} describes")
+    return missing
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """SHA-256 of what turns text into ids and what the ids mean.
+
+    Vocabulary, merges, normaliser, pre-tokeniser, added tokens and the bos, eos and unk tokens
+    count. Truncation and padding state, the padding token and post-processing do not: none of them
+    changes the tokens of a pair, and training scripts set them freely.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {k: state[k] for k in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+    else:
+        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    special = {k: getattr(tokenizer, k, None) for k in ("bos_token", "eos_token", "unk_token")}
+    return _hash_json([content, {k: v and str(v) for k, v in special.items()}])
+
+
+def template_hash(tokenizer) -> str:
+    """SHA-256 of the chat template, "none" without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return "none" if template is None else _hash_json(template)
+
+
+def pairs_hash(pairs: list[TokenPair]) -> str:
+    """SHA-256 of all ids, tokens and weights, in order."""
+    digest = hashlib.sha256()
+    dtypes = dict.fromkeys(TOKENS, np.int32) | dict.fromkeys(WEIGHTS, np.float32)
+    for pair in pairs:
+        digest.update(f"{pair.id}\0".encode())
+        for name, dtype in dtypes.items():
+            values = getattr(pair, name)
+            # the length too, or tokens could move from one list to the next unseen
+            digest.update(b"-" if values is None else f"{len(values)}:".encode())
+            if values is not None:
+                digest.update(np.ascontiguousarray(values, dtype).data)
+    return digest.hexdigest()
+
+
+class _Part:
+    """One parquet file as flat arrays: values, offsets and, for nullable columns, which are set."""
+
+    def __init__(self, file: Path):
+        table = _read(file, lambda f: pq.read_table(f, partitioning=None))
+        if not table.schema.equals(SCHEMA):
+            raise InputError(f"{file}: expected columns {SCHEMA.names}, found {table.schema.names}")
+        self.ids = table["id"].to_pylist()
+        self.columns = {}
+        for name in SCHEMA.names[1:]:
+            lists = pa.concat_arrays(table[name].chunks)  # offsets start at 0 after it
+            values = lists.values.to_numpy(zero_copy_only=False)
+            offsets = lists.offsets.to_numpy().astype(np.int64)
+            self.columns[name] = values, offsets, lists.is_valid().to_numpy(zero_copy_only=False)
+        self.lengths = np.stack([np.diff(self.columns[name][1]) for name in TOKENS], axis=1)
+        self._check(file)
+
+    def pair(self, row: int) -> ScoredPair:
+        fields = dict.fromkeys(self.columns)
+        for name, (values, offsets, there) in self.columns.items():
+            if there[row]:
+                fields[name] = values[offsets[row] : offsets[row + 1]].copy()
+        return ScoredPair(id=self.ids[row], **fields)
+
+    def _check(self, file: Path) -> None:
+        if (self.lengths < 1).any():
+            row, column = np.argwhere(self.lengths < 1)[0]
+            raise InputError(f"{file}: row {self.ids[row]}: {TOKENS[column]} is empty")
+        for name, along in FLOATS.items():
+            values, offsets, there = self.columns[name]
+            found, expected = np.diff(offsets), self.lengths[:, TOKENS.index(along)]
+            if wrong := np.flatnonzero(there & (found != expected)).tolist():
+                raise InputError(
+                    f"{file}: row {self.ids[wrong[0]]}: expected {expected[wrong[0]]} values in "
+                    f"{name}, one per {along} token, found {found[wrong[0]]}"
+                )
+            if (bad := np.flatnonzero(~np.isfinite(values))).size:
+                row = np.searchsorted(offsets, bad[0], side="right") - 1
+                raise InputError(
+                    f"{file}: row {self.ids[row]}: expected finite values in {name}, found "
+                    f"{values[bad[0]]} at position {bad[0] - offsets[row]}"
+                )
+
+
+class _Atomic:
+    """`with` a temporary name to write to; the file gets its own name once it is on the disk."""
+
+    def __init__(self, file: Path, owner: str):
+        self.file, self.temporary = file, file.with_name(f".{file.name}.{owner}.tmp")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, failed, *_) -> None:
+        if failed:
+            self.temporary.unlink(missing_ok=True)
+            return
+        _sync(self.temporary)  # before the rename, or a power cut may leave a name without content
+        os.replace(self.temporary, self.file)
+        _sync(self.file.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _read(file: Path, read):
+    try:
+        return read(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{file}: cannot be read ({error}); delete it and score again") from error
+
+
+def _about(file: Path) -> dict:
+    return json.loads((_read(file, pq.read_schema).metadata or {}).get(b"sepo", b"{}"))
+
+
+def _completed(path: Path, manifest: dict) -> dict:
+    """The manifest with what the parts say about their making: a function of the files alone."""
+    abouts = [_about(path / name) for name in part_names(manifest)]
+    checks = [a["precision_check"] for a in abouts if a.get("precision_check")]
+    return manifest | {
+        "complete": True,
+        "tokens": sum(a["tokens"] for a in abouts),
+        "devices": sorted({device for a in abouts for device in a.get("devices", [])}),
+        "precision_check": checks[0] if checks else None,
+    }
+
+
+def _check_same_run(path: Path, present: dict, wanted: dict) -> None:
+    for key, words in IDENTITY.items():
+        if present.get(key) != wanted.get(key):
+            found, got = (str(m.get(key))[:32] for m in (present, wanted))  # hashes are long
+            raise InputError(
+                f"{path}: holds a store with another {words} ({found}, this run: {got}); "
+                "choose another directory, or delete this one"
+            )
+
+
+def _check_tokenizer(path: Path, manifest: dict, tokenizer) -> None:
+    given, stored = tokenizer_hash(tokenizer), manifest["tokenizer"]
+    if given != stored:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise InputError(
+            f"{path}: scored with tokenizer {manifest.get('tokenizer_name')} ({stored[:12]}), "
+            f"got {name} ({given[:12]}); `sepo transfer` carries scores to another tokenizer"
+        )
+
+
+def _run(manifest: dict) -> str:
+    return _hash_json([manifest.get(key) for key in IDENTITY])
+
+
+def _hash_json(value) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,180 @@
+"""`sepo inspect`: rows as the trainer will read them, and what became of all the others."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from sepo.data.segments import make_segments
+from sepo.data.types import Segment, TokenPair
+from sepo.errors import InputError
+
+SIDES = ("chosen", "rejected")
+LEGEND = (
+    "| ends a part, {mark} marks a selected token, ┊ follows the last token that is read "
+    "after truncation"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `sepo inspect`."""
+    add = parser.add_argument
+    add("data", metavar="DATA", help="preference data (a file or hub id), or a scored store")
+    add("--model_name_or_path", required=True, help="whose tokenizer reads the data")
+    add("--rows", type=int, default=3, metavar="n", help="rows to show")
+    add("--fraction", type=float, default=0.3, help="of the tokens selected, for a scored store")
+    add("--max_length", type=int, help="tokens of the prompt and one response")
+    add("--split", default="train")
+    add("--dataset_config", help="configuration of a hub data set")
+    add("--limit", type=int, help="rows to read; all of them if not given")
+    for field in ("prompt", *SIDES):
+        add(f"--{field}_key", metavar="COLUMN", help=f"the data's own name for `{field}`")
+    add("--append_eos", type=_truth, default=True, help="end token after plain text, true or false")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the first rows, then the counts of everything kept, cut and dropped.
+
+    Raises InputError as `read_pairs` and `ScoredStore.open` do.
+    """
+    from sepo.model import load_tokenizer
+
+    if args.rows < 0:
+        raise InputError(f"expected --rows >= 0, got {args.rows}")
+    tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    show = Show(tokenizer, sys.stdout, fraction=args.fraction)
+    if (Path(args.data) / "manifest.json").is_file():
+        from sepo.data.store import ScoredStore
+
+        store = ScoredStore.open(args.data, tokenizer)
+        for pair in (store[i] for i in range(min(args.rows, len(store)))):
+            show.pair(pair)
+        show.totals(store.pairs())
+        return
+    from sepo.data.read import read_pairs
+
+    keys = {field: getattr(args, f"{field}_key") for field in ("prompt", *SIDES)}
+    data = read_pairs(
+        args.data,
+        tokenizer,
+        split=args.split,
+        config=args.dataset_config,
+        fields={field: key for field, key in keys.items() if key},
+        max_length=args.max_length,
+        append_eos=args.append_eos,
+        limit=args.limit,
+    )
+    for pair, notes in zip(data.pairs[: args.rows], data.notes, strict=False):
+        show.pair(pair, notes)
+    show.totals(data.pairs)
+    show.line(str(data.report))
+
+
+class Show:
+    """Writes pairs as text: colours on a terminal, brackets elsewhere."""
+
+    def __init__(self, tokenizer: Any, out: TextIO, *, fraction: float = 0.3):
+        self.tokenizer, self.out, self.fraction = tokenizer, out, fraction
+        is_plain = not out.isatty() or "NO_COLOR" in os.environ
+        # around a selected token; around what is there for context only
+        self.mark = ("⟦", "⟧") if is_plain else ("\x1b[7m", "\x1b[0m")
+        self.faint = ("", "") if is_plain else ("\x1b[2m", "\x1b[0m")
+        self._has_legend = False
+
+    def pair(self, pair: TokenPair, notes: Sequence[str] = ()) -> None:
+        """One pair, with its selected tokens if it has scores, or weights of the user's own."""
+        counts = f"{len(pair.prompt)} prompt, {len(pair.chosen)} chosen, {len(pair.rejected)}"
+        self.line("; ".join([f"row {pair.id}: {counts} rejected tokens", *notes]))
+        self._part("prompt", self._faint(_visible(self._text(pair.prompt))))
+        segments = self._segments(pair)
+        for i, side in enumerate(SIDES):
+            response = self._response(pair, side, segments and segments[i])
+            self._part(side, response)
+        if segments and not self._has_legend:
+            self.line(LEGEND.format(mark="".join(self.mark[:1]) + "this" + self.mark[1]))
+            self._has_legend = True
+        self.line("")
+
+    def totals(self, pairs: Iterable[TokenPair]) -> None:
+        """Tokens of all pairs, and how many of them selection and truncation leave."""
+        rows = prompts = responses = selected = read = chosen_by = 0
+        for pair in pairs:
+            rows += 1
+            prompts += len(pair.prompt)
+            responses += len(pair.chosen) + len(pair.rejected)
+            if segments := self._segments(pair):
+                chosen_by += len(pair.chosen) + len(pair.rejected)
+                selected += sum(len(s.positions) for s in segments)
+                read += sum(len(s.response) for s in segments)
+        self.line(f"{rows} pairs: {prompts} prompt tokens (stored once), {responses} of responses")
+        if chosen_by:
+            self.line(
+                f"{selected} of {chosen_by} response tokens selected ({selected / chosen_by:.1%}), "
+                f"{read} read after truncation ({read / chosen_by:.1%})"
+            )
+
+    def line(self, text: str) -> None:
+        # a terminal of another encoding gets escapes instead of an exception
+        encoding = getattr(self.out, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=self.out)
+
+    def _segments(self, pair: TokenPair) -> list[Segment] | None:
+        """Both segments; None if nothing selects in one of the responses."""
+        for side in SIDES:
+            if getattr(pair, f"{side}_weight") is None:
+                if getattr(pair, f"{side}_score", None) is None:
+                    return None
+        return list(make_segments(pair, "selected", fraction=self.fraction)[1:])
+
+    def _part(self, name: str, text: str) -> None:
+        self.line(f"  {name:9}{text}|".replace("\n", "\n" + " " * 11))
+
+    def _faint(self, text: str) -> str:
+        return self.faint[0] + text + self.faint[1]
+
+    def _text(self, ids: np.ndarray) -> str:  # (T,) int32
+        return self.tokenizer.decode(
+            ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def _response(self, pair: TokenPair, side: str, segment: Segment | None) -> str:
+        ids = getattr(pair, side)
+        selected = np.zeros(len(ids), dtype=bool)
+        stop = len(ids)
+        if segment is not None:
+            selected[segment.positions] = True
+            stop = len(segment.response)  # one before the last selected token: a target, not read
+        edges = {0, len(ids), stop, *(np.flatnonzero(np.diff(selected)) + 1).tolist()}
+        edges = sorted(edges)
+        text = ""
+        for start, end in zip(edges, edges[1:], strict=False):
+            run = _visible(self._run(pair.prompt, ids, start, end))
+            if selected[start]:
+                run = self.mark[0] + run + self.mark[1]
+            elif start > stop:
+                run = self._faint(run)
+            text += ("┊" if start == stop and segment is not None else "") + run
+        return text
+
+    def _run(self, prompt: np.ndarray, ids: np.ndarray, start: int, end: int) -> str:
+        """The text that tokens [start, end) add to all before them: alone they may lose a blank."""
+        before = self._text(np.concatenate([prompt, ids[:start]])).rstrip("\ufffd")
+        after = self._text(np.concatenate([prompt, ids[:end]]))
+        return after[len(before) :]
+
+
+def _visible(text: str) -> str:
+    """Line breaks marked and kept, other control characters as escapes: text must not steer."""
+    shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return "".join(shown).replace("\n", "⏎\n")
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text}")
+    return text.lower() == "true"

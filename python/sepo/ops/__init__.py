@@ -1,0 +1,18 @@
+"""The operations of the training step, usable on their own in any PyTorch program."""
+
+from sepo.losses import dpo_loss, sepo_loss, simpo_loss
+from sepo.ops import flops  # noqa: F401  registers the FLOP formulas
+from sepo.ops.segment_reduce import segment_mean, segment_sum
+from sepo.ops.segment_topk import segment_topk
+from sepo.ops.selected_logprob import explain_selected_logprob, selected_logprob
+
+__all__ = [
+    "dpo_loss",
+    "explain_selected_logprob",
+    "segment_mean",
+    "segment_sum",
+    "segment_topk",
+    "selected_logprob",
+    "sepo_loss",
+    "simpo_loss",
+]

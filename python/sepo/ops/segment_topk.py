@@ -1,0 +1,74 @@
+"""segment_topk: the k % of each segment with the highest or lowest scores."""
+
+import torch
+from torch import Tensor
+
+from sepo_kernels.registry import pick
+from sepo_kernels.segment_topk import IMPLS
+
+SIDES = ("highest", "lowest", "alternate")
+
+
+def segment_topk(
+    score: Tensor,  # (T_all,) floating point, the responses end to end
+    cu_tokens: Tensor,  # (S + 1,) int32 or int64, from 0 to T_all
+    fraction: float,  # 0 < fraction <= 1
+    side: str,  # "highest" | "lowest" | "alternate": even segments highest, odd ones lowest
+    *,
+    min_tokens: int = 1,  # selected at least, where the segment has as many
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # index (M,) int32 into score, ascending; cu_rows (S + 1,) int32
+    """Select K = max(min_tokens, floor(fraction * T + 1e-9)) of each segment's T tokens, at most T.
+
+    SePO section 3.2: the highest scores of a chosen response, the lowest of a rejected one. Ties
+    go to the earlier token; an empty segment selects nothing. A NaN ranks last on both sides (the
+    data layer refuses them). No gradient. On a GPU it waits: M is read back to size the output.
+
+    Raises ValueError for a fraction outside (0, 1], an unknown side, a negative min_tokens, or
+    shapes and dtypes that do not fit.
+    """
+    _check(score, cu_tokens, fraction, side, min_tokens)
+    chosen = pick(IMPLS, impl, score, cu_tokens)
+    return _fwd(score.detach(), cu_tokens, fraction, side, min_tokens, chosen.name)
+
+
+def _check(score, cu_tokens, fraction, side, min_tokens) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"expected 0 < fraction <= 1, got {fraction}")
+    if side not in SIDES:
+        raise ValueError(f'expected side to be one of {", ".join(SIDES)}, got "{side}"')
+    if min_tokens < 0:
+        raise ValueError(f"expected min_tokens >= 0, got {min_tokens}")
+    if score.ndim != 1 or cu_tokens.ndim != 1 or cu_tokens.shape[0] == 0:
+        raise ValueError(
+            "expected score (T_all,) and cu_tokens (S + 1,), "
+            f"got {tuple(score.shape)} and {tuple(cu_tokens.shape)}"
+        )
+    if not score.dtype.is_floating_point:
+        raise ValueError(f"expected a floating-point score, got {score.dtype}")
+    if cu_tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"expected int32 or int64 cu_tokens, got {cu_tokens.dtype}")
+    if score.device != cu_tokens.device:
+        raise ValueError(f"expected one device, got {score.device} and {cu_tokens.device}")
+
+
+torch.library.define(
+    "sepo::segment_topk",
+    "(Tensor score, Tensor cu_tokens, float fraction, str side, int min_tokens, str impl)"
+    " -> (Tensor, Tensor)",
+)
+_BY_NAME = {impl.name: impl for impl in IMPLS}
+
+
+def _run(score, cu_tokens, fraction, side, min_tokens, impl):
+    return _BY_NAME[impl].fwd(score, cu_tokens, fraction, side, min_tokens)
+
+
+def _fake(score, cu_tokens, fraction, side, min_tokens, impl):
+    M = torch.library.get_ctx().new_dynamic_size()
+    return score.new_empty((M,), dtype=torch.int32), torch.empty_like(cu_tokens, dtype=torch.int32)
+
+
+torch.library.impl("sepo::segment_topk", ("cpu", "cuda"), _run)
+torch.library.register_fake("sepo::segment_topk", _fake)
+_fwd = torch.ops.sepo.segment_topk.default

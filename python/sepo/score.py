@@ -1,0 +1,303 @@
+"""Score every response token once: log p_oracle - log p_ref (SePO, arXiv 2408.13518, eq. 9).
+
+Scoring is the expensive step and does not depend on how many tokens are selected later, so its
+result is a store on disk, filled part by part: processes may share it, and may be killed.
+"""
+
+import argparse
+import dataclasses
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import sepo
+from sepo.data.read import read_pairs
+from sepo.data.store import (
+    FORMAT,
+    StoreWriter,
+    num_parts,
+    pairs_hash,
+    template_hash,
+    tokenizer_hash,
+)
+from sepo.data.types import ScoredPair, TokenPair
+from sepo.errors import InputError
+from sepo.fingerprint import weights_hash
+from sepo.model import load_model, load_tokenizer
+from sepo.precision import check_precision
+from sepo.response_logp import dtype_name, response_logp
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLE = 16  # pairs that a precision check reads when nobody names a number
+
+
+def score_dataset(
+    pairs: list[TokenPair],
+    output_dir: str | os.PathLike,
+    *,
+    reference: PreTrainedModel,
+    oracle: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase,  # made the pairs, and belongs to both models
+    keep: Sequence[str] = ("score",),  # "score", "logp" (the reference's), or both
+    max_tokens: int = 8192,  # of one batch, prompts counted once; a longer pair goes alone
+    pairs_per_part: int = 128,  # what a killed run repeats at most
+    shard: tuple[int, int] | None = None,  # (i, n); None: RANK and WORLD_SIZE, else (0, 1)
+    precision_check: int | None = None,  # pairs to score in float32 too; None: 16, 0: never
+    report: dict | None = None,  # what reading counted, for the manifest
+    max_length: int | None = None,  # to which the pairs were cut, for the manifest
+    progress: bool = True,
+) -> Path:
+    """Write each response token's score, or its reference log-probability, to a scored store.
+
+    score = log p_oracle(y_t | x, y_<t) - log p_ref(y_t | x, y_<t), in nats, float32, no beta
+    (eq. 9). Models come from `sepo.model.load_model`; each stays on its own device and in its own
+    dtype. Part j of the store (a block of `pairs_per_part` pairs) belongs to shard j % n, and a run
+    writes what is missing of its shard: run it again after a kill, with any n; on one kind of
+    device (and number of CPU threads) the parts come out the same, bit for bit. Without an oracle,
+    `keep=("logp",)` caches the reference alone. A model in another dtype than float32 is compared
+    with float32 on a few pairs: printed, and kept in the manifest. Returns `output_dir`.
+
+    Raises InputError for a token that a model lacks, a log-probability that is not finite (naming
+    the row; nothing of its part is written), a directory that holds another run, and a `keep` that
+    does not fit the models.
+    """
+    if not pairs:
+        raise InputError("expected at least one pair to score, got none")
+    if pairs_per_part < 1:
+        raise InputError(f"pairs_per_part: expected at least 1, got {pairs_per_part}")
+    keep = _checked_keep(keep, oracle)
+    index, count = _checked_shard(shard)
+    for role, model in (("reference", reference), ("oracle", oracle)):
+        if model is not None:
+            _check_tokens(pairs, model, role)
+    manifest = {
+        "format": FORMAT,
+        "sepo": sepo.__version__,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer_name": tokenizer.name_or_path,
+        "chat_template": template_hash(tokenizer),
+        **_about_model("oracle", oracle),
+        **_about_model("reference", reference),
+        "source": pairs_hash(pairs),
+        "reading": report,
+        "max_length": max_length,
+        "keep": keep,
+        "pairs": len(pairs),
+        "pairs_per_part": pairs_per_part,
+    }
+    if oracle is not None and manifest["oracle"] == manifest["reference"]:
+        warnings.warn(
+            "oracle and reference are the same weights: every score will be zero, and selection "
+            "will keep the first tokens of each response",
+            stacklevel=2,
+        )
+    writer = StoreWriter(output_dir, manifest, owner=f"shard{index}of{count}")
+    mine = [part for part in writer.missing() if part % count == index]
+    if precision_check is None:
+        precision_check = SAMPLE if 0 in mine else 0
+    checked = None
+    if index == 0:
+        checked = check_precision(pairs, oracle, reference, precision_check, max_tokens)
+    devices = sorted({_device_name(m) for m in (oracle, reference) if m is not None})
+
+    start, tokens = time.perf_counter(), 0
+    total = sum(len(pairs[i]) for part in mine for i in writer.pairs_of(part))
+    with tqdm(total=total, unit="token", unit_scale=True, disable=not progress) as bar:
+        for part in mine:
+            block = [pairs[i] for i in writer.pairs_of(part)]
+            scored = score_pairs(
+                block, reference, oracle, keep=keep, max_tokens=max_tokens, on_batch=bar.update
+            )
+            note = {"devices": devices, "precision_check": checked if part == 0 else None}
+            writer.write(part, scored, note=note)
+            tokens += sum(map(len, block))
+    complete = writer.finish()
+    if progress:
+        _print_end(writer, complete, tokens, time.perf_counter() - start)
+    return Path(output_dir)
+
+
+def score_pairs(
+    pairs: list[TokenPair],
+    reference: PreTrainedModel,
+    oracle: PreTrainedModel | None = None,
+    *,
+    keep: Sequence[str] = ("score",),
+    max_tokens: int = 8192,
+    on_batch=lambda tokens: None,  # called after each batch with its share of the pairs' tokens
+) -> list[ScoredPair]:
+    """Score pairs in memory, in their own order; see `score_dataset`."""
+    with_score = "score" in keep
+    share = lambda tokens: on_batch(tokens / (2 if with_score else 1))
+    ref_logp = response_logp(reference, pairs, "reference", max_tokens, share)
+    logp = response_logp(oracle, pairs, "oracle", max_tokens, share) if with_score else None
+    scored = []
+    for i, pair in enumerate(pairs):
+        fields = {f.name: getattr(pair, f.name) for f in dataclasses.fields(TokenPair)}
+        for j, side in enumerate(("chosen", "rejected")):
+            if with_score:
+                fields[f"{side}_score"] = logp[i][j] - ref_logp[i][j]
+            if "logp" in keep:
+                fields[f"{side}_ref_logp"] = ref_logp[i][j]
+        scored.append(ScoredPair(**fields))
+    return scored
+
+
+def _checked_keep(keep: Sequence[str], oracle) -> list[str]:
+    kept = sorted(set(keep))
+    if not kept or not set(kept) <= {"score", "logp"}:
+        raise InputError(f"keep: expected 'score', 'logp' or both, got {list(keep)}")
+    if "score" in kept and oracle is None:
+        raise InputError("keep: a score needs an oracle; give one, or keep 'logp' alone")
+    if "score" not in kept and oracle is not None:
+        raise InputError("keep: 'logp' alone does not use the oracle; add 'score', or leave it out")
+    return kept
+
+
+def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
+    if shard is None:  # what torchrun sets
+        shard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= shard[0] < shard[1]:
+        raise InputError(f"shard: expected i/n with 0 <= i < n, got {shard[0]}/{shard[1]}")
+    return shard
+
+
+def _check_tokens(pairs: list[TokenPair], model: PreTrainedModel, role: str) -> None:
+    # Models that share a tokenizer may pad the vocabulary differently, so sizes alone do not tell.
+    size = model.get_input_embeddings().num_embeddings
+    for pair in pairs:
+        largest = max(int(ids.max()) for ids in (pair.prompt, pair.chosen, pair.rejected))
+        if largest >= size:
+            raise InputError(
+                f"row {pair.id}: token {largest}, but the {role} has a vocabulary of {size}; "
+                "it needs the tokenizer that made the pairs"
+            )
+
+
+def _about_model(role: str, model: PreTrainedModel | None) -> dict:
+    if model is None:
+        return {role: None, f"{role}_dtype": None, f"{role}_name": None}
+    return {
+        role: weights_hash(model),
+        f"{role}_dtype": dtype_name(model),
+        f"{role}_name": model.name_or_path,
+    }
+
+
+def _device_name(model: PreTrainedModel) -> str:
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return model.device.type
+
+
+def _print_end(writer: StoreWriter, complete: bool, tokens: int, seconds: float) -> None:
+    print(f"scored {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s")
+    if complete:
+        print(f"complete store: {writer.path}")
+    else:
+        missing, total = len(writer.missing()), num_parts(writer.manifest)
+        print(f"{writer.path}: {missing} of {total} parts are left to the other shards")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sepo score`."""
+    add = parser.add_argument
+    add("--dataset_name", required=True, help="hub id or local path of preference pairs")
+    add("--dataset_config", help="the data set's configuration, if it has several")
+    add("--split", default="train")
+    add("--limit", type=int, help="read the first so many rows only")
+    add("--max_length", type=int, help="tokens of a prompt and one response")
+    add("--append_eos", type=_boolean, default=True, metavar="true|false", help="plain text only")
+    add(
+        "--reference",
+        required=True,
+        help="the model the oracle started from; its tokenizer is used",
+    )
+    add("--oracle", help="the trained model; without it only log-probabilities can be kept")
+    add("--output_dir", required=True)
+    add("--keep", choices=["logp"], help="also keep the reference's log-probabilities")
+    for role in ("", "oracle_", "reference_"):
+        whose = f"of the {role[:-1]}" if role else "of both models"
+        add(f"--{role}dtype", choices=DTYPES, help=f"arithmetic {whose}; float32 if not given")
+        add(f"--{role}device", help=f"device {whose}; cuda if there is one, else cpu")
+    add("--max_tokens_per_batch", type=int, default=8192)
+    add("--pairs_per_part", type=int, default=128, help="what a killed run repeats at most")
+    add("--shard", type=_shard, metavar="i/n", help="score every n-th part only; RANK/WORLD_SIZE")
+    add(
+        "--precision_check",
+        type=int,
+        metavar="n",
+        help=f"score n pairs in float32 too and compare; {SAMPLE} if a dtype is lower, 0: never",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """`sepo score`. Raises InputError as `score_dataset` does, and for tokenizers that differ."""
+    tokenizer = load_tokenizer(args.reference)
+    if args.oracle is not None:
+        _check_same_tokenizer(args.oracle, args.reference, tokenizer)
+    data = read_pairs(
+        args.dataset_name,
+        tokenizer,
+        split=args.split,
+        config=args.dataset_config,
+        max_length=args.max_length,
+        append_eos=args.append_eos,
+        limit=args.limit,
+        progress=True,
+    )
+    print(data.report)
+    models = {}
+    for role in ("reference", "oracle"):
+        dtype = getattr(args, f"{role}_dtype") or args.dtype or "float32"
+        device = getattr(args, f"{role}_device") or args.device or _default_device()
+        if path := getattr(args, role):
+            models[role] = load_model(path, dtype=DTYPES[dtype], device=device)
+    wants_score = args.oracle is not None or args.keep is None
+    keep = ["score"] * wants_score + [args.keep] * (args.keep is not None)
+    score_dataset(
+        data.pairs,
+        args.output_dir,
+        **models,
+        tokenizer=tokenizer,
+        keep=keep,
+        max_tokens=args.max_tokens_per_batch,
+        pairs_per_part=args.pairs_per_part,
+        shard=args.shard,
+        precision_check=args.precision_check,
+        report=data.report.as_dict(),
+        max_length=args.max_length,
+    )
+
+
+def _check_same_tokenizer(oracle: str, reference: str, tokenizer) -> None:
+    found, expected = tokenizer_hash(load_tokenizer(oracle)), tokenizer_hash(tokenizer)
+    if found != expected:
+        raise InputError(
+            f"oracle {oracle} and reference {reference} have different tokenizers "
+            f"({found[:12]}, {expected[:12]}); a score needs both models on the same tokens"
+        )
+
+
+def _default_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text}")
+    return text.lower() == "true"
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected i/n, as in 0/4, got {text}") from None
+    return index, count

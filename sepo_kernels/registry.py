@@ -1,0 +1,41 @@
+"""Choosing an implementation: a tuple in priority order, and one function that reads it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of an operation; `bwd` is None where the operation has no gradient."""
+
+    name: str  # what the user writes: impl="chunked"
+    fwd: Callable
+    bwd: Callable | None
+    why_not: Callable[..., str | None]  # None: can run these tensors; else the reason
+
+
+def always(*tensors) -> None:
+    """`why_not` of an implementation that runs everywhere."""
+
+
+def pick(impls: Sequence[Impl], requested: str, *tensors) -> Impl:
+    """Return the requested implementation, or for "auto" the first that can run `tensors`.
+
+    A named implementation that cannot run is an error with its reason: it never falls back.
+    """
+    if requested == "auto":
+        reasons = {}
+        for impl in impls:
+            reason = impl.why_not(*tensors)
+            if reason is None:
+                return impl
+            reasons[impl.name] = reason
+        raise ValueError(f"no implementation can run these tensors: {reasons}")
+    for impl in impls:
+        if impl.name == requested:
+            reason = impl.why_not(*tensors)
+            if reason is not None:
+                raise ValueError(f'impl="{requested}" cannot run here: {reason}')
+            return impl
+    known = ", ".join(["auto", *(impl.name for impl in impls)])
+    raise ValueError(f'unknown impl "{requested}", expected one of: {known}')

@@ -1,0 +1,28 @@
+"""The definition of selected_logprob, in differentiable PyTorch. Slow, large, and the oracle.
+
+logp[m] = z[m, targets[m]] - logsumexp(z[m, :])
+z       = softcap * tanh((hidden[rows] @ weight.T * scale + bias) / softcap)
+"""
+
+import torch
+from torch import Tensor
+
+from sepo_kernels.platform import accumulator
+
+
+def selected_logprob(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    rows: Tensor,  # (M,) int32; may repeat: a shared prompt's last row predicts both responses
+    targets: Tensor,  # (M,) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    scale: float = 1.0,
+    softcap: float | None = None,  # None: logits are not capped
+) -> Tensor:  # (M,) float32, or float64 for float64 inputs
+    logits = hidden[rows] @ weight.T * scale  # (M, V)
+    if bias is not None:
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.to(accumulator(logits.dtype)).log_softmax(-1).gather(-1, targets[:, None])[:, 0]

@@ -1,0 +1,244 @@
+import numpy as np
+import pytest
+
+from sepo.data.formats import Drop, Preference, Why, find_format, read_row
+from sepo.errors import InputError
+
+USER = {"role": "user", "content": "Which river?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+GOOD = {"role": "assistant", "content": "The Rhine."}
+BAD = {"role": "assistant", "content": "No idea."}
+
+
+def read(row: dict, number: int = 7, **options) -> Preference | Drop:
+    return read_row(row, number, find_format(list(row), **options), **options)
+
+
+def check_messages(preference: Preference, prompt: list[dict]) -> None:
+    assert isinstance(preference, Preference), preference
+    assert preference.prompt == prompt
+    assert (preference.chosen, preference.rejected) == (GOOD, BAD)
+
+
+# --- every format --------------------------------------------------------------------------------
+
+
+def test_trl_strings_stay_plain_text():
+    p = read({"prompt": "Q: ", "chosen": "a", "rejected": "b"})
+    assert (p.id, p.prompt, p.chosen, p.rejected) == ("7", "Q: ", "a", "b")
+
+
+def test_trl_messages():
+    check_messages(read({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}), [USER])
+
+
+def test_trl_implicit_prompt_in_messages():
+    turns = [SYSTEM, USER]
+    check_messages(read({"chosen": [*turns, GOOD], "rejected": [*turns, BAD]}), turns)
+
+
+def test_ultrafeedback_ignores_the_string_prompt_its_conversation_repeats():
+    row = {"prompt": "Which river?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    check_messages(read(row), [USER])
+
+
+def test_a_message_prompt_that_the_conversation_repeats_is_not_doubled():
+    row = {"prompt": [SYSTEM, USER], "chosen": [SYSTEM, USER, GOOD]}
+    check_messages(read(row | {"rejected": [SYSTEM, USER, BAD]}), [SYSTEM, USER])
+
+
+def test_a_string_prompt_before_message_responses_is_a_user_turn():
+    check_messages(read({"prompt": "Which river?", "chosen": [GOOD], "rejected": [BAD]}), [USER])
+
+
+def test_a_blank_prompt_beside_whole_conversations_says_nothing():
+    row = {"prompt": "", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    check_messages(read(row), [USER])
+
+
+def test_hh_splits_at_the_last_assistant_mark():
+    start = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: which river?\n\nAssistant:"
+    # both begin alike: the common prefix would reach into the responses
+    p = read({"chosen": start + " The Rhine.", "rejected": start + " The Rhone."})
+    assert (p.prompt, p.chosen, p.rejected) == (start, " The Rhine.", " The Rhone.")
+
+
+def test_hh_with_prompts_that_differ_is_a_drop():
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}
+    assert read(row) == Drop("7", Why.PROMPTS_DIFFER)
+    longer = row["chosen"] + "\n\nHuman: more\n\nAssistant: z"
+    assert read({"chosen": row["chosen"], "rejected": longer}) == Drop("7", Why.PROMPTS_DIFFER)
+
+
+@pytest.mark.parametrize("name", ["question", "input", "instruction"])
+def test_orca(name):
+    row = {"system": "Be brief.", name: "Which river?"}
+    row |= {"chosen": GOOD["content"], "rejected": BAD["content"]}
+    check_messages(read(row), [SYSTEM, USER])
+    check_messages(read(row | {"system": None}), [USER])
+
+
+def test_alpaca_joins_instruction_and_input():
+    row = {"instruction": "Which", "input": "river?", "chosen": "a", "rejected": "b"}
+    assert read(row).prompt == [{"role": "user", "content": "Which\nriver?"}]
+
+
+def test_a_system_column_makes_strings_a_conversation():
+    row = {"prompt": "Which river?", "system": "Be brief."}
+    row |= {"chosen": GOOD["content"], "rejected": BAD["content"]}
+    check_messages(read(row), [SYSTEM, USER])
+
+
+def test_sharegpt():
+    names = ["system", "human", "function_call", "observation", "human"]
+    row = {
+        "conversations": [{"from": n, "value": str(i)} for i, n in enumerate(names)],
+        "chosen": {"from": "gpt", "value": "The Rhine."},
+        "rejected": {"from": "gpt", "value": "No idea."},
+        "tools": '[{"name": "map"}]',
+    }
+    p = read(row)
+    roles = ["system", "user", "assistant", "tool", "user"]
+    check_messages(p, [{"role": r, "content": str(i)} for i, r in enumerate(roles)])
+    assert p.tools == [{"name": "map"}]
+
+
+def test_openrlhf_names_its_own_columns():
+    row = {"context": "Q", "better": "a", "worse": "b", "prompt": 3}
+    p = read(row, fields={"prompt": "context", "chosen": "better", "rejected": "worse"})
+    assert (p.prompt, p.chosen, p.rejected) == ("Q", "a", "b")
+    row = {"context_messages": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    check_messages(read(row, fields={"prompt": "context_messages"}), [USER])
+
+
+def test_token_ids_with_mask_and_weights():
+    row = {"id": "x", "prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}
+    p = read(row | {"chosen_mask": [0, 1], "rejected_weights": [0.25]})
+    assert p.id == "x" and p.prompt.dtype == np.int32 and p.prompt.tolist() == [1, 2]
+    assert p.chosen_weight.tolist() == [0, 1] and p.chosen_weight.dtype == np.float32
+    assert p.rejected_weight.tolist() == [0.25]
+    assert read(row | {"chosen_mask": None}).chosen_weight is None
+
+
+def test_token_ids_in_the_cells_of_a_csv():
+    row = {"prompt_ids": "[1, 2]", "chosen_ids": "[3]", "rejected_ids": "[4, 5]"}
+    p = read(row | {"chosen_mask": "[1]", "rejected_mask": ""})
+    assert (p.prompt.tolist(), p.rejected.tolist()) == ([1, 2], [4, 5])
+    assert p.chosen_weight.tolist() == [1] and p.rejected_weight is None
+
+
+def test_keys_of_messages_pass_through_without_the_none_that_tables_add():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "map", "x": None}]}
+    answer = {"role": "tool", "content": "Rhine", "tool_calls": None}
+    p = read({"prompt": [USER, call, answer], "chosen": [GOOD], "rejected": [BAD]})
+    assert p.prompt[1] == call | {"tool_calls": [{"name": "map"}]}
+    assert p.prompt[2] == {"role": "tool", "content": "Rhine"}
+
+
+@pytest.mark.parametrize("own, id", [("a", "a"), (12, "12"), (0, "0"), (None, "7"), ("", "7")])
+def test_id_is_the_column_or_the_row_number(own, id):
+    assert read({"id": own, "prompt": "Q", "chosen": "a", "rejected": "b"}).id == id
+
+
+# --- drops ---------------------------------------------------------------------------------------
+
+LONG = {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]}
+IDS = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}
+
+
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        ({"prompt": "Q", "chosen": None, "rejected": "b"}, Why.EMPTY),
+        ({"prompt": "Q", "chosen": "a", "rejected": " \n"}, Why.EMPTY),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": []}, Why.EMPTY),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD | {"content": None}]}, Why.EMPTY),
+        ({"chosen": "\n\nAssistant:", "rejected": "\n\nAssistant: b"}, Why.EMPTY),
+        ({"chosen": None, "rejected": "\n\nAssistant: b"}, Why.EMPTY),
+        ({"chosen": [GOOD], "rejected": [BAD]}, Why.NO_PROMPT),
+        ({"question": " ", "chosen": "a", "rejected": "b"}, Why.NO_PROMPT),
+        ({"chosen": [USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, Why.PROMPTS_DIFFER),
+        (LONG, Why.PROMPTS_DIFFER),
+        (
+            {"prompt": "Other", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            Why.PROMPT_ELSEWHERE,
+        ),
+        ({"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]}, Why.LAST_ROLE),
+        (IDS | {"chosen_ids": []}, Why.EMPTY),
+        (IDS | {"chosen_ids": None}, Why.EMPTY),
+        (IDS | {"prompt_ids": []}, Why.NO_PROMPT),
+        (IDS | {"chosen_mask": [0, 0]}, Why.ZERO_WEIGHT),
+        (IDS | {"rejected_weights": [0.0]}, Why.ZERO_WEIGHT),
+    ],
+)
+def test_drop(row, why):
+    dropped = read(row)
+    assert isinstance(dropped, Drop) and (dropped.id, dropped.why) == ("7", why)
+
+
+def test_a_tool_call_is_an_answer_without_content():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "map"}]}
+    assert read({"prompt": [USER], "chosen": [call], "rejected": [BAD]}).chosen == call
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "Q", "chosen": 3, "rejected": "b"}, "row 7: expected chosen to be a string"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "row 7: expected prompt to be a string"),
+        (
+            {"prompt": "Q", "chosen": ["a"], "rejected": ["b"]},
+            "row 7: expected chosen to hold mess",
+        ),
+        ({"chosen": "plain", "rejected": "text"}, r"row 7: expected chosen, without a prompt col"),
+        (
+            {"prompt": [{"content": "x"}], "chosen": [GOOD], "rejected": [BAD]},
+            "`from` out of human",
+        ),
+        (
+            {"prompt": [USER | {"content": 3}], "chosen": [GOOD], "rejected": [BAD]},
+            "in prompt to be",
+        ),
+        (
+            {"conversations": [{"from": "bot", "value": "x"}], "chosen": [GOOD], "rejected": [BAD]},
+            "row 7: expected each message of conversations to have a role.*got 'bot'",
+        ),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": "{"}, "tools to be JSON"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": "{}x"}, "to be JSON"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": '{"a": 1}'}, "be a list"),
+        (IDS | {"chosen_ids": "[1, "}, "row 7: expected chosen_ids to be JSON"),
+        (IDS | {"chosen_ids": 3}, "row 7: expected chosen_ids to be a list of numbers, got int"),
+        (IDS | {"chosen_ids": [1.5, 2]}, "row 7: expected chosen_ids to be whole numbers"),
+        (IDS | {"chosen_ids": [[1], [2, 3]]}, "row 7: expected chosen_ids to be one flat list"),
+        (IDS | {"chosen_ids": [-100, 3]}, "row 7: expected chosen_ids to be token ids, got -100"),
+        (IDS | {"chosen_mask": [1]}, "row 7: expected chosen_mask to hold 2 numbers.*got 1"),
+        (IDS | {"chosen_mask": [1, 2]}, "chosen_mask to be 0 or 1"),
+        (IDS | {"chosen_weights": [1, -2]}, "chosen_weights to be finite and >= 0, got -2"),
+        (IDS | {"chosen_weights": [1, float("nan")]}, "chosen_weights to be finite"),
+        (IDS | {"chosen_mask": [1, 1], "chosen_weights": [1, 1]}, "got both"),
+    ],
+)
+def test_wrong_type_names_row_and_field(row, message):
+    with pytest.raises(InputError, match=message):
+        read(row)
+
+
+def test_unknown_columns_name_what_was_found_and_expected():
+    with pytest.raises(InputError, match="expected the columns of one of: prompt_ids.*got.*a, b"):
+        find_format(["a", "b"])
+
+
+def test_a_mask_needs_token_ids():
+    with pytest.raises(InputError, match="expected chosen_mask to come with prompt_ids"):
+        find_format(["prompt", "chosen", "rejected", "chosen_mask"])
+
+
+def test_fields_are_checked():
+    columns = ["prompt", "chosen", "rejected"]
+    with pytest.raises(InputError, match="expected a column better, got the columns prompt"):
+        find_format(columns, fields={"chosen": "better"})
+    with pytest.raises(InputError, match="expected fields out of .*; got chosne"):
+        find_format(columns, fields={"chosne": "chosen"})

@@ -1,0 +1,102 @@
+"""segment_sum and segment_mean: value, gradient, empty segments, NaN, boundary, refusals."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sepo.ops import segment_mean, segment_sum
+from sepo_kernels.segment_reduce import reference
+
+
+def offsets(lengths) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, 40), max_size=8), wide=st.booleans())
+def test_equals_the_definition(lengths, wide):
+    values, cu = torch.randn(sum(lengths), dtype=torch.float64), offsets(lengths)
+    expected = reference.segment_sum(values, cu)
+    cu = cu.long() if wide else cu
+    torch.testing.assert_close(segment_sum(values, cu), expected, rtol=1e-13, atol=1e-13)
+    mean = expected / torch.tensor(lengths or [1]).clamp(min=1)[: len(lengths)]
+    torch.testing.assert_close(segment_mean(values, cu), mean, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("fn", [segment_sum, segment_mean])
+@pytest.mark.parametrize("lengths", [[3, 1, 0, 4], [0, 0], [], [2]])
+def test_gradcheck(fn, lengths):
+    values = torch.randn(sum(lengths), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: fn(v, offsets(lengths)), (values,))
+
+
+@pytest.mark.parametrize("fn", [segment_sum, segment_mean])
+def test_an_empty_segment_is_zero_and_passes_no_gradient(fn):
+    values = torch.tensor([-1.0, -3.0], requires_grad=True)
+    out = fn(values, offsets([0, 2, 0]))
+    assert out.tolist() == [0.0, -4.0 if fn is segment_sum else -2.0, 0.0]
+    # an infinite gradient of the empty ones would show as NaN or inf
+    out.backward(torch.tensor([float("inf"), 1.0, float("nan")]))
+    assert values.grad.tolist() == ([1.0, 1.0] if fn is segment_sum else [0.5, 0.5])
+
+
+def test_no_values_is_a_differentiable_zero():
+    values = torch.zeros(0, requires_grad=True)
+    out = segment_mean(values, offsets([0, 0]))
+    out.sum().backward()
+    assert out.tolist() == [0.0, 0.0] and values.grad.shape == (0,)
+
+
+def test_nan_stays_in_its_segment():
+    values = torch.tensor([1.0, float("nan"), 2.0, 3.0], requires_grad=True)
+    out = segment_sum(values, offsets([1, 1, 2]))
+    assert out[0] == 1 and out[1].isnan() and out[2] == 5
+    out.backward(torch.tensor([1.0, float("nan"), 2.0]))
+    assert values.grad[[0, 2, 3]].tolist() == [1.0, 2.0, 2.0]
+
+
+def test_a_small_segment_after_a_large_one_keeps_its_precision():
+    values = torch.tensor([1e9] * 1000 + [1e-3, 2e-3])
+    assert segment_sum(values, offsets([1000, 2]))[1].item() == pytest.approx(3e-3, rel=1e-6)
+
+
+def test_repeatable_bit_for_bit():
+    values, cu = torch.randn(5000), offsets([1000, 3000, 1000])
+    assert torch.equal(segment_sum(values, cu), segment_sum(values, cu))
+
+
+def test_operator_registration():
+    values, cu = torch.randn(7), offsets([3, 0, 4])
+    torch.library.opcheck(torch.ops.sepo.segment_sum_fwd.default, (values, cu, "offsets"))
+    grad = torch.randn(3)
+    torch.library.opcheck(torch.ops.sepo.segment_sum_bwd.default, (grad, cu, 7, "offsets"))
+
+
+# Dynamo makes an instance of every autograd Function it traces, and torch warns of it
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated.*:DeprecationWarning")
+@pytest.mark.parametrize("fn", [segment_sum, segment_mean])
+def test_compiles_as_one_node(fn):
+    cu, results = offsets([3, 0, 4]), []
+    for op in (fn, torch.compile(fn, fullgraph=True, backend="aot_eager")):
+        values = torch.linspace(-1, 1, 7).requires_grad_()
+        out = op(values, cu)
+        results.append((out, *torch.autograd.grad(out.square().sum(), values)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+REFUSALS = {
+    "rank": (dict(values=torch.zeros(2, 2)), r"values \(M,\).*got \(2, 2\) and \(2,\)"),
+    "no offsets": (dict(cu_rows=torch.zeros(0, dtype=torch.int32)), r"got \(4,\) and \(0,\)"),
+    "dtype": (dict(values=torch.zeros(4).bfloat16()), "float64 values, got torch.bfloat16"),
+    "offsets": (dict(cu_rows=torch.zeros(2)), "int32 or int64 cu_rows, got torch.float32"),
+    "device": (dict(values=torch.zeros(4, device="meta")), "one device, got meta and cpu"),
+}
+
+
+@pytest.mark.parametrize("fn", [segment_sum, segment_mean])
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refuses_by_name(case, fn):
+    wrong, message = REFUSALS[case]
+    with pytest.raises(ValueError, match=message):
+        fn(**dict(values=torch.zeros(4), cu_rows=offsets([4])) | wrong)

@@ -1,0 +1,87 @@
+"""A model's name is its weights: not its dtype, device or the order they are held in."""
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sepo import fingerprint
+from sepo.fingerprint import weights_hash
+
+
+def reload(path, dtype):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def test_dtype_of_the_load_does_not_matter_the_checkpoints_does(tmp_path):
+    exact, rounded = tmp_path / "float32", tmp_path / "bfloat16"
+    tiny_model().save_pretrained(exact)
+    tiny_model().bfloat16().save_pretrained(rounded)
+    hashes = {weights_hash(reload(rounded, dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    assert len(hashes) == 1
+    assert weights_hash(reload(exact, torch.float32)) == weights_hash(tiny_model())
+    assert weights_hash(reload(exact, torch.float32)) not in hashes
+
+
+def test_one_value_matters():
+    model = tiny_model()
+    before = weights_hash(model)
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        value = parameter.view(-1)[-1]
+        value.copy_(torch.nextafter(value, torch.tensor(torch.inf)))
+    assert weights_hash(model) != before
+
+
+def test_names_and_shapes_matter():
+    one, other = nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)
+    other.weight.data = one.weight.data.reshape(2, 3)
+    assert weights_hash(one) != weights_hash(other)
+    assert weights_hash(nn.ModuleDict({"a": one})) != weights_hash(nn.ModuleDict({"b": one}))
+
+
+def test_order_of_definition_does_not_matter():
+    a, b = nn.Linear(2, 3), nn.Linear(3, 2)
+    forth, back = nn.Module(), nn.Module()
+    forth.a, forth.b = a, b
+    back.b, back.a = b, a
+    assert weights_hash(forth) == weights_hash(back)
+
+
+def test_tied_weights_count_once():
+    tied = tiny_model(tie_word_embeddings=True)
+    seen = fingerprint._stored(tied)
+    assert len({t.data_ptr() for t in seen.values()}) == len(seen)
+
+
+def test_persistent_buffers_count_and_others_do_not():
+    model = nn.Linear(2, 2)
+    hashes = [weights_hash(model)]
+    model.register_buffer("scratch", torch.ones(3), persistent=False)
+    assert weights_hash(model) == hashes[0]
+    for value in (2**24, 2**24 + 1):  # equal in float32
+        model.register_buffer("count", torch.tensor(value))
+        hashes.append(weights_hash(model))
+    assert len(set(hashes)) == 3
+
+
+def test_chunks_do_not_show(monkeypatch):
+    model = tiny_model()
+    whole = weights_hash(model)
+    monkeypatch.setattr(fingerprint, "CHUNK", 100)
+    assert weights_hash(model) == whole
+
+
+def test_layout_does_not_show():
+    model = nn.Linear(4, 6)
+    expected = weights_hash(model)
+    model.weight.data = model.weight.data.T.contiguous().T
+    assert weights_hash(model) == expected
+
+
+def test_meta_device_is_refused():
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="bias is on the meta device, expected values"):
+        weights_hash(model)

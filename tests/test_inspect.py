@@ -1,0 +1,159 @@
+import argparse
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_tokenizer
+
+from sepo import inspect
+from sepo.data import ScoredPair
+from sepo.data.store import IDENTITY, StoreWriter, template_hash, tokenizer_hash
+from sepo.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def model(tmp_path):
+    plain_tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def run(*argv) -> None:
+    parser = argparse.ArgumentParser()
+    inspect.add_arguments(parser)
+    inspect.run(parser.parse_args([str(a) for a in argv]))
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def scored() -> ScoredPair:
+    encode = lambda text: np.array(plain_tokenizer()(text)["input_ids"], np.int32)
+    pair = {"prompt": encode("Q"), "chosen": encode("abcde"), "rejected": encode("xyz")}
+    return ScoredPair(
+        id="r",
+        **pair,
+        chosen_score=np.array([0, 5, 4, 0, 0], np.float32),
+        rejected_score=np.array([1, 2, -3], np.float32),
+    )
+
+
+def test_raw_data_shows_boundaries_and_counts(tmp_path, model, capsys):
+    rows = [
+        {"prompt": "Tell me\nnow:", "chosen": " a\x1b[2Jb", "rejected": " b"},
+        {"prompt": "Tell me:", "chosen": "", "rejected": " b"},
+        {"prompt": "Tell me:", "chosen": " c", "rejected": " d"},
+    ]
+    run(write(tmp_path / "rows.jsonl", *rows), "--model_name_or_path", model, "--rows", 1)
+    out = capsys.readouterr().out
+    assert "  prompt   Tell me⏎\n           now:|\n" in out
+    assert "  rejected  b<|endoftext|>|\n" in out
+    assert "a\\x1b[2Jb<|endoftext|>|" in out and "\x1b" not in out
+    assert out.count("prompt,") == 1  # one row was asked for
+    assert "3 rows read" in out and "1 a response is empty (row 1)" in out
+
+
+def test_cuts_are_named_at_the_row(tmp_path, model, capsys):
+    row = {"prompt": "Tell me:", "chosen": " a b c d e f g h", "rejected": " b"}
+    path = write(tmp_path / "rows.jsonl", row)
+    run(path, "--model_name_or_path", model, "--max_length", 9)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("row 0: ") and first.endswith("; chosen cut at max_length")
+
+
+def test_keys_and_limit(tmp_path, model, capsys):
+    row = {"q": "Tell me:", "better": " a", "worse": " b"}
+    path = write(tmp_path / "rows.jsonl", row, row)
+    keys = ["--prompt_key", "q", "--chosen_key", "better", "--rejected_key", "worse"]
+    run(path, "--model_name_or_path", model, "--limit", 1, *keys, "--append_eos", "false")
+    out = capsys.readouterr().out
+    assert "1 rows read" in out and "  chosen    a|\n" in out
+
+
+def test_the_users_own_weights_are_highlighted(tmp_path, model, capsys):
+    prompt, chosen = plain_tokenizer()(["Q", "ab"])["input_ids"]
+    row = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": [3]}
+    row |= {"chosen_mask": [0, 1], "rejected_mask": [1]}
+    run(write(tmp_path / "rows.jsonl", row), "--model_name_or_path", model)
+    out = capsys.readouterr().out
+    assert "  chosen   a┊⟦b⟧|\n" in out
+    assert "2 of 3 response tokens selected (66.7%), 1 read after truncation (33.3%)" in out
+
+
+def test_a_scored_store_shows_what_is_selected(tmp_path, model, capsys):
+    tokenizer = plain_tokenizer()
+    manifest = dict.fromkeys(IDENTITY, "x") | {"format": 1, "pairs": 1, "pairs_per_part": 1}
+    manifest |= {"keep": ["score"], "tokenizer": tokenizer_hash(tokenizer)}
+    manifest |= {"chat_template": template_hash(tokenizer)}
+    writer = StoreWriter(tmp_path / "store", manifest)
+    writer.write(0, [scored()])
+    assert writer.finish()
+    run(tmp_path / "store", "--model_name_or_path", model, "--fraction", 0.4)
+    out = capsys.readouterr().out
+    # two of five, the highest; one of three, the lowest; nothing is read after the one before
+    assert "  chosen   a⟦b⟧┊⟦c⟧de|" in out
+    assert "  rejected xy┊⟦z⟧|" in out
+    assert "3 of 8 response tokens selected (37.5%), 4 read after truncation (50.0%)" in out
+
+
+def test_colours_only_on_a_terminal_and_not_with_no_color(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = Terminal()
+    inspect.Show(plain_tokenizer(), out).pair(scored())
+    assert "\x1b[7mb\x1b[0m" in out.getvalue() and "⟦" not in out.getvalue()
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = Terminal()
+    inspect.Show(plain_tokenizer(), out).pair(scored())
+    assert "\x1b" not in out.getvalue() and "⟦b⟧" in out.getvalue()
+
+
+@pytest.mark.parametrize("make", [chatml_tokenizer, llama2_tokenizer, plain_tokenizer])
+def test_marked_text_is_the_decoded_text(make):
+    tokenizer = make()
+    encode = lambda text: np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    chosen = encode(" The river is wide é😀.")
+    score = np.random.default_rng(0).normal(size=len(chosen)).astype(np.float32)
+    pair = ScoredPair(
+        id="r",
+        prompt=encode("Tell me"),
+        chosen=chosen,
+        rejected=chosen,
+        chosen_score=score,
+        rejected_score=score,
+    )
+    out = io.StringIO()
+    inspect.Show(tokenizer, out, fraction=0.5).pair(pair)
+    line = next(x for x in out.getvalue().splitlines() if x.startswith("  chosen"))
+    text = line[11:-1].translate(dict.fromkeys(map(ord, "⟦⟧┊")))
+    whole = tokenizer.decode([*pair.prompt, *chosen])
+    assert text.startswith(" The river is wide ") and whole.endswith(text[:19] + "é😀.")
+    assert line.count("⟦") == line.count("⟧") > 0 and line.count("┊") == 1
+
+
+def test_an_output_of_another_encoding_gets_escapes():
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    inspect.Show(plain_tokenizer(), out).line("é")
+    out.flush()
+    assert out.buffer.getvalue() == b"\\xe9\n"
+
+
+def test_messages(tmp_path, model):
+    with pytest.raises(InputError, match="can't load a tokenizer from"):
+        run("rows.jsonl", "--model_name_or_path", tmp_path / "nothing")
+    with pytest.raises(InputError, match="no such file or directory: rows.jsonl"):
+        run("rows.jsonl", "--model_name_or_path", model)
+    with pytest.raises(InputError, match="expected --rows >= 0, got -1"):
+        run("rows.jsonl", "--model_name_or_path", model, "--rows", -1)

@@ -1,0 +1,96 @@
+"""Would the tests notice? Each mutant breaks a copy of the code on purpose; its tests must fail.
+
+The text to be broken must occur exactly once, so a mutant that the code has outgrown is noticed too.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from processes import ENVIRONMENT, ROOT
+
+pytestmark = pytest.mark.slow
+
+LOGPROB = "sepo_kernels/selected_logprob/chunked.py"
+MUTANTS = {
+    "assign instead of add for repeated rows": (
+        LOGPROB,
+        "total.index_add_(0, rows, values)",
+        "total.index_copy_(0, rows.long(), values)",
+        "tests/ops/test_selected_logprob.py",
+    ),
+    "columns beyond V in the sum": (
+        LOGPROB,
+        "total = z.sub_(top).exp_().sum(-1, keepdim=True)",
+        "pad = -z.shape[1] % 32\n"
+        "    total = z.sub_(top).exp_().sum(-1, keepdim=True) + pad * (-top).exp()",
+        "tests/ops/test_selected_logprob.py",
+    ),
+    "the rejected's first row off by one": (
+        "python/sepo/data/pack.py",
+        "np.where(segment.positions == 0, first - 1, row)",
+        "row",
+        "tests/data/test_pack.py",
+    ),
+    "one token too many cut": (
+        "python/sepo/data/truncate.py",
+        "last = int(positions[-1]) if len(positions) else 0",
+        "last = max(0, int(positions[-1]) - 1) if len(positions) else 0",
+        "tests/test_pipeline.py",
+    ),
+    "needs_input_grad ignored": (
+        "python/sepo/ops/selected_logprob.py",
+        "need = ctx.needs_input_grad[:3]",
+        "need = (True, True, False)",
+        "tests/ops/test_selected_logprob.py",
+    ),
+    "a silent fallback": (
+        "sepo_kernels/registry.py",
+        "raise ValueError(f'impl=\"{requested}\" cannot run here: {reason}')",
+        'return pick(impls, "auto", *tensors)',
+        "tests/ops",
+    ),
+    "an output part unwritten": (
+        LOGPROB,
+        "        logp[part], lse[part] = _normalise(z, targets[part], softcap, slope)",
+        "        if part.stop < M or M == 1:\n"
+        "            logp[part], lse[part] = _normalise(z, targets[part], softcap, slope)",
+        "tests/ops/test_selected_logprob.py",
+    ),
+    "the prompt visible to nobody's rejected response": (
+        "python/sepo/attention.py",
+        "torch.cat([x[:, :, prompt], x[:, :, rejected]], 2)",
+        "torch.cat([x[:, :, prompt][:, :, :-1], x[:, :, rejected]], 2)",
+        "tests/test_pipeline.py",
+    ),
+    "the step's loss divided by the micro-batch's pairs": (
+        "python/sepo/trainer.py",
+        "(world_size / count)",
+        "(world_size / max(1, len(part)))",
+        "tests/test_trainer.py",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_test_catches(name, tmp_path):
+    file, old, new, tests = MUTANTS[name]
+    for folder in ("sepo_kernels", "python", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    source = (tmp_path / file).read_text()
+    assert source.count(old) == 1, f"{file} no longer holds once: {old}"
+    (tmp_path / file).write_text(source.replace(old, new))
+    paths = [tmp_path, tmp_path / "python", tmp_path / "tests"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", tests],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1, f"no test of {tests} noticed:\n{done.stdout[-2000:]}"
+    assert "1 failed" in done.stdout  # not an error on the way to the tests

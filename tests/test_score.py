@@ -1,0 +1,244 @@
+"""Scores are right, in the order of the data, and wrong input is named."""
+
+import argparse
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scoring_for_tests import (
+    ORACLE,
+    QUIET,
+    REFERENCE,
+    TOKENIZER,
+    make_models,
+    make_pairs,
+    make_tokenizer,
+    parts,
+    save_models,
+)
+from tiny import V, tiny_model
+
+from sepo import score
+from sepo.data.store import ScoredStore
+from sepo.data.types import TokenPair
+from sepo.errors import InputError
+from sepo.model import load_model, load_tokenizer, prepare_model
+from sepo.response_logp import _batches
+from sepo.score import score_dataset, score_pairs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run of one process."""
+    path = tmp_path_factory.mktemp("whole")
+    return score_dataset(make_pairs(), path, reference=REFERENCE, oracle=ORACLE, **QUIET)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("max_tokens", [1, 40, 8192])
+def test_scores_against_dense_passes(arch, max_tokens):
+    reference, oracle = make_models(arch)
+    pairs = make_pairs()
+    found = score_pairs(pairs, reference, oracle, keep=("score", "logp"), max_tokens=max_tokens)
+    dense = [plain_float64(model, arch) for model in (reference, oracle)]
+    for pair, result in zip(pairs, found, strict=True):
+        assert result.id == pair.id
+        for side in ("chosen", "rejected"):
+            ref_logp, logp = (unpacked_logp(m, pair.prompt, getattr(pair, side)) for m in dense)
+            score, kept = getattr(result, f"{side}_score"), getattr(result, f"{side}_ref_logp")
+            assert score.dtype == kept.dtype == np.float32
+            np.testing.assert_allclose(kept, ref_logp, atol=2e-5)
+            np.testing.assert_allclose(score, logp - ref_logp, atol=2e-5)
+            assert np.abs(logp - ref_logp).max() > 1e-3  # the tolerance can tell
+
+
+def plain_float64(model, arch):
+    plain = tiny_model(arch, dtype=torch.float64)
+    plain.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    return plain
+
+
+@torch.no_grad()
+def unpacked_logp(model, prompt, response):
+    ids = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
+    logp = model(input_ids=ids).logits[0].log_softmax(-1)
+    rows = torch.arange(len(prompt) - 1, len(ids[0]) - 1)
+    return logp[rows, ids[0, len(prompt) :]].numpy()
+
+
+def test_batches_fill_the_budget_and_never_pass_it():
+    token = np.zeros(1, np.int32)
+    lengths = [5, 9, 3, 30, 4, 3]  # 3 + 3 + 4, 5 + 9, 30 alone
+    pairs = [
+        TokenPair(id="", prompt=token, chosen=token, rejected=token.repeat(n - 2)) for n in lengths
+    ]
+    assert _batches(pairs, 14) == [[2, 5, 4], [0, 1], [3]]
+
+
+def test_rows_keep_the_order_of_the_data(whole):
+    store = ScoredStore.open(whole, tokenizer=TOKENIZER)
+    direct = score_pairs(make_pairs(), REFERENCE, ORACLE)
+    for stored, pair in zip(store.pairs(), direct, strict=True):
+        assert stored.id == pair.id and np.array_equal(stored.rejected, pair.rejected)
+        np.testing.assert_allclose(stored.rejected_score, pair.rejected_score, atol=1e-5)
+
+
+def test_manifest_says_what_made_the_store(whole):
+    manifest = ScoredStore.open(whole).manifest
+    assert manifest["complete"] and manifest["pairs"] == 10
+    assert manifest["tokens"] == sum(map(len, make_pairs()))
+    assert manifest["oracle_dtype"] == manifest["reference_dtype"] == "float32"
+    assert manifest["devices"] == ["cpu"] and manifest["precision_check"] is None
+    assert manifest == json.loads((whole / "manifest.json").read_text())
+
+
+def test_reading_counts_and_weights_pass_through(tmp_path):
+    pairs = make_pairs(2)
+    weight = np.arange(len(pairs[0].chosen), dtype=np.float32)
+    pairs[0] = replace(pairs[0], chosen_weight=weight)
+    extra = dict(report={"dropped": 3}, max_length=64)
+    score_dataset(pairs, tmp_path, reference=REFERENCE, oracle=ORACLE, **extra, **QUIET)
+    store = ScoredStore.open(tmp_path)
+    assert store.manifest["reading"] == {"dropped": 3} and store.manifest["max_length"] == 64
+    assert np.array_equal(store[0].chosen_weight, weight) and store[0].rejected_weight is None
+
+
+def test_reference_alone(tmp_path):
+    score_dataset(make_pairs(), tmp_path, reference=REFERENCE, keep=("logp",), **QUIET)
+    pair = ScoredStore.open(tmp_path)[3]
+    expected = score_pairs(make_pairs(), REFERENCE, keep=("logp",))[3]
+    np.testing.assert_allclose(pair.chosen_ref_logp, expected.chosen_ref_logp, atol=1e-5)
+    assert pair.chosen_score is None and pair.rejected_score is None
+
+
+@pytest.mark.parametrize("role", ["reference", "oracle"])
+def test_nan_names_the_row_and_writes_nothing_of_its_part(tmp_path, role):
+    sick = prepare_model(tiny_model(tie_word_embeddings=False))
+    with torch.no_grad():
+        sick.get_input_embeddings().weight[V - 1] = torch.nan
+    pairs = make_pairs()
+    healthy = np.array([2, 3], np.int32)
+    for i, pair in enumerate(pairs):
+        pairs[i] = TokenPair(id=pair.id, prompt=healthy, chosen=healthy, rejected=healthy)
+    pairs[5] = replace(pairs[5], rejected=np.array([2, V - 1, 4], np.int32))
+    models = {"reference": REFERENCE, "oracle": ORACLE} | {role: sick}
+    message = rf"row r5: the {role} \(float32\) gave the log-probability nan to rejected token"
+    with pytest.raises(InputError, match=message):
+        score_dataset(pairs, tmp_path, **models, **QUIET)
+    assert [name[:10] for name in parts(tmp_path)] == ["part-00000", "part-00001"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_same_model_twice_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="the same weights: every score will be zero"):
+        score_dataset(make_pairs(), tmp_path, reference=REFERENCE, oracle=REFERENCE, **QUIET)
+    assert not ScoredStore.open(tmp_path)[0].chosen_score.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(pairs=[]), "expected at least one pair"),
+        (dict(pairs_per_part=0), "pairs_per_part: expected at least 1, got 0"),
+        (dict(oracle=None), "a score needs an oracle"),
+        (dict(keep=("logp",)), "'logp' alone does not use the oracle"),
+        (dict(keep=("scores",)), r"keep: expected 'score', 'logp' or both, got \['scores'\]"),
+        (dict(keep=()), "keep: expected 'score'"),
+        (dict(shard=(2, 2)), "expected i/n with 0 <= i < n, got 2/2"),
+    ],
+)
+def test_refusals(tmp_path, change, message):
+    arguments = dict(pairs=make_pairs(), output_dir=tmp_path, reference=REFERENCE, oracle=ORACLE)
+    with pytest.raises(InputError, match=message):
+        score_dataset(**{**arguments, **QUIET, **change})
+
+
+@pytest.mark.parametrize("role", ["reference", "oracle"])
+def test_token_outside_the_vocabulary(tmp_path, role):
+    models = {"reference": REFERENCE, "oracle": ORACLE}
+    models[role] = prepare_model(tiny_model(vocab_size=V - 1))
+    pairs = make_pairs()
+    pairs[4] = replace(pairs[4], chosen=np.array([V - 1], np.int32))
+    pairs = pairs[4:]
+    with pytest.raises(
+        InputError, match=f"row r4: token 60, but the {role} has a vocabulary of 60"
+    ):
+        score_dataset(pairs, tmp_path, **models, **QUIET)
+
+
+def parse(*words):
+    parser = argparse.ArgumentParser()
+    score.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_command_line(tmp_path, capsys):
+    reference, oracle = save_models(tmp_path)
+    rows = [
+        {"prompt_ids": p.prompt.tolist(), "chosen_ids": p.chosen.tolist(), "id": p.id}
+        | {"rejected_ids": p.rejected.tolist()}
+        for p in make_pairs()
+    ]
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    args = parse(
+        *("--dataset_name", str(data), "--reference", reference, "--oracle", oracle),
+        *("--output_dir", str(out), "--keep", "logp", "--device", "cpu", "--limit", "4"),
+        *("--dtype", "bfloat16", "--oracle_dtype", "float32", "--precision_check", "2"),
+    )
+    score.run(args)
+    printed = capsys.readouterr().out
+    assert "4 rows read" in printed and f"complete store: {out}" in printed
+    store = ScoredStore.open(out, tokenizer=load_tokenizer(reference))
+    assert store.manifest["reading"]["kept"] == 4
+    assert store.manifest["oracle_dtype"] == "float32"
+    assert store.manifest["reference_dtype"] == "bfloat16"
+    assert store.manifest["precision_check"]["pairs"] == 2
+    expected = score_pairs(
+        make_pairs()[:4], load_model(reference, dtype=torch.bfloat16), load_model(oracle)
+    )
+    np.testing.assert_allclose(store[3].chosen_score, expected[3].chosen_score, atol=1e-2)
+    assert store[3].chosen_ref_logp is not None
+
+
+def test_command_line_refuses_two_tokenizers(tmp_path):
+    reference, oracle = save_models(tmp_path)
+    make_tokenizer(1).save_pretrained(oracle)
+    args = parse(
+        *("--dataset_name", "unread", "--output_dir", str(tmp_path / "out")),
+        *("--reference", reference, "--oracle", oracle),
+    )
+    with pytest.raises(InputError, match="oracle .* and reference .* have different tokenizers"):
+        score.run(args)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shard", "1"), "expected i/n, as in 0/4, got 1"),
+        (("--append_eos", "maybe"), "expected true or false, got maybe"),
+        (("--dtype", "int8"), "invalid choice: 'int8'"),
+    ],
+)
+def test_command_line_refusals(capsys, words, message):
+    with pytest.raises(SystemExit):
+        parse("--dataset_name", "d", "--reference", "r", "--output_dir", "o", *words)
+    assert message in capsys.readouterr().err
+
+
+def test_end_of_a_run_is_reported(tmp_path, capsys):
+    run = lambda shard: score_dataset(
+        make_pairs(),
+        tmp_path,
+        reference=REFERENCE,
+        oracle=ORACLE,
+        shard=shard,
+        **QUIET | {"progress": True},
+    )
+    run((0, 2))
+    assert "2 of 5 parts are left to the other shards" in capsys.readouterr().out
+    run((1, 2))
+    printed = capsys.readouterr().out
+    assert "tokens/s" in printed and f"complete store: {tmp_path}" in printed

@@ -1,0 +1,171 @@
+"""Whatever happens to the processes that fill a store, its parts come out the same."""
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from scoring_for_tests import ORACLE, QUIET, REFERENCE, make_pairs, make_tokenizer, parts
+from tiny import tiny_model
+from tqdm import tqdm
+
+from sepo import score
+from sepo.data.store import ScoredStore
+from sepo.errors import InputError
+from sepo.model import prepare_model
+from sepo.score import score_dataset, score_pairs
+
+tqdm.get_lock()  # made here once, it is not left behind by every process that is killed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """How a matrix product is cut among threads shows in its last bit, and parts are compared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run of one process."""
+    path = tmp_path_factory.mktemp("whole")
+    return score_dataset(make_pairs(), path, reference=REFERENCE, oracle=ORACLE, **QUIET)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_shards_in_any_order_make_the_same_parts(whole, tmp_path, order):
+    run = lambda i: score_dataset(
+        make_pairs(), tmp_path, reference=REFERENCE, oracle=ORACLE, shard=(i, 2), **QUIET
+    )
+    run(order[0])
+    with pytest.raises(InputError, match="of 5 parts are missing"):
+        ScoredStore.open(tmp_path)
+    run(order[1])
+    assert parts(tmp_path) == parts(whole)
+    assert (tmp_path / "manifest.json").read_text() == (whole / "manifest.json").read_text()
+
+
+def test_shard_comes_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    score_dataset(make_pairs(), tmp_path, reference=REFERENCE, oracle=ORACLE, **QUIET)
+    assert [name[:10] for name in parts(tmp_path)] == ["part-00001", "part-00004"]
+
+
+def test_a_second_run_does_only_what_is_missing(whole, tmp_path, monkeypatch):
+    run = lambda: score_dataset(make_pairs(), tmp_path, reference=REFERENCE, oracle=ORACLE, **QUIET)
+    run()
+    (tmp_path / "part-00003-of-00005.parquet").unlink()
+    calls = []
+    monkeypatch.setattr(
+        score, "score_pairs", lambda p, *a, **k: calls.append(p) or score_pairs(p, *a, **k)
+    )
+    run(), run()
+    assert [[p.id for p in block] for block in calls] == [["r6", "r7"]]
+    assert parts(tmp_path) == parts(whole)
+
+
+def run_and_maybe_die(path, shard, replace_to_die_at, pairs=None):
+    """In its own process; dies by SIGKILL around its n-th rename: before it if n is even."""
+    renames, rename = iter(range(1000)), os.replace
+
+    def deadly(*names):
+        number = next(renames)
+        if number == replace_to_die_at // 2 and replace_to_die_at % 2 == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*names)
+        if number == replace_to_die_at // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = deadly
+    torch.set_num_threads(1)
+    score_dataset(
+        pairs or make_pairs(), path, reference=REFERENCE, oracle=ORACLE, shard=shard, **QUIET
+    )
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Real processes that start in milliseconds: one server imports this module for all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_score_resume"])
+    with pytest.MonkeyPatch.context() as patch:
+        # The server starts with neither this process's sys.path nor, without the second line, the
+        # right to fork: a thread pool does not survive that.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def test_killed_at_every_rename(processes, whole, tmp_path):
+    """Each run gets one rename further, so the deaths fall before and after every file."""
+    never = 1000
+    for step in (0, 1, 0, 2, 1, 3, 0, never):
+        process = processes.Process(target=run_and_maybe_die, args=(tmp_path, (0, 1), step))
+        process.start()
+        process.join(60)
+        assert process.exitcode == (0 if step == never else -signal.SIGKILL)
+    assert parts(tmp_path) == parts(whole)
+    assert (tmp_path / "manifest.json").read_text() == (whole / "manifest.json").read_text()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_killed_at_random_moments(processes, tmp_path):
+    """Two shards at once, killed again and again wherever they happen to be, then finished."""
+    many = make_pairs(60)
+    expected = tmp_path / "expected"
+    score_dataset(many, expected, reference=REFERENCE, oracle=ORACLE, **QUIET)
+    found, draw, progress = tmp_path / "found", random.Random(0), [0]
+    start = lambda i: processes.Process(target=run_and_maybe_die, args=(found, (i, 2), 1000, many))
+    while progress[-1] < 20 and len(progress) < 20:
+        running = [start(0), start(1)]
+        for process in running:
+            process.start()
+        deadline = time.monotonic() + 20
+        while len(list(found.glob("part*"))) == progress[-1] and time.monotonic() < deadline:
+            time.sleep(0.001)
+        for process in running:
+            time.sleep(draw.uniform(0, 0.03))
+            process.kill()
+            process.join(60)
+        progress.append(len(list(found.glob("part*"))))
+    assert len(progress) > 2 and not (found / "manifest.json").read_text().count("true")
+    for process in [start(0), start(1)]:
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+    assert parts(found) == parts(expected)
+    assert (found / "manifest.json").read_text() == (expected / "manifest.json").read_text()
+    assert not list(found.glob(".*"))
+
+
+def test_another_run_in_the_directory(tmp_path):
+    run = lambda **kw: score_dataset(
+        **{
+            **dict(pairs=make_pairs(), output_dir=tmp_path, reference=REFERENCE, oracle=ORACLE),
+            **QUIET,
+            **kw,
+        }
+    )
+    run()
+    before = parts(tmp_path)
+    other = prepare_model(tiny_model(seed=5))
+    for change, words in (
+        (dict(oracle=other), "oracle weights"),
+        (dict(reference=other), "reference weights"),
+        (dict(pairs=make_pairs(seed=2)), "data"),
+        (dict(tokenizer=make_tokenizer(3)), "tokenizer"),
+        (dict(keep=("score", "logp")), "kept columns"),
+        (dict(pairs_per_part=3), "pairs per part"),
+    ):
+        with pytest.raises(InputError, match=f"holds a store with another {words}"):
+            run(**change)
+    assert parts(tmp_path) == before
