@@ -90,7 +90,8 @@ def test_the_users_own_weights_are_highlighted(tmp_path, model, capsys):
     run(write(tmp_path / "rows.jsonl", row), "--model_name_or_path", model)
     out = capsys.readouterr().out
     assert "  chosen   a┊⟦b⟧|\n" in out
-    assert "2 of 3 response tokens selected (66.7%), 1 read after truncation (33.3%)" in out
+    assert "2 of 3 response tokens selected (66.7%)" in out
+    assert "6 tokens padded, 4 packed, 2 packed and truncated" in out
 
 
 def test_a_scored_store_shows_what_is_selected(tmp_path, model, capsys):
@@ -106,7 +107,8 @@ def test_a_scored_store_shows_what_is_selected(tmp_path, model, capsys):
     # two of five, the highest; one of three, the lowest; nothing is read after the one before
     assert "  chosen   a⟦b⟧┊⟦c⟧de|" in out
     assert "  rejected xy┊⟦z⟧|" in out
-    assert "3 of 8 response tokens selected (37.5%), 4 read after truncation (50.0%)" in out
+    assert "3 of 8 response tokens selected (37.5%)" in out
+    assert "12 tokens padded, 9 packed, 5 packed and truncated" in out
 
 
 def test_colours_only_on_a_terminal_and_not_with_no_color(monkeypatch):

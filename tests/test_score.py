@@ -218,7 +218,7 @@ def test_command_line_refuses_two_tokenizers(tmp_path):
     ("words", "message"),
     [
         (("--shard", "1"), "expected i/n, as in 0/4, got 1"),
-        (("--append_eos", "maybe"), "expected true or false, got maybe"),
+        (("--append_eos", "maybe"), "got maybe but expected one of"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
     ],
 )

@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
+from sepo.data.counts import count_rows, count_tokens
 from sepo.data.segments import make_segments
 from sepo.data.types import Segment, TokenPair
 from sepo.errors import InputError
@@ -22,6 +23,8 @@ LEGEND = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `sepo inspect`."""
+    from transformers.hf_argparser import string_to_bool
+
     add = parser.add_argument
     add("data", metavar="DATA", help="preference data (a file or hub id), or a scored store")
     add("--model_name_or_path", required=True, help="whose tokenizer reads the data")
@@ -33,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="rows to read; all of them if not given")
     for field in ("prompt", *SIDES):
         add(f"--{field}_key", metavar="COLUMN", help=f"the data's own name for `{field}`")
-    add("--append_eos", type=_truth, default=True, help="end token after plain text, true or false")
+    add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
     add("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
 
 
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         store = ScoredStore.open(args.data, tokenizer)
         for pair in (store[i] for i in range(min(args.rows, len(store)))):
             show.pair(pair)
-        show.totals(store.pairs())
+        show.totals(list(store.pairs()))
         return
     from sepo.data.read import read_pairs
 
@@ -100,23 +103,28 @@ class Show:
             self._has_legend = True
         self.line("")
 
-    def totals(self, pairs: Iterable[TokenPair]) -> None:
-        """Tokens of all pairs, and how many of them selection and truncation leave."""
-        rows = prompts = responses = selected = read = chosen_by = 0
-        for pair in pairs:
-            rows += 1
-            prompts += len(pair.prompt)
-            responses += len(pair.chosen) + len(pair.rejected)
-            if segments := self._segments(pair):
-                chosen_by += len(pair.chosen) + len(pair.rejected)
-                selected += sum(len(s.positions) for s in segments)
-                read += sum(len(s.response) for s in segments)
-        self.line(f"{rows} pairs: {prompts} prompt tokens (stored once), {responses} of responses")
-        if chosen_by:
+    def totals(self, pairs: Sequence[TokenPair]) -> None:
+        """Tokens of all pairs, and how many of them packing, selection and truncation leave."""
+        prompts = sum(len(p.prompt) for p in pairs)
+        responses = sum(len(p.chosen) + len(p.rejected) for p in pairs)
+        self.line(
+            f"{len(pairs)} pairs: {prompts} prompt tokens (stored once), {responses} of responses"
+        )
+        tokens = count_tokens(pairs, [make_segments(p, "all") for p in pairs])
+        read = f"{tokens['padded_unshared']} tokens padded, {tokens['packed']} packed"
+        selects = [(p, s) for p in pairs if (s := self._segments(p))]
+        if selects:
+            segments = [(p.prompt, *s) for p, s in selects]
+            rows = count_rows([p for p, _ in selects], segments)
+            share = rows["selected"] / rows["response"]
             self.line(
-                f"{selected} of {chosen_by} response tokens selected ({selected / chosen_by:.1%}), "
-                f"{read} read after truncation ({read / chosen_by:.1%})"
+                f"{rows['selected']} of {rows['response']} response tokens selected ({share:.1%})"
             )
+            if len(selects) == len(pairs):
+                read += (
+                    f", {count_tokens(pairs, segments)['packed_truncated']} packed and truncated"
+                )
+        self.line(f"one pass over them reads {read}")
 
     def line(self, text: str) -> None:
         # a terminal of another encoding gets escapes instead of an exception
@@ -172,9 +180,3 @@ def _visible(text: str) -> str:
     """Line breaks marked and kept, other control characters as escapes: text must not steer."""
     shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     return "".join(shown).replace("\n", "⏎\n")
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text}")
-    return text.lower() == "true"

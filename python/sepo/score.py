@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.hf_argparser import string_to_bool
 
 import sepo
 from sepo.data.read import read_pairs
@@ -213,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", default="train")
     add("--limit", type=int, help="read the first so many rows only")
     add("--max_length", type=int, help="tokens of a prompt and one response")
-    add("--append_eos", type=_boolean, default=True, metavar="true|false", help="plain text only")
+    add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
     add(
         "--reference",
         required=True,
@@ -287,12 +288,6 @@ def _check_same_tokenizer(oracle: str, reference: str, tokenizer) -> None:
 
 def _default_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text}")
-    return text.lower() == "true"
 
 
 def _shard(text: str) -> tuple[int, int]:
