@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from test_pipeline import dense_loss, scored_pairs
-from tiny import V, random_scored_pairs, tiny_model
+from tiny import V, random_scored_pairs, tiny_model, tiny_tokenizer
 
 from sepo import SePOConfig, SePOTrainer
 from sepo.checkpoints import last_checkpoint
@@ -90,6 +90,20 @@ def test_a_live_reference_equals_the_cached_one(tmp_path):
     cached.train(), live.train()
     for name, expected in weights(cached).items():
         torch.testing.assert_close(weights(live)[name], expected, rtol=0, atol=1e-6)
+
+
+def test_rows_of_a_datasets_dataset_are_tokenised(tmp_path):
+    from datasets import Dataset
+
+    rows = Dataset.from_list(
+        [dict(prompt="w3 w4", chosen=" w5", rejected=" w6 w7")] * 3
+        + [dict(prompt="w3", chosen=" w5", rejected=" w5")]
+    )
+    args = SePOConfig(output_dir=str(tmp_path), method="simpo", use_cpu=True, disable_tqdm=True)
+    trainer = SePOTrainer(tiny_model(), args, rows, processing_class=tiny_tokenizer())
+    assert len(trainer.train_pairs) == 3  # identical responses are dropped
+    assert trainer.train_pairs.selected.tolist() == [2 + 3] * 3  # each ends with eos
+    trainer.train()
 
 
 def test_metrics_are_means_over_pairs(tmp_path):

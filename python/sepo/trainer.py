@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -18,6 +19,7 @@ from sepo.checkpoints import completed_step, last_checkpoint
 from sepo.config import SePOConfig
 from sepo.data.pack import pack
 from sepo.data.plan import num_steps, plan_step
+from sepo.data.read import read_pairs
 from sepo.data.segments import make_segments, num_selected, num_tokens
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
@@ -27,14 +29,18 @@ from sepo.model import prepare_model
 
 
 class SePOTrainer(Trainer):
-    """Train `model` by `args.method` on token pairs. Raises InputError for data it can't use."""
+    """Train `model` by `args.method`. Raises InputError for data it can't use.
+
+    Data sets are token pairs (a ScoredStore, or a list of TokenPair), or rows of any preference
+    format as a datasets.Dataset, which are tokenised here.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         args: SePOConfig,
-        train_dataset: Sequence[TokenPair] | None = None,
-        eval_dataset: Sequence[TokenPair] | None = None,
+        train_dataset: Sequence[TokenPair] | Dataset | None = None,
+        eval_dataset: Sequence[TokenPair] | Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         reference_model: PreTrainedModel | None = None,  # dpo: unless the pairs carry its logp
@@ -42,6 +48,9 @@ class SePOTrainer(Trainer):
         optimizers: tuple = (None, None),
     ):
         self.method = METHODS[args.method]
+        train_dataset, eval_dataset = (
+            tokenised(data, args, processing_class) for data in (train_dataset, eval_dataset)
+        )
         prepare_model(model)
         if args.disable_dropout:
             disable_dropout(model)
@@ -197,6 +206,16 @@ class SePOTrainer(Trainer):
         if self.is_world_process_zero():
             self._metrics_file.rewind(completed_step(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, **kwargs)
+
+
+def tokenised(data, args: SePOConfig, tokenizer) -> Sequence[TokenPair] | None:
+    """Token pairs as they are; rows of text read, and what was dropped of them printed."""
+    if not isinstance(data, Dataset):
+        return data
+    read = read_pairs(data, tokenizer, max_length=args.max_length, append_eos=args.append_eos)
+    if args.should_log:
+        print(read.report)
+    return read.pairs
 
 
 class PreparedPairs(Sequence):

@@ -12,7 +12,7 @@ READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 
 
 def load_rows(
-    source: str | Path,  # a file, a directory of datasets.save_to_disk or of files, or a hub id
+    source: Any,  # a file, a directory of datasets.save_to_disk or of files, a hub id, a Dataset
     *,
     split: str = "train",
     config: str | None = None,
@@ -26,7 +26,7 @@ def load_rows(
     """
     if skip < 0 or (limit is not None and limit < 1):
         raise InputError(f"expected skip >= 0 and limit >= 1, got {skip} and {limit}")
-    rows = _load(source, split, config)
+    rows = _load(source, split, config) if isinstance(source, str | Path) else source
     if len(rows) == 0:
         raise InputError(f"expected rows in {source}, got none")
     if skip >= len(rows):

@@ -82,7 +82,7 @@ class PairSet:
 
 
 def read_pairs(
-    source: str | Path,  # a json, jsonl, csv or parquet file, a saved directory, or a hub id
+    source: Any,  # a json, jsonl, csv or parquet file, a saved directory, a hub id, or a Dataset
     tokenizer: Any,  # a fast transformers tokenizer; None will do for token ids
     *,
     split: str = "train",
@@ -103,7 +103,8 @@ def read_pairs(
     """
     rows = load_rows(source, split=split, config=config, limit=limit, skip=skip)
     form = find_format(rows.column_names, fields=fields)
-    report = Report(str(source), form.name, read=len(rows))
+    name = str(source) if isinstance(source, str | Path) else "the data set"
+    report = Report(name, form.name, read=len(rows))
     result = PairSet([], [], report)
     ids: set[str] = set()
     for start in _starts(len(rows), progress):
@@ -129,7 +130,7 @@ def read_pairs(
                 report.note(what, done.pair.id)
     if not result.pairs:
         why = "; ".join(f"{count} {why}" for why, count in report.dropped.most_common())
-        raise InputError(f"no row of {source} can be used: {why}")
+        raise InputError(f"no row of {name} can be used: {why}")
     return result
 
 
