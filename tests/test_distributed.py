@@ -37,17 +37,22 @@ def test_ddp_equals_one_process(tmp_path, pairs_per_step):
     assert len(one) == len(two)
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    out = tmp_path_factory.mktemp("fsdp2")
+    run(ROOT / "tests/workers/fsdp2_step.py", out, ranks=2)
+    return torch.load(out / "steps.pt", weights_only=True)
+
+
 @pytest.mark.parametrize("head", ["tied", "untied", "own_head"])
-def test_fsdp2_step_equals_one_process(tmp_path, head):
-    run(ROOT / "tests/workers/fsdp2_step.py", tmp_path, head, ranks=2)
-    sharded = torch.load(tmp_path / "step.pt", weights_only=True)
+def test_fsdp2_step_equals_one_process(tmp_path, sharded, head):
     args = SePOConfig(output_dir=str(tmp_path / "one"), use_cpu=True, pairs_per_step=7)
     model = tiny_model("llama", tie_word_embeddings=head == "tied")
     trainer = SePOTrainer(model, args, random_scored_pairs(7))
     loss = trainer.training_step(model, {})
-    torch.testing.assert_close(sharded["loss"], loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sharded[head]["loss"], loss, rtol=1e-6, atol=0)
     for name, parameter in model.named_parameters():
         scale = parameter.grad.abs().max().item()
         torch.testing.assert_close(
-            sharded["gradients"][name], parameter.grad, rtol=0, atol=1e-5 * scale
+            sharded[head]["gradients"][name], parameter.grad, rtol=0, atol=1e-5 * scale
         )

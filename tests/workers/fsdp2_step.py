@@ -1,6 +1,6 @@
-"""Two ranks, one model sharded with torch's own fully_shard: the step's gradient, saved by rank 0.
+"""Two ranks, models sharded with torch's own fully_shard: the step's gradients, saved by rank 0.
 
-torchrun --nproc-per-node 2 fsdp2_step.py OUT {tied|untied|own_head}
+torchrun --nproc-per-node 2 fsdp2_step.py OUT
 """
 
 import sys
@@ -11,11 +11,20 @@ from torch.distributed.fsdp import fully_shard
 
 from sepo import SePOConfig, SePOTrainer
 
+HEADS = ("tied", "untied", "own_head")
 
-def main(out: str, head: str) -> None:
+
+def main(out: str) -> None:
     args = SePOConfig(
         output_dir=out, use_cpu=True, disable_tqdm=True, pairs_per_step=7, max_tokens_per_batch=40
     )
+    found = {head: step(args, head) for head in HEADS}
+    if args.process_index == 0:
+        torch.save(found, f"{out}/steps.pt")
+    torch.distributed.destroy_process_group()
+
+
+def step(args: SePOConfig, head: str) -> dict:
     model = tiny_model("llama", tie_word_embeddings=head == "tied")
     trainer = SePOTrainer(model, args, random_scored_pairs(7))
     for layer in model.model.layers:
@@ -24,12 +33,9 @@ def main(out: str, head: str) -> None:
         fully_shard(model.lm_head)
     fully_shard(model)
     loss = trainer.training_step(model, {})
+    torch.distributed.all_reduce(loss)
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    mean = loss.clone()
-    torch.distributed.all_reduce(mean)
-    if args.process_index == 0:
-        torch.save({"loss": mean / args.world_size, "gradients": gradients}, f"{out}/step.pt")
-    torch.distributed.destroy_process_group()
+    return {"loss": loss / args.world_size, "gradients": gradients}
 
 
 if __name__ == "__main__":
