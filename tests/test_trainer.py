@@ -204,3 +204,25 @@ def test_tokens_outside_the_vocabulary(tmp_path):
 def test_arguments_that_cannot_be_trained_with(tmp_path, argument, value, message):
     with pytest.raises(InputError, match=message):
         SePOConfig(output_dir=str(tmp_path), use_cpu=True, **{argument: value})
+
+
+@pytest.mark.parametrize("flag", ["bf16", "activation_checkpointing"])
+def test_what_trainer_offers_still_works(tmp_path, flag):
+    """Against the plain run: mixed precision about, recomputation exactly."""
+    plain, other = make_trainer(tmp_path), make_trainer(tmp_path, **{flag: True})
+    plain.train(), other.train()
+    tolerance = 2e-2 if flag == "bf16" else 1e-6
+    for name, expected in weights(plain).items():
+        moved = (expected - dict(tiny_model().named_parameters())[name]).abs().max()
+        error = (weights(other)[name] - expected).abs().max()
+        assert 0 < moved and error <= tolerance * max(moved, 1)
+
+
+# Dynamo instantiates an autograd.Function to ask for its class, which torch itself deprecates
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_the_compiled_model_trains_the_same(tmp_path):
+    plain = make_trainer(tmp_path)
+    compiled = make_trainer(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    plain.train(), compiled.train()
+    for name, expected in weights(plain).items():
+        torch.testing.assert_close(weights(compiled)[name], expected, rtol=0, atol=1e-6)

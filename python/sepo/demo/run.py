@@ -1,0 +1,206 @@
+"""`sepo demo`: preference pairs go in, an aligned model comes out, every stage of SePO real.
+
+SmolLM2-135M-Instruct continues openings of movie reviews; a sentiment lexicon is the judge. An
+oracle is trained by DPO on part of the pairs, scores every token, and a fresh policy is trained on
+the 30 % of the tokens that the oracle finds decisive. The oracle is never shown the lexicon.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from sepo.config import SePOConfig
+from sepo.data.counts import count_rows, count_tokens
+from sepo.data.read import read_pairs
+from sepo.data.segments import make_segments
+from sepo.data.store import ScoredStore
+from sepo.data.types import TokenPair
+from sepo.demo.evaluate import kl_per_token, mean_sentiment, pair_accuracy
+from sepo.demo.lexicon import selection_lift
+from sepo.demo.report import print_report
+from sepo.demo.sample import sample
+from sepo.errors import InputError
+from sepo.model import load_model, load_tokenizer
+from sepo.score import score_dataset
+from sepo.smollm2 import save_smollm2
+from sepo.trainer import SePOTrainer
+
+FOLDERS = ("reference", "oracle", "scored", "sepo", "sepo_rand")
+SUMMARY = "summary.json"
+MARKER = ".sepo-demo"  # the directory is the demo's own: a second run may start it afresh
+
+
+# the trials behind these numbers are in LOG.md
+ORACLE = dict(method="dpo", beta=0.1, learning_rate=1e-5, num_train_epochs=1, pairs_per_step=8)
+POLICY = dict(
+    method="sepo",
+    gamma=2.0,
+    margin=0.5,
+    fraction=0.3,
+    learning_rate=1e-5,
+    num_train_epochs=2,
+    pairs_per_step=12,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sepo demo`."""
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("runs/demo"))
+    add(
+        "--data",
+        type=Path,
+        default=Path("examples/sentiment"),
+        help="directory with pairs.jsonl, heldout.jsonl and heldout_openings.txt",
+    )
+    add("--oracle_pairs", type=int, default=240, help="pairs that the oracle is trained on")
+    add("--per_opening", type=int, default=5, help="fresh samples of each held-out opening")
+    add("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run every stage, print a table and write summary.json. Raises InputError for missing data."""
+    place, stage = args.output_dir, Stages()
+    openings = read_openings(args.data / "heldout_openings.txt")
+    start_afresh(place)
+    with stage("model"):
+        model_dir = save_smollm2(place / "model")
+        tokenizer = load_tokenizer(str(model_dir))
+    with stage("read"):
+        read = lambda name: read_pairs(args.data / name, tokenizer, append_eos=False).pairs
+        pairs, heldout = read("pairs.jsonl"), read("heldout.jsonl")
+    with stage("reference"):  # DPO needs its log-probabilities, once
+        cached = score(
+            pairs[: args.oracle_pairs], place / "reference", tokenizer, model_dir, keep=["logp"]
+        )
+    with stage("oracle"):
+        train(model_dir, cached, place / "oracle", tokenizer, seed=args.seed, **ORACLE)
+    with stage("score"):
+        store = score(pairs + heldout, place / "scored", tokenizer, model_dir, place / "oracle")
+    scored = [store[i] for i in range(len(pairs))]
+    with stage("sepo"):
+        train(model_dir, scored, place / "sepo", tokenizer, seed=args.seed, **POLICY)
+    with stage("sepo_rand"):
+        random = dict(POLICY, method="sepo-rand")
+        train(model_dir, scored, place / "sepo_rand", tokenizer, seed=args.seed, **random)
+    with stage("evaluate"):
+        policy = evaluate(args, model_dir, tokenizer, openings, heldout)
+
+    cut = lambda how, among: [
+        make_segments(p, how, fraction=POLICY["fraction"], seed=args.seed) for p in among
+    ]
+    lift = lambda among: selection_lift(
+        among, cut("selected", among), cut("random", among), tokenizer
+    )
+    summary = {
+        "stages": stage.seconds,
+        "pairs": {"train": len(pairs), "heldout": len(heldout)},
+        "selection": lift([store[i] for i in range(len(pairs), len(store))]),
+        "selection_train": lift(scored),
+        "tokens": count_tokens(scored, cut("selected", scored)),
+        "rows": count_rows(scored, cut("selected", scored)),
+        "policy": policy,
+    }
+    (place / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    print_report(summary)
+    print(f"\n{place / SUMMARY}; the aligned model: {place / 'sepo'}")
+
+
+def score(pairs: list[TokenPair], place: Path, tokenizer, reference, oracle=None, keep=("score",)):
+    """A complete store, float32."""
+    score_dataset(
+        pairs,
+        place,
+        reference=load_model(str(reference)),
+        oracle=None if oracle is None else load_model(str(oracle)),
+        tokenizer=tokenizer,
+        keep=keep,
+        max_tokens=1024,  # small batches keep the progress bar moving
+        shard=(0, 1),
+    )
+    return ScoredStore.open(place, tokenizer)
+
+
+def train(model_dir: Path, pairs, place: Path, tokenizer, **arguments) -> None:
+    """Train a fresh copy of the model and save it in float32."""
+    config = SePOConfig(
+        output_dir=str(place),
+        lr_scheduler_type="constant_with_warmup",
+        max_tokens_per_batch=1024,
+        save_strategy="no",
+        logging_steps=5,
+        **arguments,
+    )
+    trainer = SePOTrainer(
+        load_model(str(model_dir)), config, train_dataset=pairs, processing_class=tokenizer
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+def evaluate(args, model_dir: Path, tokenizer, openings: list[str], heldout: list) -> dict:
+    """Reward, held-out accuracy and distance from the reference, of all three policies."""
+    place = args.output_dir
+    load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+    reference = load(model_dir)
+    result = {}
+    for name in ("reference", "sepo", "sepo_rand"):
+        model = reference if name == "reference" else load(place / name)
+        with tqdm(total=len(openings) * args.per_opening, desc=f"sample {name}") as bar:
+            completions = sample(
+                model,
+                tokenizer,
+                openings,
+                per_opening=args.per_opening,
+                max_new_tokens=40,
+                seed=args.seed,
+                progress=lambda done, _, bar=bar: bar.update(done - bar.n),
+            )
+        reward = mean_sentiment(completions)
+        result[name] = {
+            "reward": reward.mean,
+            "reward_ci95": [reward.low, reward.high],
+            "accuracy": pair_accuracy(model, heldout).mean,
+        }
+        if name != "reference":
+            result[name]["kl_per_token"] = kl_per_token(model, reference, completions).mean
+    return result
+
+
+class Stages:
+    """Names a stage on the screen and keeps its seconds."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str):
+        print(f"\n== {name}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def read_openings(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(f"--data: {path}: {error.strerror}; see examples/sentiment") from error
+
+
+def start_afresh(place: Path) -> None:
+    """Empty the demo's own directory, but for the converted model; leave any other alone."""
+    marker = place / MARKER
+    if place.exists() and any(place.iterdir()) and not marker.exists():
+        raise InputError(f"--output_dir {place}: not empty and not made by the demo")
+    for name in FOLDERS:
+        shutil.rmtree(place / name, ignore_errors=True)
+    (place / SUMMARY).unlink(missing_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
+    marker.touch()
