@@ -10,7 +10,8 @@ import torch
 from dense import dense_token_logprob, random_triples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, V, tiny_model
+from recorder import Recorder
+from tiny import CONFIGS, V, random_scored_pairs, tiny_model
 
 from sepo.data import ScoredPair, pack, random_positions
 from sepo.data.segments import make_segments
@@ -117,3 +118,25 @@ def assert_pipeline_is_the_method(arch, seed, method, fraction):
 @given(seed=st.integers(0, 10_000), fraction=st.sampled_from([0.1, 0.3, 0.5, 1.0]))
 def test_packed_equals_dense(arch, method, seed, fraction):
     assert_pipeline_is_the_method(arch, seed, method, fraction)
+
+
+@pytest.mark.parametrize("rows", [7, 1000], ids=["recompute", "save"])
+@pytest.mark.parametrize("arch", sorted(CONFIGS))
+def test_no_logits_in_a_whole_step(arch, rows):
+    """Forward and backward of the model: nothing V wide is larger than the budget."""
+    budget = rows * V * 4
+    model = prepare_model(tiny_model(arch))
+    pairs = random_scored_pairs(20)
+    batch = pack([make_segments(pair, "all") for pair in pairs])
+    N, M = len(batch.tokens), len(batch.rows)
+    assert (M > rows) == (rows == 7), "neither schedule is tested by accident"
+    with Recorder() as recorder:
+        model(batch=batch, budget=budget).sum().backward()
+    weights = {tuple(p.shape) for p in model.parameters()}
+    weights |= {shape[::-1] for shape in weights}
+    logits = [
+        (shape, size) for shape, size in recorder.made if V in shape[1:] and shape not in weights
+    ]
+    assert logits, "the recorder did not see inside the operator"
+    assert max(size for _, size in logits) <= budget
+    assert all(shape[0] != N for shape, _ in logits)

@@ -3,38 +3,15 @@
 import pytest
 import torch
 from ops.logprob_cases import SCHEDULES, make_inputs, run
+from recorder import Recorder
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from sepo.ops import explain_selected_logprob, selected_logprob
-from sepo_kernels.selected_logprob import IMPLS, chunked
+from sepo_kernels.selected_logprob import chunked
 
 N, M, D, V = 640, 300, 8, 4001
-KERNELS = {
-    "selected_logprob_fwd": {impl.name: impl.fwd for impl in IMPLS},
-    "selected_logprob_bwd": {impl.name: impl.bwd for impl in IMPLS},
-}
 ROW = {torch.float32: 4, torch.bfloat16: 6}  # bytes of a chunk's buffers for one logit
-
-
-class Recorder(TorchDispatchMode):
-    """Shapes and bytes of every tensor made, inside the operators too."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "sepo":  # an opaque node: run its kernel under this mode
-            with self:
-                return KERNELS[func._schema.name.split("::")[1]][args[-1]](*args[:-1])
-        out = func(*args, **(kwargs or {}))
-        self.made += [
-            (tuple(x.shape), x.nbytes) for x in tree_leaves(out) if isinstance(x, torch.Tensor)
-        ]
-        return out
 
 
 def of_vocabulary(shape) -> bool:
