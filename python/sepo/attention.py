@@ -37,19 +37,23 @@ def packed_attention(
     attend = lambda q, k, v, **mask: F.scaled_dot_product_attention(
         q, k, v, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1], **mask
     )
+    # one split for all pairs: its backward is one concatenation, where every slice of the whole
+    # buffer would fill a buffer of zeros
+    sizes = [n for a, _, b, c in packed_batch.spans for n in (b - a, c - b)]
+    parts = [x.split(sizes, 2) for x in (query, key, value)] if sizes else ()
     outputs = []
-    for start, prefix_end, rejected_start, end in packed_batch.spans:
-        first = slice(start, rejected_start)  # prompt and chosen: an ordinary causal sequence
-        outputs.append(
-            attend(query[:, :, first], key[:, :, first], value[:, :, first], is_causal=True)
-        )
-        if rejected_start < end:
-            prompt, rejected = slice(start, prefix_end), slice(rejected_start, end)
-            keys, values = (
-                torch.cat([x[:, :, prompt], x[:, :, rejected]], 2) for x in (key, value)
+    for pair, (start, prefix_end, _, _) in enumerate(packed_batch.spans):
+        q, k, v = (x[2 * pair] for x in parts)  # prompt and chosen: an ordinary causal sequence
+        outputs.append(attend(q, k, v, is_causal=True))
+        rejected = [x[2 * pair + 1] for x in parts]
+        if rejected[0].shape[2] > 0:
+            prompt = prefix_end - start
+            k, v = (
+                torch.cat([x[:, :, :prompt], y], 2)
+                for x, y in zip((k, v), rejected[1:], strict=True)
             )
-            mask = _lower_right(end - rejected_start, keys.shape[2], query.device)
-            outputs.append(attend(query[:, :, rejected], keys, values, attn_mask=mask))
+            mask = _lower_right(rejected[0].shape[2], k.shape[2], query.device)
+            outputs.append(attend(rejected[0], k, v, attn_mask=mask))
     if not outputs:  # the one row of a batch without pairs: it sees itself
         outputs.append(attend(query, key, value, is_causal=True))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None

@@ -23,7 +23,8 @@ def arguments(tmp_path, monkeypatch):
         return place
 
     monkeypatch.setattr(run, "save_smollm2", save)
-    monkeypatch.setitem(run.ORACLE, "pairs_per_step", 1)  # more than the one step of warm-up
+    for settings in (run.ORACLE, run.POLICY):  # more than the one step of warm-up
+        monkeypatch.setitem(settings, "pairs_per_step", 2)
     data = tmp_path / "data"
     data.mkdir()
     row = dict(prompt="The film was", chosen=" good and nice", rejected=" bad, a sad waste")
