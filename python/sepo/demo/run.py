@@ -8,6 +8,7 @@ the 30 % of the tokens that the oracle finds decisive. The oracle is never shown
 import argparse
 import copy
 import json
+import random
 import shutil
 import time
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     with stage("read"):
         read = lambda name: read_pairs(args.data / name, tokenizer, append_eos=False).pairs
         pairs, heldout = read("pairs.jsonl"), read("heldout.jsonl")
+        random.Random(args.seed).shuffle(pairs)  # the file goes through the openings in order
     with stage("reference"):  # DPO needs its log-probabilities, once
         cached = score(
             pairs[: args.oracle_pairs], place / "reference", tokenizer, model_dir, keep=["logp"]
@@ -89,8 +91,8 @@ def run(args: argparse.Namespace) -> None:
     with stage("sepo"):
         train(model_dir, scored, place / "sepo", tokenizer, seed=args.seed, **POLICY)
     with stage("sepo_rand"):
-        random = dict(POLICY, method="sepo-rand")
-        train(model_dir, scored, place / "sepo_rand", tokenizer, seed=args.seed, **random)
+        drawn = dict(POLICY, method="sepo-rand")
+        train(model_dir, scored, place / "sepo_rand", tokenizer, seed=args.seed, **drawn)
     with stage("evaluate"):
         policy = evaluate(args, model_dir, tokenizer, openings, heldout)
 
