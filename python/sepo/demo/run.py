@@ -40,7 +40,7 @@ MARKER = ".sepo-demo"  # the directory is the demo's own: a second run may start
 
 
 # the trials behind these numbers are in LOG.md
-ORACLE = dict(method="dpo", beta=0.1, learning_rate=5e-6, num_train_epochs=2, pairs_per_step=12)
+ORACLE = dict(method="dpo", beta=0.1, learning_rate=5e-6, num_train_epochs=1, pairs_per_step=4)
 POLICY = dict(
     method="sepo",
     gamma=2.0,
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("examples/sentiment"),
         help="directory with pairs.jsonl, heldout.jsonl and heldout_openings.txt",
     )
-    add("--oracle_pairs", type=int, default=206, help="pairs that the oracle is trained on")
+    add("--oracle_pairs", type=int, default=160, help="pairs that the oracle is trained on")
     add("--per_opening", type=int, default=4, help="fresh samples of each held-out opening")
     add("--seed", type=int, default=0)
 
