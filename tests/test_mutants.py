@@ -59,10 +59,10 @@ MUTANTS = {
         "            logp[part], lse[part] = _normalise(z, targets[part], softcap, slope)",
         "tests/ops/test_selected_logprob.py",
     ),
-    "the prompt visible to nobody's rejected response": (
+    "the prompt's last token hidden from the rejected response": (
         "python/sepo/attention.py",
-        "torch.cat([x[:, :, prompt], x[:, :, rejected]], 2)",
-        "torch.cat([x[:, :, prompt][:, :, :-1], x[:, :, rejected]], 2)",
+        "torch.cat([x[:, :, :prompt], y], 2)",
+        "torch.cat([x[:, :, : prompt - 1], y], 2)",
         "tests/test_pipeline.py",
     ),
     "the step's loss divided by the micro-batch's pairs": (

@@ -85,7 +85,7 @@ class SePOTrainer(Trainer):
             step=self.state.global_step,
             pairs_per_step=self.args.pairs_per_step,
             max_tokens=self.args.max_tokens_per_batch,
-            seed=self.args.data_seed or self.args.seed,
+            seed=data_seed(self.args),
             world_size=world_size,
         )
         parts = plan.micro_batches[self.args.process_index]
@@ -230,7 +230,7 @@ class PreparedPairs(Sequence):
                 METHODS[args.method].positions,
                 fraction=args.fraction,
                 rejected_fraction=args.rejected_fraction,
-                seed=args.data_seed or args.seed,
+                seed=data_seed(args),
             )
             for pair in pairs
         ]
@@ -242,6 +242,11 @@ class PreparedPairs(Sequence):
 
     def __getitem__(self, index):
         return self._pairs[index]
+
+
+def data_seed(args: SePOConfig) -> int:
+    """Seed of the order of the pairs and of sepo-rand's draw."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def disable_dropout(model: nn.Module) -> None:
