@@ -141,6 +141,13 @@ def test_a_head_that_is_not_one_matrix_is_refused():
         prepare_model(model)
 
 
+def test_a_prepared_model_is_not_probed_again(monkeypatch):
+    model = prepare_model(tiny_model("llama"))
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setattr("sepo.model._check_against_itself", lambda model: pytest.fail("probed"))
+    assert prepare_model(model).config._attn_implementation == attention.ATTENTION
+
+
 def test_a_copy_of_a_prepared_model_uses_its_own_weights():
     import copy
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from dense import dense_token_logprob, random_triples
+from dense import dense_token_logprob
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recorder import Recorder
@@ -25,23 +25,8 @@ ARGS = SimpleNamespace(
 
 
 def scored_pairs(seed: int) -> list[ScoredPair]:
-    rng = np.random.default_rng(seed)
-    pairs = []
-    for i, (p, c, r) in enumerate(random_triples(rng, pairs=rng.integers(1, 5), vocab_size=V)):
-        draw = lambda y: rng.integers(-4, 4, len(y)).astype(np.float32)  # ties are common
-        pairs.append(
-            ScoredPair(
-                id=str(i),
-                prompt=p,
-                chosen=c,
-                rejected=r,
-                chosen_score=draw(c),
-                rejected_score=draw(r),
-                chosen_ref_logp=draw(c),
-                rejected_ref_logp=draw(r),
-            )
-        )
-    return pairs
+    """One to four pairs; whole-numbered scores, so that ties are common."""
+    return random_scored_pairs(1 + seed % 4, seed=seed, longest=9, ties=True)
 
 
 def packed_loss(model, pairs, method, fraction):

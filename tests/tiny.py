@@ -73,11 +73,14 @@ def tiny_tokenizer(offset: int = 0) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1", unk_token="w0")
 
 
-def random_scored_pairs(count: int, *, seed: int = 0, longest: int = 12) -> list[ScoredPair]:
+def random_scored_pairs(
+    count: int, *, seed: int = 0, longest: int = 12, ties: bool = False
+) -> list[ScoredPair]:
     """Pairs with scores and reference log-probabilities drawn at random."""
     rng = np.random.default_rng(seed)
     tokens = lambda: rng.integers(0, V, rng.integers(1, longest + 1)).astype(np.int32)
-    floats = lambda y: rng.normal(size=len(y)).astype(np.float32)
+    draw = (lambda n: rng.integers(-4, 4, n)) if ties else (lambda n: rng.normal(size=n))
+    floats = lambda y: draw(len(y)).astype(np.float32)
     pairs = []
     for i in range(count):
         prompt, chosen, rejected = tokens(), tokens(), tokens()

@@ -94,10 +94,11 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     enough. Any other call is the model's own, which then needs another attention implementation.
     Raises InputError naming the model and the reason.
     """
-    if reason := attention.why_not(model):
-        raise InputError(f"{type(model).__name__} is not supported: {reason}")
-    head(model)
-    _check_against_itself(model)
+    if getattr(model.forward, "__func__", None) is not _forward:  # else it was checked before
+        if reason := attention.why_not(model):
+            raise InputError(f"{type(model).__name__} is not supported: {reason}")
+        head(model)
+        _check_against_itself(model)
     model.set_attn_implementation(attention.ATTENTION)
     model.forward = MethodType(_forward, model)
     return model
