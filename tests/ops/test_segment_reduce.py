@@ -1,12 +1,18 @@
 """segment_sum and segment_mean: value, gradient, empty segments, NaN, boundary, refusals."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops import implementations
 
 from sepo.ops import segment_mean, segment_sum
-from sepo_kernels.segment_reduce import reference
+from sepo_kernels.segment_reduce import IMPLS, reference
+
+impl = implementations.fixture(IMPLS)
+forward, backward = torch.ops.sepo.segment_sum_fwd, torch.ops.sepo.segment_sum_bwd
 
 
 def offsets(lengths) -> torch.Tensor:
@@ -22,6 +28,30 @@ def test_equals_the_definition(lengths, wide):
     torch.testing.assert_close(segment_sum(values, cu), expected, rtol=1e-13, atol=1e-13)
     mean = expected / torch.tensor(lengths or [1]).clamp(min=1)[: len(lengths)]
     torch.testing.assert_close(segment_mean(values, cu), mean, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lengths", [[], [0], [0, 1, 15, 16, 17, 0, 33, 1000], [70_001, 3]])
+def test_every_implementation_sums_and_spreads(impl, lengths, dtype, wide):
+    values, grad_sum = torch.randn(sum(lengths), dtype=dtype), torch.randn(len(lengths))
+    cu, tolerance = offsets(lengths), 1e-12 if dtype == torch.float64 else 1e-4
+    expected = reference.segment_sum(values.double(), cu)
+    got = forward(values, cu.long() if wide else cu, impl)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    grad = backward(grad_sum.to(dtype), cu.long() if wide else cu, sum(lengths), impl)
+    want = grad_sum.to(dtype).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+    assert grad.dtype == dtype and torch.equal(grad, want)
+
+
+@pytest.mark.skipif(os.environ.get("SEPO_EXT") == "none", reason="SEPO_EXT=none")
+def test_the_native_implementation_is_the_one_used(monkeypatch):
+    used = []
+    run = lambda values, cu_rows, impl: used.append(impl) or forward(values, cu_rows, impl)
+    monkeypatch.setattr("sepo.ops.segment_reduce._fwd", run)
+    segment_sum(torch.zeros(2), offsets([2]))
+    assert used == ["native"]
 
 
 @pytest.mark.parametrize("fn", [segment_sum, segment_mean])
@@ -48,29 +78,35 @@ def test_no_values_is_a_differentiable_zero():
     assert out.tolist() == [0.0, 0.0] and values.grad.shape == (0,)
 
 
-def test_nan_stays_in_its_segment():
-    values = torch.tensor([1.0, float("nan"), 2.0, 3.0], requires_grad=True)
-    out = segment_sum(values, offsets([1, 1, 2]))
+def test_nan_stays_in_its_segment(impl):
+    values, cu = torch.tensor([1.0, float("nan"), 2.0, 3.0]), offsets([1, 1, 2])
+    out = forward(values, cu, impl)
     assert out[0] == 1 and out[1].isnan() and out[2] == 5
-    out.backward(torch.tensor([1.0, float("nan"), 2.0]))
-    assert values.grad[[0, 2, 3]].tolist() == [1.0, 2.0, 2.0]
+    grad = backward(torch.tensor([1.0, float("nan"), 2.0]), cu, 4, impl)
+    assert grad[[0, 2, 3]].tolist() == [1.0, 2.0, 2.0]
 
 
-def test_a_small_segment_after_a_large_one_keeps_its_precision():
+def test_a_small_segment_after_a_large_one_keeps_its_precision(impl):
     values = torch.tensor([1e9] * 1000 + [1e-3, 2e-3])
-    assert segment_sum(values, offsets([1000, 2]))[1].item() == pytest.approx(3e-3, rel=1e-6)
+    assert forward(values, offsets([1000, 2]), impl)[1].item() == pytest.approx(3e-3, rel=1e-6)
 
 
-def test_repeatable_bit_for_bit():
-    values, cu = torch.randn(5000), offsets([1000, 3000, 1000])
-    assert torch.equal(segment_sum(values, cu), segment_sum(values, cu))
+def test_repeatable_bit_for_bit_with_any_number_of_threads(impl):
+    values, cu = torch.randn(250_000), offsets([50_000] * 5)
+    one = forward(values, cu, impl)
+    torch.set_num_threads(3)
+    try:
+        three = forward(values, cu, impl)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one, three) and torch.equal(one, forward(values, cu, impl))
 
 
-def test_operator_registration():
+def test_operator_registration(impl):
     values, cu = torch.randn(7), offsets([3, 0, 4])
-    torch.library.opcheck(torch.ops.sepo.segment_sum_fwd.default, (values, cu, "offsets"))
+    torch.library.opcheck(torch.ops.sepo.segment_sum_fwd.default, (values, cu, impl))
     grad = torch.randn(3)
-    torch.library.opcheck(torch.ops.sepo.segment_sum_bwd.default, (grad, cu, 7, "offsets"))
+    torch.library.opcheck(torch.ops.sepo.segment_sum_bwd.default, (grad, cu, 7, impl))
 
 
 # Dynamo makes an instance of every autograd Function it traces, and torch warns of it
@@ -91,6 +127,8 @@ REFUSALS = {
     "dtype": (dict(values=torch.zeros(4).bfloat16()), "float64 values, got torch.bfloat16"),
     "offsets": (dict(cu_rows=torch.zeros(2)), "int32 or int64 cu_rows, got torch.float32"),
     "device": (dict(values=torch.zeros(4, device="meta")), "one device, got meta and cpu"),
+    "end": (dict(cu_rows=offsets([3])), "cu_rows from 0 to 4, got from 0 to 3"),
+    "falls": (dict(cu_rows=torch.tensor([0, 3, 2, 4])), "cu_rows that never falls, got 3, 2 at 1"),
 }
 
 
@@ -100,3 +138,15 @@ def test_refuses_by_name(case, fn):
     wrong, message = REFUSALS[case]
     with pytest.raises(ValueError, match=message):
         fn(**dict(values=torch.zeros(4), cu_rows=offsets([4])) | wrong)
+
+
+@pytest.mark.skipif(os.environ.get("SEPO_EXT") == "none", reason="SEPO_EXT=none")
+def test_the_native_operators_read_nothing_outside_their_tensors():
+    values, native = torch.zeros(4), torch.ops.sepo
+    for cu in (offsets([5]), torch.tensor([0, 3, 2, 4]).int()):
+        with pytest.raises(ValueError, match="expected cu_rows that rises from 0 to 4"):
+            native.native_segment_sum(values, cu)
+        with pytest.raises(ValueError, match="expected cu_rows that rises from 0 to 4"):
+            native.native_segment_sum_bwd(torch.zeros(cu.shape[0] - 1), cu, 4)
+    with pytest.raises(ValueError, match=r"expected contiguous grad_sum \(1,\), got \[2\]"):
+        native.native_segment_sum_bwd(torch.zeros(2), offsets([4]), 4)

@@ -1,27 +1,30 @@
 """segment_topk equals its definition, counts what the paper counts, and refuses by name."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops import implementations
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from sepo.ops import segment_topk
 from sepo_kernels.segment_topk import IMPLS, reference
 
 SIDES = ["highest", "lowest", "alternate"]
-
-
-@pytest.fixture(params=IMPLS, ids=lambda impl: impl.name)
-def impl(request):
-    return request.param.name
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+impl = implementations.fixture(IMPLS)
 
 
 def offsets(lengths) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-# few distinct values, so that ties are the rule; both zeros; infinities; NaN
-VALUES = st.sampled_from([-float("inf"), -1.5, -0.0, 0.0, 1.0, 2.0, float("inf"), float("nan")])
+# few distinct values, so that ties are the rule; both zeros; infinities; NaN of both signs
+INF, NAN = float("inf"), float("nan")
+VALUES = st.sampled_from([-INF, -1.5, -0.0, 0.0, 1.0, 2.0, INF, NAN, -NAN])
 
 
 @settings(max_examples=200, deadline=None)
@@ -31,16 +34,40 @@ VALUES = st.sampled_from([-float("inf"), -1.5, -0.0, 0.0, 1.0, 2.0, float("inf")
     fraction=st.sampled_from([0.01, 0.1, 0.29, 0.3, 0.5, 0.7, 1.0]),
     side=st.sampled_from(SIDES),
     min_tokens=st.integers(0, 4),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    dtype=st.sampled_from(DTYPES),
 )
 def test_equals_the_definition(lengths, data, fraction, side, min_tokens, dtype):
     score = data.draw(st.lists(VALUES, min_size=sum(lengths), max_size=sum(lengths)))
     score, cu = torch.tensor(score, dtype=dtype), offsets(lengths)
     expected = reference.segment_topk(score, cu, fraction, side, min_tokens=min_tokens)
-    for impl in IMPLS:
-        got = segment_topk(score, cu, fraction, side, min_tokens=min_tokens, impl=impl.name)
+    for impl in implementations.on_cpu(IMPLS):
+        got = segment_topk(score, cu, fraction, side, min_tokens=min_tokens, impl=impl)
         for a, b in zip(got, expected, strict=True):
             assert a.dtype == torch.int32 and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_distinct_scores(impl, dtype, side):
+    lengths = [0, 1, 63, 64, 65, 0, 1000, 4097, 30_000, 2, 0]
+    # numbers of every magnitude, so that every bit of the key is looked at
+    score = torch.randn(sum(lengths), dtype=torch.float64) * torch.logspace(-5, 4, sum(lengths))
+    score, cu = score.to(dtype), offsets(lengths)
+    expected = reference.segment_topk(score, cu, 0.3, side)
+    got = segment_topk(score, cu, 0.3, side, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_threads_share_the_segments_without_losing_one(impl):
+    lengths = torch.randint(3000, generator=torch.Generator().manual_seed(0), size=(100,)).tolist()
+    score, cu = torch.randn(sum(lengths)), offsets(lengths)
+    one = segment_topk(score, cu, 0.3, "alternate", impl=impl)
+    torch.set_num_threads(3)
+    try:
+        three = segment_topk(score, cu, 0.3, "alternate", impl=impl)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 
 
 COUNTS = {0.1: [1, 1, 1, 1, 1, 1], 0.3: [1, 1, 1, 2, 3, 3], 0.5: [1, 1, 2, 3, 5, 5]}
@@ -79,15 +106,25 @@ def test_empty_segments_select_nothing_and_keep_their_parity(impl):
 
 
 def test_min_tokens_is_capped_at_the_segment(impl):
-    _, cu_rows = segment_topk(torch.randn(7), offsets([2, 5]), 0.1, "lowest", min_tokens=3)
+    cu = offsets([2, 5])
+    _, cu_rows = segment_topk(torch.randn(7), cu, 0.1, "lowest", min_tokens=3, impl=impl)
     assert cu_rows.diff().tolist() == [2, 3]
 
 
-def test_nan_ranks_last_on_both_sides(impl):
-    score = torch.tensor([float("nan"), 1.0, -float("inf"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_ranks_last_on_both_sides(impl, dtype):
+    score = torch.tensor([NAN, 1.0, -INF, -NAN, INF]).to(dtype)
     for side in ("highest", "lowest"):
-        index, _ = segment_topk(score, offsets([4]), 0.75, side, impl=impl)
-        assert index.tolist() == [1, 2, 3]
+        index, _ = segment_topk(score, offsets([5]), 0.6, side, impl=impl)
+        assert index.tolist() == [1, 2, 4]
+
+
+def test_a_strided_score_and_wide_offsets(impl):
+    score, cu = torch.randn(24)[::2], torch.tensor([0, 9, 5, 9, 12])[::2].contiguous()
+    assert not score.is_contiguous() and cu.dtype == torch.int64
+    expected = reference.segment_topk(score, cu, 0.5, "alternate")
+    got = segment_topk(score, cu, 0.5, "alternate", impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_operator_registration_and_compilation(impl):
@@ -100,8 +137,17 @@ def test_operator_registration_and_compilation(impl):
         assert torch.equal(a, b)
 
 
+def test_outputs_are_where_the_score_is():
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        score, cu = torch.empty(12, device="cuda"), torch.empty(3, dtype=torch.int64)
+        index, cu_rows = segment_topk(score, cu, 0.5, "lowest", impl="sorting")
+    assert index.device.type == cu_rows.device.type == "cuda" and cu_rows.shape == (3,)
+    assert index.dtype == cu_rows.dtype == torch.int32
+
+
 def test_a_score_with_a_gradient_is_only_read(impl):
-    index, _ = segment_topk(torch.randn(3, requires_grad=True), offsets([3]), 0.5, "lowest")
+    score = torch.randn(3, requires_grad=True)
+    index, _ = segment_topk(score, offsets([3]), 0.5, "lowest", impl=impl)
     assert not index.requires_grad
 
 
@@ -115,8 +161,21 @@ REFUSALS = {
     "no offsets": (dict(cu_tokens=torch.zeros(0, dtype=torch.int32)), r"got \(4,\) and \(0,\)"),
     "integers": (dict(score=torch.zeros(4, dtype=torch.int32)), "floating-point score"),
     "offsets": (dict(cu_tokens=torch.zeros(2)), "int32 or int64 cu_tokens, got torch.float32"),
-    "device": (dict(score=torch.zeros(4, device="meta")), "one device, got meta and cpu"),
-    "impl": (dict(impl="fast"), 'unknown impl "fast", expected one of: auto, sorting'),
+    "device": (
+        dict(cu_tokens=torch.zeros(2, dtype=torch.int32, device="meta")),
+        "on the CPU or with score on cpu, got meta",
+    ),
+    "too long": (
+        dict(score=torch.zeros(1).expand(2**31)),
+        r"fewer than 2\*\*31 tokens, got 2147483648",
+    ),
+    "end": (dict(cu_tokens=offsets([3])), "cu_tokens from 0 to 4, got from 0 to 3"),
+    "start": (dict(cu_tokens=torch.tensor([1, 4])), "cu_tokens from 0 to 4, got from 1 to 4"),
+    "falls": (
+        dict(cu_tokens=torch.tensor([0, 3, 2, 4])),
+        "cu_tokens that never falls, got 3, 2 at 1",
+    ),
+    "impl": (dict(impl="fast"), 'unknown impl "fast", expected one of: auto, native, sorting'),
 }
 
 
@@ -126,3 +185,23 @@ def test_refuses_by_name(case):
     good = dict(score=torch.zeros(4), cu_tokens=offsets([4]), fraction=0.5, side="lowest")
     with pytest.raises(ValueError, match=message):
         segment_topk(**good | wrong)
+
+
+# good: cu_tokens 0, 4 and cu_rows 0, 2
+NATIVE_REFUSALS = {
+    "tokens": (dict(cu_tokens=offsets([5])), "from 0 to 4 and to 2, got 0 to 5 and 0 to 2"),
+    "rows": (dict(M=3), "from 0 to 4 and to 3, got 0 to 4 and 0 to 2"),
+    "K": (dict(cu_tokens=offsets([1, 3]), cu_rows=offsets([2, 0])), "K = 2 and T = 1 in segment 0"),
+    "dtype": (dict(cu_rows=torch.tensor([0, 2])), "int32 cu_tokens, cu_rows"),
+    "sizes": (dict(cu_rows=offsets([1, 1])), "int32 cu_tokens, cu_rows"),
+    "score": (dict(score=torch.zeros(4, dtype=torch.int32)), "floating-point score, got Int"),
+}
+
+
+@pytest.mark.skipif(os.environ.get("SEPO_EXT") == "none", reason="SEPO_EXT=none")
+@pytest.mark.parametrize("case", NATIVE_REFUSALS)
+def test_the_native_operator_reads_nothing_outside_its_tensors(case):
+    wrong, message = NATIVE_REFUSALS[case]
+    good = dict(score=torch.zeros(4), cu_tokens=offsets([4]), cu_rows=offsets([2]), side=0, M=2)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.sepo.native_segment_topk(*(good | wrong).values())

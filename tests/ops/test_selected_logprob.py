@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from numerics import assert_as_accurate, max_error
+from ops import implementations
 from ops.logprob_cases import (
     SCHEDULES,
     SHAPES,
@@ -17,14 +18,12 @@ from ops.logprob_cases import (
 
 from sepo.ops import explain_selected_logprob, selected_logprob
 from sepo_kernels.selected_logprob import IMPLS, reference
-from sepo_kernels.selected_logprob.schedule import row_bytes
+from sepo_kernels.selected_logprob.schedule import Layout
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(params=IMPLS, ids=lambda impl: impl.name)
-def impl(request):
-    return request.param.name
+impl = implementations.fixture(IMPLS)
 
 
 def all_three(shape, variant, schedule, dtype, impl):
@@ -36,7 +35,7 @@ def all_three(shape, variant, schedule, dtype, impl):
         reference.selected_logprob, inputs, dtype=torch.float64, schedule=schedule, **options
     )
     plain = run(reference.selected_logprob, inputs, dtype=dtype, schedule=schedule, **options)
-    budget = budget_for(schedule, V, dtype, **options)
+    budget = budget_for(schedule, V, dtype, impl=impl, **options)
     ours = run(
         checked(schedule, M), inputs, dtype=dtype, schedule=schedule, budget=budget, impl=impl,
         **options,
@@ -115,7 +114,7 @@ def test_gradcheck(impl, budget):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_repeatable_bit_for_bit(impl, schedule):
     inputs = make_inputs(37, 53, 45, 101, bias=True)
-    op = dict(schedule=schedule, budget=budget_for(schedule, 101), impl=impl)
+    op = dict(schedule=schedule, budget=budget_for(schedule, 101, impl=impl), impl=impl)
     first, second = (run(selected_logprob, inputs, dtype=torch.float32, **op) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -141,7 +140,7 @@ def test_weight_gradient_is_summed_over_chunks_in_float32(impl):
     rows, targets = torch.zeros(400, dtype=torch.int32), torch.zeros(400, dtype=torch.int64)
     inputs = (hidden, weight, None, rows, targets, torch.ones(400))
     truth = run(reference.selected_logprob, inputs, dtype=torch.float64)["weight"]
-    budget = row_bytes(31, torch.bfloat16, False, True)
+    budget = Layout(31, torch.bfloat16, False, fused=False).row_bytes(gradient=True)
     ours = run(selected_logprob, inputs, dtype=torch.bfloat16, budget=budget, impl=impl)["weight"]
     # slope, scaled row, product and sum are each rounded once
     torch.testing.assert_close(ours.double(), truth, rtol=4 * 2**-8, atol=0)
@@ -184,11 +183,10 @@ def test_no_rows_is_a_differentiable_zero(impl, frozen):
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in leaves)
 
 
-def test_strided_weight_and_hidden(impl):
+def test_rows_of_a_wider_buffer(impl):
     hidden, weight, _, rows, targets, up = make_inputs(9, 13, 10, 33, dtype=torch.float64)
     straight = run(selected_logprob, (hidden, weight, None, rows, targets, up), dtype=torch.float64)
-    h = torch.randn(9, 20, dtype=torch.float64)[:, ::2].copy_(hidden).requires_grad_()
-    w = weight.T.contiguous().T.requires_grad_()
+    h, w = (torch.cat([x, x], 1)[:, : x.shape[1]].requires_grad_() for x in (hidden, weight))
     assert not h.is_contiguous() and not w.is_contiguous()
     logp = selected_logprob(h, w, rows, targets, impl=impl)
     grads = torch.autograd.grad(logp, (h, w), up.double())
@@ -200,7 +198,7 @@ def test_strided_weight_and_hidden(impl):
 @pytest.mark.parametrize("schedule", ["save", "recompute"])
 def test_only_what_needs_a_gradient_gets_one(impl, need, schedule):
     *tensors, rows, targets, up = make_inputs(37, 23, 45, 101, bias=True, dtype=torch.float64)
-    budget = budget_for(schedule, 101, torch.float64)
+    budget = budget_for(schedule, 101, torch.float64, impl=impl)
     full = run(selected_logprob, (*tensors, rows, targets, up), dtype=torch.float64, budget=budget)
     leaves = [x.clone().requires_grad_(bool(n)) for x, n in zip(tensors, need, strict=True)]
     hidden, weight, bias = leaves
@@ -240,3 +238,39 @@ def test_explanations_name_schedule_and_reason():
         assert explain().schedule == "no_grad"
     hidden.requires_grad_(False)
     assert explain().gemms == 2 and "hidden needs no gradient" in explain().reasons[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 60.0])
+def test_targets_that_are_certain_or_next_to_impossible(impl, dtype, softcap):
+    """logp from -1e-20 to -150 in one call: e^150 is no float32, and 1 + 1e-20 is 1."""
+    V, D, size = 700, 8, 40.0
+    g = torch.Generator().manual_seed(0)
+    weight = (torch.randn(V, D, generator=g) / 8).to(dtype)
+    weight[::7] = torch.eye(D)[0].to(dtype) * size / 16
+    weight[5::7] = -torch.eye(D)[0].to(dtype) * size / 16
+    hidden = torch.randn(6, D, generator=g).to(dtype)
+    hidden[:, 0] = torch.tensor([16.0, 1.0, -16.0, 8.0, 30.0, -30.0])
+    rows = torch.arange(6, dtype=torch.int32).repeat(4)
+    targets = torch.tensor([0, 5, 3, 693]).repeat_interleave(6)
+    up = torch.randn(24, generator=g)
+    inputs = (hidden, weight, None, rows, targets, up)
+    truth = run(reference.selected_logprob, inputs, dtype=torch.float64, softcap=softcap)
+    plain = run(reference.selected_logprob, inputs, dtype=dtype, softcap=softcap)
+    ours = run(selected_logprob, inputs, dtype=dtype, softcap=softcap, impl=impl)
+    assert truth["logp"].min() < -60 and truth["logp"].max() > -6
+    # relative: float32 carries a logit of 150 with seven digits
+    torch.testing.assert_close(ours["logp"].double(), truth["logp"], rtol=2e-6, atol=1e-6)
+    for name in ("hidden", "weight"):
+        assert_as_accurate(ours[name], plain[name], truth[name], what=name)
+
+
+def test_not_a_number_stays_in_its_rows_and_is_not_hidden(impl):
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, _, _, _, _ = make_inputs(4, 1, 16, 101, dtype=dtype)
+        hidden[1, 3] = float("nan")
+        rows, targets = torch.arange(4, dtype=torch.int32), torch.tensor([1, 2, 3, 4])
+        logp = selected_logprob(hidden, weight, rows, targets, impl=impl)
+        assert logp.isnan().tolist() == [False, True, False, False]
+        weight[90, 0] = float("nan")
+        assert selected_logprob(hidden, weight, rows, targets, impl=impl).isnan().all()

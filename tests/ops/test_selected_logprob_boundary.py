@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ops import implementations
 from ops.logprob_cases import SCHEDULES, budget_for, make_inputs, run
 
 from sepo.ops import explain_selected_logprob, selected_logprob
@@ -12,9 +13,7 @@ FWD = torch.ops.sepo.selected_logprob_fwd.default
 BWD = torch.ops.sepo.selected_logprob_bwd.default
 
 
-@pytest.fixture(params=IMPLS, ids=lambda impl: impl.name)
-def impl(request):
-    return request.param.name
+impl = implementations.fixture(IMPLS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -26,13 +25,13 @@ def test_operator_registration(impl, schedule, dtype):
     settings = (0.5, 4.0, schedule, 2 * 31 * 10)
     torch.library.opcheck(FWD, (*head, *settings, impl))
     if schedule != "no_grad":
-        logp, lse, kept = FWD(*head, *settings, impl)
+        logp, lse, unit, kept = FWD(*head, *settings, impl)
         frozen = schedule == "frozen_head"
         needs = [(True, False, False), (True, True, True), (False, True, False)][
             : 1 if frozen else 3
         ]
         for need in needs:
-            torch.library.opcheck(BWD, (up, *head, logp, lse, kept, *settings, *need, impl))
+            torch.library.opcheck(BWD, (up, *head, logp, lse, unit, kept, *settings, *need, impl))
 
 
 # Dynamo makes an instance of every autograd Function it traces, and torch warns of it
@@ -45,7 +44,9 @@ DYNAMO_WARNS = pytest.mark.filterwarnings(
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_compiles_as_one_node(impl, schedule):
     inputs = make_inputs(37, 23, 45, 101, bias=True)
-    options = dict(budget=budget_for(schedule, 101, softcap=3.0), impl=impl, softcap=3.0)
+    budget = budget_for(schedule, 101, softcap=3.0, impl=impl)
+    options = dict(budget=budget, impl=impl, softcap=3.0)
+    torch._dynamo.reset()
     eager = run(selected_logprob, inputs, dtype=torch.float32, schedule=schedule, **options)
     compiled = run(
         torch.compile(selected_logprob, fullgraph=True, backend="aot_eager"),
@@ -62,12 +63,13 @@ def test_compiles_once_for_any_number_of_rows(impl):
         graphs.append(graph)
         return graph.forward
 
+    torch._dynamo.reset()
     compiled = torch.compile(selected_logprob, fullgraph=True, backend=backend, dynamic=True)
     for N, M in ((37, 23), (41, 30), (20, 64)):
         hidden, weight, _, rows, targets, _ = make_inputs(N, M, 16, 31)
         with torch.no_grad():
             logp = compiled(hidden, weight, rows, targets, impl=impl)
-            assert torch.equal(logp, selected_logprob(hidden, weight, rows, targets))
+            assert torch.equal(logp, selected_logprob(hidden, weight, rows, targets, impl=impl))
     assert len(graphs) == 1
 
 
@@ -142,6 +144,7 @@ def test_refuses_by_name(case, fn):
 
 def test_one_row_of_a_gradient_takes_more_than_one_of_a_score():
     hidden, weight, _, rows, targets, _ = make_inputs(4, 2, 8, 16, dtype=torch.bfloat16)
-    selected_logprob(hidden, weight, rows, targets, budget=64)
+    options = dict(budget=64, impl="chunked")
+    selected_logprob(hidden, weight, rows, targets, **options)
     with pytest.raises(ValueError, match="at least one row, 96 bytes, got 64"):
-        selected_logprob(hidden.requires_grad_(), weight, rows, targets, budget=64)
+        selected_logprob(hidden.requires_grad_(), weight, rows, targets, **options)

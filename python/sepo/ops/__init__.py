@@ -5,14 +5,17 @@ from sepo.ops import flops  # noqa: F401  registers the FLOP formulas
 from sepo.ops.segment_reduce import segment_mean, segment_sum
 from sepo.ops.segment_topk import segment_topk
 from sepo.ops.selected_logprob import explain_selected_logprob, selected_logprob
+from sepo.ops.selected_logprob_kl import explain_selected_logprob_kl, selected_logprob_kl
 
 __all__ = [
     "dpo_loss",
     "explain_selected_logprob",
+    "explain_selected_logprob_kl",
     "segment_mean",
     "segment_sum",
     "segment_topk",
     "selected_logprob",
+    "selected_logprob_kl",
     "sepo_loss",
     "simpo_loss",
 ]

@@ -3,8 +3,10 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import sepo.ops.selected_logprob  # noqa: F401  defines the operators
+import sepo.ops.selected_logprob
+import sepo.ops.selected_logprob_kl  # noqa: F401  these define the operators
 from sepo_kernels.selected_logprob import schedule as plan
+from sepo_kernels.selected_logprob_kl import schedule as two_heads
 
 
 @register_flop_formula(torch.ops.sepo.selected_logprob_fwd)
@@ -15,8 +17,32 @@ def _fwd_flops(hidden, weight, bias, rows, targets, scale, softcap, schedule, *_
 
 @register_flop_formula(torch.ops.sepo.selected_logprob_bwd)
 def _bwd_flops(
-    grad_logp, hidden, weight, bias, rows, targets, logp, lse, kept, scale, softcap, schedule,
+    grad_logp, hidden, weight, bias, rows, targets, logp, lse, unit, kept, scale, softcap, schedule,
     budget, need_hidden, need_weight, *_, **__,
 ) -> int:  # fmt: skip
     (V, D), (M,) = weight, rows
     return 2 * M * D * V * plan.bwd_gemms(schedule, need_hidden, need_weight)
+
+
+@register_flop_formula(torch.ops.sepo.selected_logprob_kl_fwd)
+def _kl_fwd_flops(
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, scale, softcap,
+    direction, schedule, *_, **__,
+) -> int:  # fmt: skip
+    return _two_heads(rows, weight, ref_weight, *two_heads.fwd_gemms(schedule))
+
+
+@register_flop_formula(torch.ops.sepo.selected_logprob_kl_bwd)
+def _kl_bwd_flops(
+    grad_logp, grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets,
+    logp, ref_logp, kl, state, first, second, scale, softcap, direction, schedule, budget,
+    need_hidden, need_weight, *_, **__,
+) -> int:  # fmt: skip
+    gemms = two_heads.bwd_gemms(schedule, need_hidden, need_weight)
+    return _two_heads(rows, weight, ref_weight, *gemms)
+
+
+def _two_heads(rows, weight, ref_weight, policy: int, reference: int) -> int:
+    (V, D), (M,) = weight, rows
+    # the reference's weight comes to the backward only where it is multiplied
+    return 2 * M * V * (policy * D + (reference * ref_weight[1] if reference else 0))

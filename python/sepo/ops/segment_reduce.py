@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sepo.ops.offsets import check_values
 from sepo_kernels.registry import pick
 from sepo_kernels.segment_reduce import IMPLS
 
@@ -14,7 +15,8 @@ def segment_sum(
 ) -> Tensor:  # (S,)
     """Sum of each segment, in the unit of `values`; an empty segment gives 0 and no gradient.
 
-    A NaN stays in its own segment. Raises ValueError for shapes and dtypes that do not fit.
+    A NaN stays in its own segment. Raises ValueError for shapes and dtypes that do not fit, or
+    offsets on the CPU that do not rise from 0 to M.
     """
     _check(values, cu_rows)
     return _SegmentSum.apply(values, cu_rows, pick(IMPLS, "auto", values, cu_rows).name)
@@ -27,7 +29,7 @@ def segment_mean(
     """Mean of each segment, in the unit of `values`; an empty segment gives 0 and no gradient.
 
     The u / gamma of SePO eq. 11: the divisor is the number of selected tokens. Raises ValueError
-    for shapes and dtypes that do not fit.
+    as segment_sum does.
     """
     return segment_sum(values, cu_rows) / cu_rows.diff().clamp(min=1)
 
@@ -68,6 +70,7 @@ _BY_NAME = {impl.name: impl for impl in IMPLS}
 
 
 def _run_fwd(values, cu_rows, impl):
+    check_values("cu_rows", cu_rows, values.shape[0])
     return _BY_NAME[impl].fwd(values, cu_rows)
 
 

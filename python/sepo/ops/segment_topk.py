@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sepo.ops.offsets import check_values
 from sepo_kernels.registry import pick
 from sepo_kernels.segment_topk import IMPLS
 
@@ -11,7 +12,7 @@ SIDES = ("highest", "lowest", "alternate")
 
 def segment_topk(
     score: Tensor,  # (T_all,) floating point, the responses end to end
-    cu_tokens: Tensor,  # (S + 1,) int32 or int64, from 0 to T_all
+    cu_tokens: Tensor,  # (S + 1,) int32 or int64, from 0 to T_all; on the CPU or with score
     fraction: float,  # 0 < fraction <= 1
     side: str,  # "highest" | "lowest" | "alternate": even segments highest, odd ones lowest
     *,
@@ -22,10 +23,11 @@ def segment_topk(
 
     SePO section 3.2: the highest scores of a chosen response, the lowest of a rejected one. Ties
     go to the earlier token; an empty segment selects nothing. A NaN ranks last on both sides (the
-    data layer refuses them). No gradient. On a GPU it waits: M is read back to size the output.
+    data layer refuses them). No gradient. With the score on a GPU, both outputs are there too; with
+    cu_tokens on the CPU nothing waits, with cu_tokens on the GPU M is read back to size the output.
 
-    Raises ValueError for a fraction outside (0, 1], an unknown side, a negative min_tokens, or
-    shapes and dtypes that do not fit.
+    Raises ValueError for a fraction outside (0, 1], an unknown side, a negative min_tokens, shapes,
+    dtypes and devices that do not fit, or offsets on the CPU that do not rise from 0 to T_all.
     """
     _check(score, cu_tokens, fraction, side, min_tokens)
     chosen = pick(IMPLS, impl, score, cu_tokens)
@@ -44,12 +46,16 @@ def _check(score, cu_tokens, fraction, side, min_tokens) -> None:
             "expected score (T_all,) and cu_tokens (S + 1,), "
             f"got {tuple(score.shape)} and {tuple(cu_tokens.shape)}"
         )
+    if score.shape[0] >= 2**31:
+        raise ValueError(f"expected fewer than 2**31 tokens, got {score.shape[0]}")
     if not score.dtype.is_floating_point:
         raise ValueError(f"expected a floating-point score, got {score.dtype}")
     if cu_tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"expected int32 or int64 cu_tokens, got {cu_tokens.dtype}")
-    if score.device != cu_tokens.device:
-        raise ValueError(f"expected one device, got {score.device} and {cu_tokens.device}")
+    if cu_tokens.device not in (score.device, torch.device("cpu")):
+        raise ValueError(
+            f"expected cu_tokens on the CPU or with score on {score.device}, got {cu_tokens.device}"
+        )
 
 
 torch.library.define(
@@ -61,12 +67,13 @@ _BY_NAME = {impl.name: impl for impl in IMPLS}
 
 
 def _run(score, cu_tokens, fraction, side, min_tokens, impl):
+    check_values("cu_tokens", cu_tokens, score.shape[0])
     return _BY_NAME[impl].fwd(score, cu_tokens, fraction, side, min_tokens)
 
 
 def _fake(score, cu_tokens, fraction, side, min_tokens, impl):
     M = torch.library.get_ctx().new_dynamic_size()
-    return score.new_empty((M,), dtype=torch.int32), torch.empty_like(cu_tokens, dtype=torch.int32)
+    return tuple(score.new_empty((n,), dtype=torch.int32) for n in (M, cu_tokens.shape[0]))
 
 
 torch.library.impl("sepo::segment_topk", ("cpu", "cuda"), _run)

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sepo.ops.checks import (
+    check_head,
+    check_index_values,
+    check_indices,
+    check_one_device,
+    check_softcap,
+)
 from sepo_kernels.platform import accumulator
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob import IMPLS
 from sepo_kernels.selected_logprob import schedule as plan
+from sepo_kernels.selected_logprob.loops import new_kept
 
 
 def selected_logprob(
@@ -30,19 +38,20 @@ def selected_logprob(
     """Return log p(targets[m] | hidden[rows[m]]), the lp_t of SePO eq. 11, and no (N, V) tensor.
 
     There is no shift inside: rows[m] must be the state that predicts targets[m]. Index values
-    are not checked here, that would wait for the GPU; the packer checks them on the CPU.
+    are checked on the CPU; on a GPU that would wait, and what made them has checked them.
 
     The work is scheduled by `budget` and by which inputs need a gradient, as told by
     `explain_selected_logprob`. The result is the same up to the rounding of chunk sums. Under
     autocast the inputs are used in the dtype they come in. The backward may run more than once
     (`retain_graph`); it cannot be differentiated again.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, for a budget that holds not
-    even one row, and for an `impl` that is unknown or cannot run.
+    Raises ValueError for shapes, strides, dtypes or devices that do not fit, for indices on the CPU
+    out of range, for a budget that holds not even one row, and for an `impl` that is unknown or
+    cannot run.
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
-    schedule, budget = _schedule(hidden, weight, rows, bias, softcap, budget)
+    schedule, budget, _ = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
     args = (hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, chosen.name)
     if schedule == plan.NO_GRAD:
         return _fwd(*args)[0]
@@ -79,91 +88,67 @@ def explain_selected_logprob(
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
-    schedule, budget = _schedule(hidden, weight, rows, bias, softcap, budget)
-    M, V, dtype, capped = len(rows), len(weight), hidden.dtype, softcap is not None
-    need_hidden, need_weight, need_bias = _needs_grad(hidden, weight, bias)
+    schedule, budget, layout = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
+    M, dtype = len(rows), hidden.dtype
+    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
 
-    fwd_chunk = plan.chunk_rows(M, V, dtype, capped, budget, schedule, backward=False)
-    bwd_chunk = plan.chunk_rows(M, V, dtype, capped, budget, schedule, backward=True)
-    saved = M * V * dtype.itemsize
-    scratch = plan.save_scratch_bytes(V, dtype, capped)
+    fwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=False)
+    bwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=True)
+    saved, scratch = M * layout.kept, layout.save_scratch
     if schedule == plan.SAVE:
         size, bwd_chunk = saved + min(fwd_chunk, M) * scratch, 0
-        reasons = (f"(M, V) = ({M}, {V}) in {dtype} takes {saved} bytes, budget {budget}",)
+        reasons = (f"(M, V) = ({M}, {layout.V}) in {dtype} takes {saved} bytes, budget {budget}",)
     elif schedule == plan.RECOMPUTE:
-        size = bwd_chunk * plan.row_bytes(V, dtype, capped, gradient=True)
-        size = max(size, fwd_chunk * plan.row_bytes(V, dtype, capped, gradient=False))
+        size = max(
+            bwd_chunk * layout.row_bytes(gradient=True),
+            fwd_chunk * layout.row_bytes(gradient=False),
+        )
         wanted = saved + min(M, plan.SAVE_MIN_CHUNK) * scratch
         reasons = (f"saving takes {wanted} bytes, budget {budget}: the logits are made twice",)
     else:
         frozen = schedule == plan.FROZEN_HEAD
-        size, bwd_chunk = fwd_chunk * plan.row_bytes(V, dtype, capped, gradient=frozen), 0
+        size, bwd_chunk = fwd_chunk * layout.row_bytes(gradient=frozen), 0
         why = "the head needs no gradient" if frozen else "nothing needs a gradient, or no_grad"
         reasons = (why,)
     if not need_hidden and (need_weight or need_bias):
         reasons += ("hidden needs no gradient: its product is left out",)
+    if layout.fused:
+        reasons += ("the logits stay in cache: only what is kept is written",)
     gemms = plan.fwd_gemms(schedule) + plan.bwd_gemms(schedule, need_hidden, need_weight)
     return Explanation(chosen.name, schedule, fwd_chunk, bwd_chunk, size, gemms, reasons)
 
 
-def _needs_grad(*tensors: Tensor | None) -> list[bool]:
+def needs_grad(*tensors: Tensor | None) -> list[bool]:
     enabled = torch.is_grad_enabled()
     return [enabled and x is not None and x.requires_grad for x in tensors]
 
 
-def _schedule(hidden, weight, rows, bias, softcap, budget) -> tuple[str, int]:
-    need_hidden, need_weight, need_bias = _needs_grad(hidden, weight, bias)
-    (M,), V = rows.shape, weight.shape[0]
+def _schedule(chosen, hidden, weight, rows, bias, softcap, budget) -> tuple[str, int, plan.Layout]:
+    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
+    fused = chosen.fused(hidden.dtype)
+    layout = plan.Layout(weight.shape[0], hidden.dtype, softcap is not None, fused)
     budget = plan.DEFAULT_BUDGET if budget is None else budget
-    need_any = need_hidden or need_weight or need_bias
-    row = plan.row_bytes(V, hidden.dtype, softcap is not None, gradient=need_any)
+    row = layout.row_bytes(gradient=need_hidden or need_weight or need_bias)
     if budget < row:
         raise ValueError(f"expected a budget of at least one row, {row} bytes, got {budget}")
-    head = need_weight or need_bias
-    capped = softcap is not None
-    return plan.choose(M, V, hidden.dtype, capped, budget, need_hidden, head), budget
+    need_head = need_weight or need_bias
+    return plan.choose(rows.shape[0], layout, budget, need_hidden, need_head), budget, layout
 
 
 def _check(hidden, weight, rows, targets, bias, softcap) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "expected hidden (N, D) and weight (V, D), "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if not hidden.dtype.is_floating_point:
-        raise ValueError(f"expected a floating-point hidden, got {hidden.dtype}")
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"expected one dtype, got hidden {hidden.dtype}, weight {weight.dtype}")
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        raise ValueError(
-            f"expected bias ({weight.shape[0]},) {weight.dtype}, "
-            f"got {tuple(bias.shape)} {bias.dtype}"
-        )
-    if rows.ndim != 1 or rows.shape != targets.shape:
-        raise ValueError(
-            "expected rows (M,) and targets (M,), "
-            f"got {tuple(rows.shape)} and {tuple(targets.shape)}"
-        )
-    if rows.dtype != torch.int32 or targets.dtype != torch.int64:
-        raise ValueError(
-            f"expected int32 rows and int64 targets, got {rows.dtype} and {targets.dtype}"
-        )
-    for x in (weight, rows, targets) if bias is None else (weight, rows, targets, bias):
-        if x.device != hidden.device:
-            raise ValueError(
-                f"expected all tensors on one device, got {x.device} and {hidden.device}"
-            )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"expected softcap > 0 or None, got {softcap}")
+    check_head(hidden, weight, bias)
+    check_indices(rows, targets)
+    check_one_device(hidden, weight, rows, targets, bias)
+    check_softcap(softcap)
 
 
 class _SelectedLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
-        logp, lse, kept = _fwd(
+        logp, lse, unit, kept = _fwd(
             hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl
         )
-        ctx.save_for_backward(hidden, weight, bias, rows, targets, logp, lse, kept)
+        ctx.save_for_backward(hidden, weight, bias, rows, targets, logp, lse, unit, kept)
         ctx.settings = (scale, softcap, schedule, budget)
         ctx.impl = impl
         return logp
@@ -182,22 +167,23 @@ class _SelectedLogprob(torch.autograd.Function):
 torch.library.define(
     "sepo::selected_logprob_fwd",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, float scale,"
-    " float? softcap, str schedule, SymInt budget, str impl) -> (Tensor, Tensor, Tensor)",
+    " float? softcap, str schedule, SymInt budget, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "sepo::selected_logprob_bwd",
     "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets,"
-    " Tensor logp, Tensor lse, Tensor kept, float scale, float? softcap, str schedule,"
+    " Tensor logp, Tensor lse, Tensor unit, Tensor kept, float scale, float? softcap, str schedule,"
     " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl)"
     " -> (Tensor, Tensor, Tensor)",
 )
 _BY_NAME = {impl.name: impl for impl in IMPLS}
 
 
-def _run_fwd(*args):
+def _run_fwd(hidden, weight, bias, rows, targets, *args):
+    check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
     # autocast would also reach the products inside, and round the logits
-    with torch.autocast(args[0].device.type, enabled=False):
-        return _BY_NAME[args[-1]].fwd(*args[:-1])
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _BY_NAME[args[-1]].fwd(hidden, weight, bias, rows, targets, *args[:-1])
 
 
 def _run_bwd(*args):
@@ -207,13 +193,14 @@ def _run_bwd(*args):
 
 def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
     logp = hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
-    kept = plan.kept_shape(schedule, rows.shape[0], *weight.shape)
-    return logp, torch.empty_like(logp), hidden.new_empty(kept)
+    fused = _BY_NAME[impl].fused(hidden.dtype)
+    kept = new_kept(hidden, schedule, rows.shape[0], *weight.shape, fused)
+    return logp, torch.empty_like(logp), torch.empty_like(logp), kept
 
 
 def _fake_bwd(
-    grad_logp, hidden, weight, bias, rows, targets, logp, lse, kept, scale, softcap, schedule,
-    budget, need_hidden, need_weight, need_bias, impl,
+    grad_logp, hidden, weight, bias, rows, targets, logp, lse, unit, kept, scale, softcap,
+    schedule, budget, need_hidden, need_weight, need_bias, impl,
 ):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),

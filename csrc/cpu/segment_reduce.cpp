@@ -1,0 +1,88 @@
+// Sums over segments on the CPU: each segment alone, in a fixed order, without atomics.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+namespace {
+
+constexpr int64_t GRAIN = 1 << 15;  // values a thread takes at least
+
+void check(
+    const at::Tensor& cu_rows,  // (S + 1,) int32 contiguous
+    int64_t M) {
+  TORCH_CHECK_VALUE(
+      cu_rows.dim() == 1 && cu_rows.numel() > 0 && cu_rows.scalar_type() == at::kInt &&
+          cu_rows.is_contiguous(),
+      "expected contiguous int32 cu_rows (S + 1,), got ", cu_rows.scalar_type(), " ",
+      cu_rows.sizes());
+  const int32_t* cu = cu_rows.const_data_ptr<int32_t>();
+  const int64_t S = cu_rows.numel() - 1;
+  TORCH_CHECK_VALUE(cu[0] == 0 && cu[S] == M && std::is_sorted(cu, cu + S + 1),
+                    "expected cu_rows that rises from 0 to ", M, ", got ", cu[0], " to ", cu[S]);
+}
+
+template <typename Body>  // void(segment, start, stop)
+void for_each_segment(const at::Tensor& cu_rows, const Body& body) {
+  const int32_t* cu = cu_rows.const_data_ptr<int32_t>();
+  const int64_t S = cu_rows.numel() - 1;
+  const int64_t mean = std::max<int64_t>(1, cu[S] / std::max<int64_t>(1, S));
+  at::parallel_for(0, S, std::max<int64_t>(1, GRAIN / mean), [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) body(s, cu[s], cu[s + 1]);
+  });
+}
+
+at::Tensor segment_sum(  // (S,)
+    const at::Tensor& values,  // (M,) float32 or float64, contiguous
+    const at::Tensor& cu_rows  // (S + 1,) int32 contiguous, from 0 to M
+) {
+  TORCH_CHECK_VALUE(values.dim() == 1 && values.is_contiguous(),
+                    "expected contiguous values (M,), got ", values.sizes());
+  check(cu_rows, values.numel());
+  at::Tensor sum = at::empty({cu_rows.numel() - 1}, values.options());
+  AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "native_segment_sum", [&] {
+    using Vec = at::vec::Vectorized<scalar_t>;
+    const scalar_t* in = values.const_data_ptr<scalar_t>();
+    scalar_t* out = sum.mutable_data_ptr<scalar_t>();
+    for_each_segment(cu_rows, [&](int64_t s, int64_t start, int64_t stop) {
+      const auto add = [](Vec a, Vec b) { return a + b; };
+      out[s] = stop == start ? scalar_t(0)
+                             : at::vec::reduce_all<scalar_t>(add, in + start, stop - start);
+    });
+  });
+  return sum;
+}
+
+at::Tensor segment_sum_bwd(  // (M,)
+    const at::Tensor& grad_sum,  // (S,) float32 or float64, contiguous
+    const at::Tensor& cu_rows,   // (S + 1,) int32 contiguous, from 0 to M
+    int64_t M) {
+  check(cu_rows, M);
+  TORCH_CHECK_VALUE(grad_sum.is_contiguous() && grad_sum.dim() == 1 &&
+                        grad_sum.numel() == cu_rows.numel() - 1,
+                    "expected contiguous grad_sum (", cu_rows.numel() - 1, ",), got ",
+                    grad_sum.sizes());
+  at::Tensor grad_values = at::empty({M}, grad_sum.options());
+  AT_DISPATCH_FLOATING_TYPES(grad_sum.scalar_type(), "native_segment_sum_bwd", [&] {
+    const scalar_t* in = grad_sum.const_data_ptr<scalar_t>();
+    scalar_t* out = grad_values.mutable_data_ptr<scalar_t>();
+    for_each_segment(cu_rows, [&](int64_t s, int64_t start, int64_t stop) {
+      std::fill(out + start, out + stop, in[s]);
+    });
+  });
+  return grad_values;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(sepo, m) {
+  m.def("native_segment_sum(Tensor values, Tensor cu_rows) -> Tensor");
+  m.def("native_segment_sum_bwd(Tensor grad_sum, Tensor cu_rows, int M) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(sepo, CPU, m) {
+  m.impl("native_segment_sum", &segment_sum);
+  m.impl("native_segment_sum_bwd", &segment_sum_bwd);
+}

@@ -1,0 +1,130 @@
+// selected_logprob for bfloat16: matrix product, log-sum-exp and slope in one pass over the
+// vocabulary, from float32 logits that stay in cache.
+//
+// With c the target's own logit, known beforehand from one dot product, and e_v = exp(z_v - c):
+//
+//   tail = sum of e_v over v != target       logp = -log1p(tail)       p_v = e_v / (1 + tail)
+//
+// So e_v can be stored at once, in its final form, and the backward's factor takes 1 / (1 + tail).
+// The target's own entry, which outweighs a row's others together, is left out: the backward adds
+// its part in float32, from logp.
+// bfloat16 has float32's range: e_v cannot be rounded away where it matters. Only a target less
+// likely than 2^-60 needs another c; such rows are done again from their largest logit.
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "head_tiles.h"
+
+namespace sepo {
+namespace {
+
+struct Found {
+  at::Tensor logp, lse, unit;  // (M,) float32
+  std::vector<int64_t> again;  // rows whose sum is too large for their c
+};
+
+// tail (M,) of the references c; e_v cap'(z_v) goes to `slope` (V, M), rows at stride ld
+template <bool SLOPE>
+Partial sum_pass(
+    const Heads<1>& heads, const TargetIndex& index, const int64_t* targets,
+    const std::vector<float>& c, at::BFloat16* slope, int64_t ld) {
+  const Head& head = heads.head[0];
+  const auto reference = padded_copy(c, heads.padded());
+  const Vec one(1.f), inverse_cap(head.inverse_cap());
+  Partial tail(heads.groups(), heads.padded(), 0.f);
+  for_each_tile(heads, [&](int64_t group, int64_t v0, int64_t count, int64_t block, Tile* tiles) {
+    float* z = tiles[0];
+    const int64_t m0 = block * TILE_M, in_block = heads.rows[0].block_rows(block);
+    index.visit(v0, m0, m0 + in_block, [&](int64_t m) {
+      z[(targets[m] - v0) * TILE_M + m - m0] = -INFINITE;  // the tail is summed without it
+    });
+    for (int64_t lane = 0; lane < in_block; lane += 2 * LANES) {
+      const Vec c0 = Vec::loadu(&reference[m0 + lane]);
+      const Vec c1 = Vec::loadu(&reference[m0 + lane + LANES]);
+      const int64_t width = std::min(2 * LANES, in_block - lane);
+      Vec sum0(0.f), sum1(0.f);
+      for (int64_t v = 0; v < count; ++v) {
+        const Vec y0 = Vec::loadu(z + v * TILE_M + lane);
+        const Vec y1 = Vec::loadu(z + v * TILE_M + lane + LANES);
+        Vec e0 = (y0 - c0).exp_u20(), e1 = (y1 - c1).exp_u20();
+        sum0 = sum0 + e0;
+        sum1 = sum1 + e1;
+        if constexpr (SLOPE) {
+          if (head.softcap) {
+            const Vec t0 = y0 * inverse_cap, t1 = y1 * inverse_cap;
+            e0 = e0 * (one - t0 * t0);
+            e1 = e1 * (one - t1 * t1);
+          }
+          at::vec::convert_float_bfloat16(e0, e1).store(slope + (v0 + v) * ld + m0 + lane, width);
+        }
+      }
+      float* sums = tail.at(group, m0 + lane);
+      (Vec::loadu(sums) + sum0).store(sums);
+      (Vec::loadu(sums + LANES) + sum1).store(sums + LANES);
+    }
+  });
+  return tail;
+}
+
+// slope: (M, V) with the rows as its fast dimension, or undefined
+Found run(
+    const Heads<1>& heads, const int64_t* targets, const std::vector<float>& target,
+    const std::vector<float>& c, const at::Tensor& slope) {
+  const int64_t M = heads.M(), ld = slope.defined() ? slope.stride(1) : 0;
+  auto* out = slope.defined() ? slope.mutable_data_ptr<at::BFloat16>() : nullptr;
+  const TargetIndex index(targets, M, heads.V());
+  const Partial partial = out ? sum_pass<true>(heads, index, targets, c, out, ld)
+                              : sum_pass<false>(heads, index, targets, c, nullptr, 0);
+  const auto floats = heads.head[0].x.options().dtype(at::kFloat);
+  Found found{at::empty({M}, floats), at::empty({M}, floats), at::empty({M}, floats), {}};
+  float *logp = found.logp.mutable_data_ptr<float>(), *lse = found.lse.mutable_data_ptr<float>(),
+        *unit = found.unit.mutable_data_ptr<float>();
+  for (int64_t m = 0; m < M; ++m) {
+    const float tail = partial.sum(m), distance = target[m] - c[m], sum = tail + std::exp(distance);
+    logp[m] = distance == 0.f ? -std::log1p(tail) : distance - std::log(sum);
+    lse[m] = target[m] - logp[m];
+    unit[m] = 1.f / sum;
+    if (out) out[targets[m] * ld + m] = 0.f;  // 0 * -inf where capped
+    if (!(sum < LARGEST_SUM)) found.again.push_back(m);
+  }
+  return found;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fused(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& targets, double scale, std::optional<double> softcap,
+    const std::optional<at::Tensor>& slope) {
+  const at::Tensor at = targets.contiguous(), out = slope.value_or(at::Tensor());
+  if (slope) expect_writes(out);
+  const Head head(x, weight, bias, scale, softcap);
+  const auto target = target_logits(head, at.const_data_ptr<int64_t>());
+  Found found = run(pack(head), at.const_data_ptr<int64_t>(), target, target, out);
+  if (!found.again.empty()) {
+    const at::Tensor index = at::tensor(found.again, at::kLong), some_at = at.index_select(0, index);
+    const Head some = head.at_rows(index);
+    const auto heads = pack(some);
+    const at::Tensor some_out =
+        slope ? at::empty({heads.V(), heads.M()}, out.options()).t() : at::Tensor();
+    const int64_t* some_targets = some_at.const_data_ptr<int64_t>();
+    const Found redone = run(heads, some_targets, target_logits(some, some_targets),
+                             largest_logits(heads)[0], some_out);
+    found.logp.index_copy_(0, index, redone.logp);
+    found.lse.index_copy_(0, index, redone.lse);
+    found.unit.index_copy_(0, index, redone.unit);
+    if (slope) out.index_copy_(0, index, some_out);
+  }
+  return {found.logp, found.lse, found.unit};
+}
+
+}  // namespace
+}  // namespace sepo
+
+TORCH_LIBRARY_FRAGMENT(sepo, m) {
+  // slope (M, V) with its rows as the fast dimension is written: slope / unit of loops.py, zero at
+  // the targets
+  m.def(
+      "native_logprob_fused(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float scale,"
+      " float? softcap, Tensor(a!)? slope) -> (Tensor logp, Tensor lse, Tensor unit)");
+}
+TORCH_LIBRARY_IMPL(sepo, CPU, m) { m.impl("native_logprob_fused", &sepo::fused); }

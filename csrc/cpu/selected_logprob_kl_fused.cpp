@@ -1,0 +1,276 @@
+// selected_logprob_kl for bfloat16: both heads' products in one pass over the vocabulary, from
+// float32 logits that stay in cache.
+//
+// With a, b the logits of policy and reference, each less its logit of the target (or, where the
+// target is next to impossible, less its largest), e^a and e^b their exponentials, A and B the
+// sums of these, and d = b - a:
+//
+//   log p = a - log A      log q = b - log B      log q - log p = d - (log B - log A)
+//
+// Kept for the backward, because A and B are known only at the end: max(e^a, e^b) in bfloat16 and
+// d in float16. Of p and q the larger is exact to its rounding, the other is it times e^-|d|, and
+// near the reference p - q comes from d, not from two rounded numbers.
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "head_tiles.h"
+
+namespace sepo {
+namespace {
+
+using VecHalf = at::vec::Vectorized<at::Half>;
+enum Direction : int64_t { REF_POLICY = 0, POLICY_REF = 1 };
+enum State : int64_t { LOG_A, LOG_B, SHIFT, INVERSE_CAP, NUM_STATE };
+constexpr float NOWHERE = -1e30f;       // a logit without weight, but finite: differences are taken
+constexpr float LARGEST_HALF = 60000.f;  // |d| beyond is e^-60000 all the same
+
+struct Pair {
+  std::vector<float> a, b;
+};
+
+struct Sums {
+  Partial a, b, weighted;  // of e^a, of e^b, of d weighted with e^b or e^a; the target left out
+};
+
+struct Kept {
+  at::BFloat16* first = nullptr;  // (V, M), rows at stride ld
+  at::Half* second = nullptr;
+  int64_t ld_first = 0, ld_second = 0;
+};
+
+template <bool KEEP>
+Sums sum_pass(
+    const Heads<2>& heads, const TargetIndex& index, const int64_t* targets, const Pair& shift,
+    Direction direction, Kept kept) {
+  const auto shift_a = padded_copy(shift.a, heads.padded());
+  const auto shift_b = padded_copy(shift.b, heads.padded());
+  const Partial zero(heads.groups(), heads.padded(), 0.f);
+  Sums sums{zero, zero, zero};
+  for_each_tile(heads, [&](int64_t group, int64_t v0, int64_t count, int64_t block, Tile* z) {
+    const int64_t m0 = block * TILE_M, in_block = heads.rows[0].block_rows(block);
+    index.visit(v0, m0, m0 + in_block, [&](int64_t m) {
+      const int64_t at = (targets[m] - v0) * TILE_M + m - m0;
+      z[0][at] = z[1][at] = NOWHERE;  // the sums are made without it
+    });
+    for (int64_t lane = 0; lane < in_block; lane += 2 * LANES) {
+      const int64_t m = m0 + lane, width = std::min(2 * LANES, in_block - lane);
+      std::array<Vec, 2> sum_a{Vec(0.f), Vec(0.f)}, sum_b = sum_a, weighted = sum_a;
+      for (int64_t v = 0; v < count; ++v) {
+        std::array<Vec, 2> larger, distance;
+        for (int64_t i = 0; i < 2; ++i) {  // LANES rows each
+          const int64_t at = v * TILE_M + lane + i * LANES;
+          const Vec a = Vec::loadu(z[0] + at), b = Vec::loadu(z[1] + at);
+          const Vec to_a = Vec::loadu(&shift_a[m + i * LANES]);
+          const Vec to_b = Vec::loadu(&shift_b[m + i * LANES]);
+          const Vec exp_a = (a - to_a).exp_u20(), exp_b = (b - to_b).exp_u20();
+          // b - a first: near the reference it is exact
+          const Vec d = at::vec::clamp(
+              (b - a) - (to_b - to_a), Vec(-LARGEST_HALF), Vec(LARGEST_HALF));
+          sum_a[i] = sum_a[i] + exp_a;
+          sum_b[i] = sum_b[i] + exp_b;
+          weighted[i] = at::vec::fmadd(direction == REF_POLICY ? exp_b : exp_a, d, weighted[i]);
+          larger[i] = at::vec::maximum(exp_a, exp_b);
+          distance[i] = d;
+        }
+        if constexpr (KEEP) {
+          at::vec::convert_float_bfloat16(larger[0], larger[1])
+              .store(kept.first + (v0 + v) * kept.ld_first + m, width);
+          at::vec::convert_float_half(distance[0], distance[1])
+              .store(kept.second + (v0 + v) * kept.ld_second + m, width);
+        }
+      }
+      for (int64_t i = 0; i < 2; ++i) {
+        const auto add = [&](Partial& total, Vec part) {
+          float* at = total.at(group, m + i * LANES);
+          (Vec::loadu(at) + part).store(at);
+        };
+        add(sums.a, sum_a[i]), add(sums.b, sum_b[i]), add(sums.weighted, weighted[i]);
+      }
+    }
+  });
+  return sums;
+}
+
+struct Found {
+  at::Tensor logp, ref_logp, kl;  // (M,) float32
+  at::Tensor state;               // (M, NUM_STATE) float32
+  std::vector<int64_t> again;     // rows whose sums are too large for their shift
+};
+
+// log(e^distance + tail); exact for a row that is sure of its target
+double log_sum(double distance, double tail) {
+  return distance == 0. ? std::log1p(tail) : std::log(std::exp(distance) + tail);
+}
+
+Found run(
+    const Heads<2>& heads, const int64_t* targets, const Pair& target, const Pair& shift,
+    Direction direction, const std::optional<at::Tensor>& first,
+    const std::optional<at::Tensor>& second) {
+  const int64_t M = heads.M();
+  Kept kept;
+  if (first)
+    kept = {first->mutable_data_ptr<at::BFloat16>(), second->mutable_data_ptr<at::Half>(),
+            first->stride(1), second->stride(1)};
+  const TargetIndex index(targets, M, heads.V());
+  const Sums sums = first ? sum_pass<true>(heads, index, targets, shift, direction, kept)
+                          : sum_pass<false>(heads, index, targets, shift, direction, kept);
+  const auto floats = heads.head[0].x.options().dtype(at::kFloat);
+  Found found{at::empty({M}, floats), at::empty({M}, floats), at::empty({M}, floats),
+              at::empty({M, NUM_STATE}, floats), {}};
+  float* state = found.state.mutable_data_ptr<float>();
+  float *logp = found.logp.mutable_data_ptr<float>(),
+        *ref_logp = found.ref_logp.mutable_data_ptr<float>(), *kl = found.kl.mutable_data_ptr<float>();
+  for (int64_t m = 0; m < M; ++m, state += NUM_STATE) {
+    const float at_a = target.a[m] - shift.a[m], at_b = target.b[m] - shift.b[m];
+    const float d = std::clamp(at_b - at_a, -LARGEST_HALF, LARGEST_HALF);
+    const double a = sums.a.sum(m) + std::exp(at_a), b = sums.b.sum(m) + std::exp(at_b);
+    const double log_a = log_sum(at_a, sums.a.sum(m)), log_b = log_sum(at_b, sums.b.sum(m));
+    const bool by_ref = direction == REF_POLICY;
+    const double weighted = sums.weighted.sum(m) + std::exp(by_ref ? at_b : at_a) * d;
+    logp[m] = at_a - log_a;
+    ref_logp[m] = at_b - log_b;
+    kl[m] = by_ref ? weighted / b - (log_b - log_a) : log_b - log_a - weighted / a;
+    state[LOG_A] = log_a, state[LOG_B] = log_b, state[SHIFT] = shift.a[m];
+    state[INVERSE_CAP] = heads.head[0].inverse_cap();
+    if (first) {
+      kept.first[targets[m] * kept.ld_first + m] = std::exp(std::max(at_a, at_b));
+      kept.second[targets[m] * kept.ld_second + m] = d;
+    }
+    if (!(a < LARGEST_SUM && b < LARGEST_SUM)) found.again.push_back(m);
+  }
+  return found;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& ref_x, const at::Tensor& ref_weight, const std::optional<at::Tensor>& ref_bias,
+    const at::Tensor& targets, double scale, std::optional<double> softcap, int64_t direction,
+    const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& second) {
+  const at::Tensor at = targets.contiguous();
+  const int64_t* where = at.const_data_ptr<int64_t>();
+  if (first) expect_writes(*first), expect_writes(*second);
+  const Head a(x, weight, bias, scale, softcap), b(ref_x, ref_weight, ref_bias, scale, softcap);
+  const Pair target{target_logits(a, where), target_logits(b, where)};
+  Found found = run(pack(a, b), where, target, target, Direction(direction), first, second);
+  if (!found.again.empty()) {
+    const at::Tensor index = at::tensor(found.again, at::kLong), some_at = at.index_select(0, index);
+    const int64_t* some_where = some_at.const_data_ptr<int64_t>();
+    const Head some_a = a.at_rows(index), some_b = b.at_rows(index);
+    const auto heads = pack(some_a, some_b);
+    const auto block = [&](const std::optional<at::Tensor>& whole) {
+      return whole ? std::optional(at::empty({heads.V(), heads.M()}, whole->options()).t())
+                   : std::nullopt;
+    };
+    const auto some_first = block(first), some_second = block(second);
+    const auto top = largest_logits(heads);
+    const Found redone = run(
+        heads, some_where, {target_logits(some_a, some_where), target_logits(some_b, some_where)},
+        {top[0], top[1]}, Direction(direction), some_first, some_second);
+    found.logp.index_copy_(0, index, redone.logp);
+    found.ref_logp.index_copy_(0, index, redone.ref_logp);
+    found.kl.index_copy_(0, index, redone.kl);
+    found.state.index_copy_(0, index, redone.state);
+    if (first) {
+      at::Tensor(*first).index_copy_(0, index, *some_first);
+      at::Tensor(*second).index_copy_(0, index, *some_second);
+    }
+  }
+  return {found.logp, found.ref_logp, found.kl, found.state};
+}
+
+// out = dZ for the columns that start at `start`; all blocks (rows, columns), rows the fast dimension
+void combine(
+    const at::Tensor& first, const at::Tensor& second, const at::Tensor& targets, int64_t start,
+    const at::Tensor& logp, const at::Tensor& kl, const at::Tensor& state,
+    const at::Tensor& grad_logp, const at::Tensor& grad_kl, int64_t direction, at::Tensor out) {
+  const int64_t M = out.size(0), columns = out.size(1), padded = ceil_div(M, 2 * LANES) * 2 * LANES;
+  const at::Tensor rows = state.t().contiguous();  // (NUM_STATE, M)
+  const auto lanes = [&](const at::Tensor& values) {
+    const at::Tensor flat = values.contiguous();
+    const float* data = flat.const_data_ptr<float>();
+    return padded_copy(std::vector<float>(data, data + M), padded);
+  };
+  const auto log_a = lanes(rows[LOG_A]), log_b = lanes(rows[LOG_B]), shift = lanes(rows[SHIFT]);
+  const auto g_logp = lanes(grad_logp), g_kl = lanes(grad_kl), kls = lanes(kl);
+  const float inverse_cap = M ? rows[INVERSE_CAP].const_data_ptr<float>()[0] : 0.f;
+  const auto* from = first.const_data_ptr<at::BFloat16>();
+  const auto* distance = second.const_data_ptr<at::Half>();
+  auto* to = out.mutable_data_ptr<at::BFloat16>();
+  const int64_t ld_from = first.stride(1), ld_distance = second.stride(1), ld_to = out.stride(1);
+  const Vec zero(0.f), one(1.f), sign(-0.f);
+
+  // LANES rows of dL/dz before the cap's derivative, without the target's +g_logp
+  const auto gradient = [&](Vec larger, Vec d, int64_t m) {
+    const Vec a_log = Vec::loadu(&log_a[m]), b_log = Vec::loadu(&log_b[m]);
+    const Vec smaller = larger * (zero - d.abs()).exp_u20();
+    const Vec policy_smaller = d > zero;  // e^b is the larger of the two
+    const Vec p = Vec::blendv(larger, smaller, policy_smaller) * (zero - a_log).exp_u20();
+    const Vec ratio = d - (b_log - a_log);  // log q - log p
+    Vec kl_part;
+    if (direction == REF_POLICY) {
+      const Vec q = Vec::blendv(smaller, larger, policy_smaller) * (zero - b_log).exp_u20();
+      const Vec loss = (zero - ratio.abs()).expm1();  // min / max of p and q, less 1
+      kl_part = Vec::blendv(zero - p * loss, q * loss, ratio > zero);  // p - q
+    } else {
+      kl_part = zero - p * (ratio + Vec::loadu(&kls[m]));
+    }
+    Vec total = Vec::loadu(&g_kl[m]) * kl_part - Vec::loadu(&g_logp[m]) * p;
+    if (inverse_cap != 0.f) {
+      const Vec a = larger.log() - at::vec::maximum(d, zero) + Vec::loadu(&shift[m]);
+      const Vec relative = at::vec::clamp(a * Vec(inverse_cap), Vec(-1.f), one);
+      total = total * (one - relative * relative);
+    }
+    return total;
+  };
+  at::parallel_for(0, columns, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v)
+      for (int64_t m = 0; m < M; m += 2 * LANES) {
+        const int64_t width = std::min(2 * LANES, M - m);
+        const auto [e0, e1] =
+            at::vec::convert_bfloat16_float(VecBf16::loadu(from + v * ld_from + m, width));
+        const auto [d0, d1] =
+            at::vec::convert_half_float(VecHalf::loadu(distance + v * ld_distance + m, width));
+        at::vec::convert_float_bfloat16(gradient(e0, d0, m), gradient(e1, d1, m + LANES))
+            .store(to + v * ld_to + m, width);
+      }
+  });
+
+  // the targets' entries: p - 1 as expm1(logp), from numbers that were never rounded
+  const at::Tensor where = targets.contiguous(), certain = logp.contiguous();
+  for (int64_t m = 0; m < M; ++m) {
+    const int64_t v = where.const_data_ptr<int64_t>()[m] - start;
+    if (v < 0 || v >= columns) continue;
+    const float log_p = certain.const_data_ptr<float>()[m];
+    const float d = distance[v * ld_distance + m], ratio = d - (log_b[m] - log_a[m]);
+    const float p = std::exp(log_p), a = log_p + log_a[m] + shift[m];
+    // p - q from the larger of both: the other way round is 0 * inf for extreme logits
+    const float difference =
+        ratio > 0.f ? std::exp(log_p + ratio) * std::expm1(-ratio) : -p * std::expm1(ratio);
+    const float kl_part = direction == REF_POLICY ? difference : -p * (ratio + kls[m]);
+    const float relative = a * inverse_cap;
+    to[v * ld_to + m] =
+        (g_kl[m] * kl_part - g_logp[m] * std::expm1(log_p)) * (1.f - relative * relative);
+  }
+}
+
+}  // namespace
+}  // namespace sepo
+
+TORCH_LIBRARY_FRAGMENT(sepo, m) {
+  // direction 0: KL(ref||policy), 1: KL(policy||ref); first, second (M, V) with the rows as their
+  // fast dimension, bfloat16 and float16, are written for combine
+  m.def(
+      "native_kl_fused(Tensor x, Tensor weight, Tensor? bias, Tensor ref_x, Tensor ref_weight,"
+      " Tensor? ref_bias, Tensor targets, float scale, float? softcap, int direction,"
+      " Tensor(a!)? first, Tensor(b!)? second)"
+      " -> (Tensor logp, Tensor ref_logp, Tensor kl, Tensor state)");
+  m.def(
+      "native_kl_combine(Tensor first, Tensor second, Tensor targets, int start, Tensor logp,"
+      " Tensor kl, Tensor state, Tensor grad_logp, Tensor grad_kl, int direction, Tensor(a!) out)"
+      " -> ()");
+}
+TORCH_LIBRARY_IMPL(sepo, CPU, m) {
+  m.impl("native_kl_fused", &sepo::fused);
+  m.impl("native_kl_combine", &sepo::combine);
+}

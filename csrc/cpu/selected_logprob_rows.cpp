@@ -1,0 +1,110 @@
+// selected_logprob from logits that a library product has written: one thread a row, passes over a
+// row that the first of them brought into cache.
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "head_rows.h"
+
+namespace sepo {
+namespace {
+
+// z becomes exp(z - c) * cap'(z) if SLOPE; returns the sum of exp(z - c)
+template <typename T, bool SLOPE>
+T exponentials(T* z, int64_t V, T c, const Finish<T>& finish) {
+  const VecOf<T> reference(c);
+  VecOf<T> sum(T(0));
+  for (int64_t v = 0; v < V; v += VecOf<T>::size()) {
+    const int64_t width = std::min<int64_t>(VecOf<T>::size(), V - v);
+    const VecOf<T> y = VecOf<T>::loadu(z + v, width);
+    VecOf<T> e = (y - reference).exp();
+    sum = sum + only(e, width);
+    if constexpr (SLOPE) {
+      if (finish.softcap) e = e * finish.derivative(y);
+      e.store(z + v, width);
+    }
+  }
+  return at::vec::vec_reduce_all<T>([](const VecOf<T>& a, const VecOf<T>& b) { return a + b; }, sum);
+}
+
+struct Row {
+  double logp, lse, unit;
+};
+
+// One row: z (V,) products, overwritten; slope (V,) or null, which may be z.
+template <typename T, typename To>
+Row do_row(T* z, To* slope, int64_t V, int64_t target, const Finish<T>& finish) {
+  const T top = finish(z, V), at_target = z[target], distance = at_target - top;
+  z[target] = -std::numeric_limits<T>::infinity();  // summed apart: see logp below
+  const T tail = slope ? exponentials<T, true>(z, V, top, finish)
+                       : exponentials<T, false>(z, V, top, finish);
+  const T sum = tail + std::exp(distance);
+  // log1p keeps the relative precision of a row that is sure of its target
+  const T logp = distance == T(0) ? -std::log1p(tail) : distance - std::log(sum);
+  T unit(1);
+  if (slope) {
+    const T entry = -tail * finish.derivative(at_target);
+    if (static_cast<void*>(slope) == static_cast<void*>(z)) {
+      z[target] = entry;
+      unit = T(1) / sum;
+    } else if constexpr (!std::is_same_v<T, To>) {
+      const VecOf<T> factor(T(1) / sum);
+      z[target] = entry;
+      at::vec::map([factor](VecOf<T> e) { return e * factor; }, slope, z, V);
+    }
+  }
+  return {logp, at_target - logp, unit};
+}
+
+template <typename T, typename To>
+void do_rows(
+    const at::Tensor& z, const std::optional<at::Tensor>& bias, const at::Tensor& targets, double scale,
+    std::optional<double> softcap, const std::optional<at::Tensor>& slope, at::Tensor& logp,
+    at::Tensor& lse, at::Tensor& unit) {
+  const int64_t V = z.size(1), stride = z.stride(0), slope_stride = slope ? slope->stride(0) : 0;
+  const Finish<T> finish(bias, scale, softcap);
+  T *at = z.mutable_data_ptr<T>(), *out[3] = {
+      logp.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>(), unit.mutable_data_ptr<T>()};
+  To* to = slope ? slope->mutable_data_ptr<To>() : nullptr;
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  at::parallel_for(0, z.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      To* row = to ? to + m * slope_stride : nullptr;
+      const Row r = do_row<T, To>(at + m * stride, row, V, target[m], finish);
+      out[0][m] = r.logp, out[1][m] = r.lse, out[2][m] = r.unit;
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rows(
+    const at::Tensor& z, const std::optional<at::Tensor>& bias, const at::Tensor& targets, double scale,
+    std::optional<double> softcap, const std::optional<at::Tensor>& slope) {
+  const at::Tensor at = targets.contiguous();
+  auto logp = at::empty({z.size(0)}, z.options());
+  auto lse = at::empty_like(logp), unit = at::empty_like(logp);
+  const auto to = slope ? slope->scalar_type() : z.scalar_type();
+  const auto call = [&](auto kernel) {
+    kernel(z, bias, at, scale, softcap, slope, logp, lse, unit);
+  };
+  if (z.scalar_type() == at::kDouble) {
+    call(do_rows<double, double>);
+  } else if (to == at::kFloat) {
+    call(do_rows<float, float>);
+  } else if (to == at::kBFloat16) {
+    call(do_rows<float, at::BFloat16>);
+  } else {
+    call(do_rows<float, at::Half>);
+  }
+  return {logp, lse, unit};
+}
+
+}  // namespace
+}  // namespace sepo
+
+TORCH_LIBRARY_FRAGMENT(sepo, m) {
+  // z (M, V) float32 or float64 products, overwritten; slope (M, V) may be z: slope / unit of loops.py
+  m.def(
+      "native_logprob_rows(Tensor(a!) z, Tensor? bias, Tensor targets, float scale, float? softcap,"
+      " Tensor(b!)? slope) -> (Tensor logp, Tensor lse, Tensor unit)");
+}
+TORCH_LIBRARY_IMPL(sepo, CPU, m) { m.impl("native_logprob_rows", &sepo::rows); }

@@ -1,0 +1,44 @@
+"""The head's matrix product, with logits that were never rounded to 16 bits."""
+
+import torch
+from torch import Tensor
+
+from sepo_kernels.platform import accumulator
+
+WEIGHT_TILE_BYTES = 32 << 20  # of weight cast to float32 at once, where the GEMM cannot widen
+
+
+def logits(
+    out: Tensor,  # (chunk, V) accumulator dtype, written
+    x: Tensor,  # (chunk, D)
+    weight: Tensor,  # (V, D), x's dtype
+) -> None:
+    """out = x @ weight.T, summed and kept in out's dtype: bfloat16 logits cost 1e-2 nats."""
+    V, D = weight.shape
+    if x.dtype == out.dtype:
+        torch.mm(x, weight.T, out=out)
+    elif out.is_cuda:
+        torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        wide = x.to(out.dtype)
+        tile = max(1, WEIGHT_TILE_BYTES // (out.itemsize * D))
+        for v in range(0, V, tile):
+            torch.mm(wide, weight[v : v + tile].to(out.dtype).T, out=out[:, v : v + tile])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in the accumulator's dtype where the library can: what is summed on is not rounded."""
+    acc = accumulator(a.dtype)
+    return torch.mm(a, b, out_dtype=acc) if a.is_cuda and a.dtype != acc else torch.mm(a, b)
+
+
+def add_rows(
+    total: Tensor,  # (N, D), added to
+    rows: Tensor,  # (M,) may repeat: their terms are added, in a fixed order
+    values: Tensor,  # (M, D)
+) -> None:
+    if total.is_cuda:
+        # sorts the indices; index_add_ would use float atomics, in another order every time
+        total.index_put_((rows.long(),), values, accumulate=True)
+    else:
+        total.index_add_(0, rows, values)

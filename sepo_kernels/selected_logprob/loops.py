@@ -1,0 +1,206 @@
+"""The loops over chunks of rows that every implementation of selected_logprob runs in.
+
+With z the logits before the soft cap and p their softmax, both directions need only
+
+    slope = -dlogp/dz = (p - onehot(target)) * cap'(z)                      (M, V)
+
+because dX = -g * (slope @ W) and dW = -slope.T @ (g * X): the incoming gradient g multiplies rows
+of width D, never rows of width V. So nothing kept is overwritten, and a second backward is right.
+An implementation may write slope / unit with a unit for each row, which g absorbs: a kernel that
+sees the logits once does not know their sum yet. A fused one leaves out the targets' entries,
+expm1(logp) * cap'(z): each outweighs the rest of its row, and its part is added in float32.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepo_kernels.platform import accumulator
+from sepo_kernels.products import add_rows, product
+from sepo_kernels.registry import Impl
+from sepo_kernels.selected_logprob import schedule as plan
+
+
+class RowKernels(NamedTuple):
+    """One implementation: what is done to a chunk of rows.
+
+    forward(x (chunk, D), weight (V, D), bias (V,) | None, targets (chunk,), scale, softcap,
+            slope (chunk, V) | None, logits (chunk, V) | None) -> logp, lse, unit, each (chunk,)
+        writes slope / unit if asked for; `logits` is scratch in the accumulator's dtype, and is
+        slope itself where the dtypes agree
+    again(x, weight, bias, targets, scale, softcap, slope, logits, logp, lse) -> unit (chunk,)
+        writes slope / unit once more, from what forward found
+    fused(dtype) -> bool: the logits never leave the cache: no scratch, slope is stored with the
+        rows as its fast dimension, and is zero at the targets
+    """
+
+    forward: Callable
+    again: Callable
+    fused: Callable[[torch.dtype], bool]
+
+
+def implementation(name: str, kernels: RowKernels, why_not: Callable) -> Impl:
+    """`kernels` in the loops, with the signature of the operators."""
+    return Impl(name, partial(fwd, kernels), partial(bwd, kernels), why_not, kernels.fused)
+
+
+def new_slope(
+    like: Tensor, rows: int, V: int, fused: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """An empty (rows, V), in the order in which the implementation writes it."""
+    if fused:
+        return like.new_empty((V, rows), dtype=dtype).T
+    return like.new_empty((rows, V), dtype=dtype)
+
+
+def fwd(
+    kernels: RowKernels,
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor,  # (M,) int32
+    targets: Tensor,  # (M,) int64
+    scale: float,
+    softcap: float | None,
+    schedule: str,
+    budget: int,  # bytes
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, lse, unit (M,), kept: see new_kept
+    dtype, acc, fused = hidden.dtype, accumulator(hidden.dtype), kernels.fused(hidden.dtype)
+    (M,), (V, D) = rows.shape, weight.shape
+    logp = hidden.new_empty((M,), dtype=acc)
+    lse, unit = torch.empty_like(logp), torch.empty_like(logp)
+    kept = new_kept(hidden, schedule, M, V, D, fused)
+    layout = plan.Layout(V, dtype, softcap is not None, fused)
+    step = plan.chunk_rows(M, layout, budget, schedule, backward=False)
+    # one buffer for all chunks: two would be alive while the name is bound again
+    narrow, wide = _buffers(hidden, min(step, M), V, fused, schedule)
+    for start in range(0, M, step):
+        part = slice(start, min(start + step, M))
+        slope = kept[part] if schedule == plan.SAVE else _first(narrow, part)
+        logits = slope if wide is None and not fused else _first(wide, part)
+        x = hidden.index_select(0, rows[part])
+        logp[part], lse[part], unit[part] = kernels.forward(
+            x, weight, bias, targets[part], scale, softcap, slope, logits
+        )
+        if schedule == plan.FROZEN_HEAD:
+            torch.mm(slope, weight, out=kept[part])
+    return logp, lse, unit, kept
+
+
+def bwd(
+    kernels: RowKernels,
+    grad_logp: Tensor,  # (M,)
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor,  # (M,) int32
+    targets: Tensor,  # (M,) int64
+    logp: Tensor,  # (M,)
+    lse: Tensor,  # (M,)
+    unit: Tensor,  # (M,)
+    kept: Tensor,  # see new_kept
+    scale: float,
+    softcap: float | None,
+    schedule: str,
+    budget: int,  # bytes
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # (N, D), (V, D), (V,), in their input's dtype; (0,) if unneeded
+    dtype, acc, fused = hidden.dtype, accumulator(hidden.dtype), kernels.fused(hidden.dtype)
+    (M,), V = rows.shape, weight.shape[0]
+    negative = -grad_logp.to(acc)[:, None]  # (M, 1)
+    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=acc)
+    at_target = negative * _at_target(logp, lse, softcap)[:, None] if fused else None  # (M, 1)
+    if schedule == plan.FROZEN_HEAD:
+        values = kept * (negative * unit[:, None] * scale)
+        if fused:
+            values += weight.index_select(0, targets) * (at_target * scale)
+        add_rows(grad_hidden, rows, values)
+        return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
+
+    layout = plan.Layout(V, dtype, softcap is not None, fused)
+    step = plan.chunk_rows(M, layout, budget, schedule, backward=True)
+    one = step >= M  # the product is written once, in the weight's dtype; else summed in float32
+    summed = need_weight and (M == 0 or not one)
+    grad_weight = weight.new_zeros(weight.shape if summed else (0,), dtype=acc)
+    grad_bias = weight.new_zeros((V,) if need_bias else (0,), dtype=acc)
+    narrow, wide = _buffers(hidden, min(step, M), V, fused, schedule, backward=True)
+    for start in range(0, M, step):
+        part = slice(start, min(start + step, M))
+        x = hidden.index_select(0, rows[part])
+        if schedule == plan.SAVE:
+            slope, units = kept, unit
+        else:
+            slope = _first(narrow, part)
+            logits = slope if wide is None and not fused else _first(wide, part)
+            units = kernels.again(
+                x, weight, bias, targets[part], scale, softcap, slope, logits, logp[part], lse[part]
+            )
+        factor = negative[part] * units[:, None]  # (chunk, 1)
+        if need_hidden:
+            values = product(slope, weight) * (factor * scale)
+            if fused:
+                values += weight.index_select(0, targets[part]) * (at_target[part] * scale)
+            add_rows(grad_hidden, rows[part], values)
+        if need_weight:
+            scaled = (x * (factor * scale)).to(dtype)  # (chunk, D)
+            if one:
+                grad_weight = slope.T @ scaled
+            else:
+                grad_weight += product(slope.T, scaled)
+        if need_bias:
+            grad_bias += (slope.T @ factor.to(dtype))[:, 0]
+    if fused and need_weight:
+        _add_targets(grad_weight, targets, hidden.index_select(0, rows) * (at_target * scale))
+    if fused and need_bias:
+        grad_bias.index_add_(0, targets, at_target[:, 0])
+    return grad_hidden.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)
+
+
+def _at_target(logp: Tensor, lse: Tensor, softcap: float | None) -> Tensor:
+    """The slope (M,) at each row's own target, in the accumulator's dtype."""
+    slope = logp.expm1()
+    return slope if softcap is None else slope * (1 - ((logp + lse) / softcap) ** 2)
+
+
+def _add_targets(
+    grad_weight: Tensor,  # (V, D), added to
+    targets: Tensor,  # (M,) may repeat: their terms are summed before the dtype rounds the sum
+    values: Tensor,  # (M, D) accumulator dtype
+) -> None:
+    some, place = targets.unique(return_inverse=True)
+    total = grad_weight.index_select(0, some).to(values.dtype).index_add_(0, place, values)
+    grad_weight.index_copy_(0, some, total.to(grad_weight.dtype))
+
+
+def new_kept(hidden: Tensor, schedule: str, M: int, V: int, D: int, fused: bool) -> Tensor:
+    """What the forward keeps for the backward, empty: slope, its product with the weight, or (0,)."""
+    if schedule == plan.SAVE:
+        return new_slope(hidden, M, V, fused)
+    return hidden.new_empty((M, D) if schedule == plan.FROZEN_HEAD else (0,))
+
+
+def _buffers(hidden, rows, V, fused, schedule, backward=False) -> tuple[Tensor | None, ...]:
+    """(rows, V) in the input's dtype for the slope and in the accumulator's for the logits.
+
+    None where `kept` has the slope, where the logits may be written into it, or are never written.
+    """
+    dtype, acc = hidden.dtype, accumulator(hidden.dtype)
+    gradient = backward or schedule == plan.FROZEN_HEAD
+    saved = schedule == plan.SAVE
+    narrow = wide = None
+    if gradient and not saved:
+        narrow = new_slope(hidden, rows, V, fused)
+    if not fused and not (backward and saved) and (dtype != acc or not (gradient or saved)):
+        wide = new_slope(hidden, rows, V, fused, acc)
+    return narrow, wide
+
+
+def _first(buffer: Tensor | None, part: slice) -> Tensor | None:
+    return None if buffer is None else buffer[: part.stop - part.start]

@@ -1,0 +1,139 @@
+"""selected_logprob_kl in plain PyTorch: library matrix products, and passes over a few rows.
+
+p - q is made from log q - log p, not from two rounded numbers: near the reference, where training
+starts, their rounding would be most of it. So is the target's entry of p - onehot, expm1(logp).
+"""
+
+import torch
+from torch import Tensor
+
+from sepo_kernels import products
+from sepo_kernels.selected_logprob_kl.loops import RowKernels
+from sepo_kernels.selected_logprob_kl.schedule import REF_POLICY
+
+# the passes take so many bytes of rows at once, because each makes up to five temporaries of that
+# size, which no budget counts: on a CPU they stay in cache, a GPU wants longer rows of work
+TILE_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
+
+
+def forward(
+    x: Tensor,  # (chunk, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    ref_x: Tensor,  # (chunk, D_ref)
+    ref_weight: Tensor,  # (V, D_ref)
+    ref_bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (chunk,)
+    scale: float,
+    softcap: float | None,
+    direction: str,
+    kept: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written with -dlogp/da and dkl/da
+    logits: tuple[Tensor, Tensor],  # (chunk, V) each, accumulator dtype, scratch; may be kept
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 0)
+    z, ref_z = logits
+    products.logits(z, x, weight)
+    products.logits(ref_z, ref_x, ref_weight)
+    logp, ref_logp, kl = (z.new_empty(targets.shape) for _ in range(3))
+    for part in _tiles(z):
+        blocks = None if kept is None else (kept[0][part], kept[1][part])
+        a, slope = _cap(z[part], bias, scale, softcap, kept is not None)
+        b, _ = _cap(ref_z[part], ref_bias, scale, softcap, False)
+        logp[part], ref_logp[part], kl[part] = _rows(a, b, targets[part], direction, slope, blocks)
+    return logp, ref_logp, kl, z.new_empty((z.shape[0], 0))
+
+
+def again(*args) -> None:
+    """The blocks once more; arguments as in loops.RowKernels, of which the last four are unread."""
+    forward(*args[:-4])
+
+
+def combine(
+    first: Tensor,  # (chunk, columns)
+    second: Tensor,  # (chunk, columns)
+    targets: Tensor,  # (chunk,)
+    start: int,
+    logp: Tensor,  # (chunk,)
+    kl: Tensor,  # (chunk,)
+    state: Tensor,  # (chunk, 0)
+    grad_logp: Tensor,  # (chunk,)
+    grad_kl: Tensor,  # (chunk,)
+    direction: str,
+    out: Tensor,  # (chunk, columns), written
+) -> None:
+    negative, grad_kl = -grad_logp[:, None], grad_kl[:, None]
+    for part in _tiles(out):
+        total = first[part].to(negative.dtype) * negative[part]
+        total += second[part].to(negative.dtype) * grad_kl[part]
+        out[part] = total
+
+
+def _tiles(block: Tensor):  # (chunk, V) -> slices of rows
+    step = max(1, TILE_BYTES[block.device.type] // (4 * block.shape[1]))
+    for start in range(0, block.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _cap(
+    z: Tensor,  # (tile, V) products, overwritten with capped logits
+    bias: Tensor | None,  # (V,)
+    scale: float,
+    softcap: float | None,
+    need_slope: bool,
+) -> tuple[Tensor, Tensor | None]:  # z, the cap's derivative there (tile, V)
+    if scale != 1.0:
+        z *= scale
+    if bias is not None:
+        z += bias
+    if softcap is None:
+        return z, None
+    z.div_(softcap).tanh_()
+    slope = (z * z).neg_().add_(1) if need_slope else None
+    return z.mul_(softcap), slope
+
+
+def _rows(
+    a: Tensor,  # (tile, V) the policy's logits, overwritten
+    b: Tensor,  # (tile, V) the reference's logits, overwritten
+    targets: Tensor,  # (tile,)
+    direction: str,
+    slope: Tensor | None,  # (tile, V) the cap's derivative
+    blocks: tuple[Tensor, Tensor] | None,  # (tile, V) each, written; may be a and b
+) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, each (tile,)
+    at = targets[:, None]
+    ratio = b - a  # exact where the heads nearly agree; once shifted, both are rounded
+    (a_top, a_total), (b_top, b_total) = _shift(a), _shift(b)  # (tile, 1)
+    ratio.sub_(b_top - a_top).sub_((b_total / a_total).log_())  # log q - log p
+    a_total, b_total = a_total.log_(), b_total.log_()
+    logp, ref_logp = a.gather(-1, at) - a_total, b.gather(-1, at) - b_total
+    p, q = a.sub_(a_total).exp_(), b.sub_(b_total).exp_()
+    # p - q from the larger of both: p * expm1(ratio) is 0 * inf on a row with extreme logits
+    difference = torch.copysign(torch.maximum(p, q), ratio).mul_(ratio.abs().neg_().expm1_())
+    # the sum of p - q is zero: with it each term is positive, and an error that ratio has all
+    # along the row, from the log-sum-exps, cancels
+    if direction == REF_POLICY:
+        kl = (q * ratio).add_(difference).sum(-1, keepdim=True)
+    else:
+        kl = (p * ratio).add_(difference).sum(-1, keepdim=True).neg_()
+    if blocks is not None:
+        first, second = blocks
+        grad = difference if direction == REF_POLICY else ratio.add_(kl).mul_(p).neg_()
+        p.scatter_(-1, at, logp.expm1())
+        if slope is not None:
+            p *= slope
+            grad *= slope
+        second.copy_(grad)
+        if first.data_ptr() != p.data_ptr():
+            first.copy_(p)
+    return logp[:, 0], ref_logp[:, 0], kl[:, 0]
+
+
+def _shift(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Take each row's maximum off `z` (tile, V) in place; return it and sum exp of the rest."""
+    top = z.amax(-1, keepdim=True)
+    return top, z.sub_(top).exp().sum(-1, keepdim=True)
+
+
+KERNELS = RowKernels(
+    forward, again, combine, num_state=0,
+    fused=lambda dtype: False, second_dtype=lambda dtype: dtype,
+)  # fmt: skip

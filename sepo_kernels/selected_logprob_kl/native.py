@@ -1,0 +1,91 @@
+"""selected_logprob_kl by the native CPU kernels of csrc/cpu.
+
+bfloat16: both products, the log-sum-exps and the KL in one pass, the float32 logits never leave
+the cache. The other dtypes, and bfloat16 without the instructions: library products, row kernels.
+"""
+
+import torch
+from torch import Tensor
+
+from sepo_kernels import extension, platform, products
+from sepo_kernels.selected_logprob_kl.loops import RowKernels
+from sepo_kernels.selected_logprob_kl.schedule import DIRECTIONS
+
+NUM_STATE = 4  # as csrc/cpu/selected_logprob_kl_fused.cpp has it
+# asked once, at import: Dynamo traces why_not
+_MISSING = extension.why_not("native_kl_rows", torch.device("cpu"))
+
+
+def forward(
+    x: Tensor,  # (chunk, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    ref_x: Tensor,  # (chunk, D_ref)
+    ref_weight: Tensor,  # (V, D_ref)
+    ref_bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (chunk,)
+    scale: float,
+    softcap: float | None,
+    direction: str,
+    kept: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written: see csrc for what they hold
+    logits: tuple[Tensor, Tensor] | None,  # (chunk, V) each, scratch; may be kept; None if fused
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 4)
+    toward = DIRECTIONS.index(direction)
+    first, second = kept or (None, None)
+    if logits is None:
+        return torch.ops.sepo.native_kl_fused(
+            x, weight, bias, ref_x, ref_weight, ref_bias, targets, scale, softcap, toward, first,
+            second,
+        )  # fmt: skip
+    z, ref_z = logits
+    products.logits(z, x, weight)
+    products.logits(ref_z, ref_x, ref_weight)
+    found = torch.ops.sepo.native_kl_rows(
+        z, ref_z, bias, ref_bias, targets, scale, softcap, toward, first, second
+    )
+    return *found, z.new_zeros((z.shape[0], NUM_STATE))
+
+
+def again(*args) -> None:
+    """The blocks once more; arguments as in loops.RowKernels, of which the last four are unread."""
+    forward(*args[:-4])
+
+
+def combine(
+    first: Tensor,  # (chunk, columns)
+    second: Tensor,  # (chunk, columns)
+    targets: Tensor,  # (chunk,)
+    start: int,
+    logp: Tensor,  # (chunk,)
+    kl: Tensor,  # (chunk,)
+    state: Tensor,  # (chunk, 4)
+    grad_logp: Tensor,  # (chunk,)
+    grad_kl: Tensor,  # (chunk,)
+    direction: str,
+    out: Tensor,  # (chunk, columns), written
+) -> None:
+    if fused(out.dtype):
+        torch.ops.sepo.native_kl_combine(
+            first, second, targets, start, logp, kl, state, grad_logp, grad_kl,
+            DIRECTIONS.index(direction), out,
+        )  # fmt: skip
+    else:
+        torch.ops.sepo.native_kl_combine_rows(first, second, grad_logp, grad_kl, out)
+
+
+def why_not(hidden: Tensor, *others: Tensor) -> str | None:
+    if hidden.device.type != "cpu":
+        return f"expected tensors on a CPU, got {hidden.device}"
+    return _MISSING
+
+
+def fused(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and platform.BFLOAT16_PRODUCTS
+
+
+def second_dtype(dtype: torch.dtype) -> torch.dtype:
+    # float16: a difference of logits, of which the digits count and not the range
+    return torch.float16 if fused(dtype) else dtype
+
+
+KERNELS = RowKernels(forward, again, combine, NUM_STATE, fused, second_dtype)

@@ -1,0 +1,45 @@
+"""The definition of selected_logprob_kl, in differentiable PyTorch. Slow, large, and the oracle.
+
+p, q    = softmax of the policy's and of the reference's capped logits at each row
+logp    = log p[target],  ref_logp = log q[target]
+kl      = sum_v q (log q - log p)  for "ref||policy",  sum_v p (log p - log q)  for "policy||ref"
+"""
+
+import torch
+from torch import Tensor
+
+from sepo_kernels.platform import accumulator
+
+
+def selected_logprob_kl(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    ref_hidden: Tensor,  # (N, D_ref), no gradient
+    ref_weight: Tensor,  # (V, D_ref), no gradient
+    rows: Tensor,  # (M,) int32, may repeat
+    targets: Tensor,  # (M,) int64
+    *,
+    direction: str = "ref||policy",  # or "policy||ref"
+    bias: Tensor | None = None,  # (V,)
+    ref_bias: Tensor | None = None,  # (V,), no gradient
+    scale: float = 1.0,  # of both heads
+    softcap: float | None = None,  # of both heads
+) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, each (M,) float32 or float64
+    log_p = _log_softmax(hidden, weight, bias, rows, scale, softcap)
+    with torch.no_grad():
+        log_q = _log_softmax(ref_hidden, ref_weight, ref_bias, rows, scale, softcap)
+    if direction == "ref||policy":
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    else:
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    at = targets[:, None]
+    return log_p.gather(-1, at)[:, 0], log_q.gather(-1, at)[:, 0], kl
+
+
+def _log_softmax(hidden, weight, bias, rows, scale, softcap) -> Tensor:  # (M, V)
+    logits = hidden[rows] @ weight.T * scale
+    if bias is not None:
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.to(accumulator(logits.dtype)).log_softmax(-1)

@@ -1,0 +1,46 @@
+"""What both head operations refuse alike: strides, and index values on the CPU."""
+
+import pytest
+import torch
+from ops.kl_cases import make_inputs
+
+from sepo.ops import selected_logprob, selected_logprob_kl
+
+OPERATIONS = {
+    "selected_logprob": lambda i: selected_logprob(i.hidden, i.weight, i.rows, i.targets),
+    "selected_logprob_kl": lambda i: i.call(selected_logprob_kl),
+}
+index = lambda *values: torch.tensor(values)
+REFUSALS = {
+    "hidden by columns": (
+        dict(hidden=torch.zeros(8, 4).T),
+        r"hidden with contiguous rows, got strides \(1, 4\)",
+    ),
+    "every other column of the weight": (
+        dict(weight=torch.zeros(16, 16)[:, ::2]),
+        r"weight with contiguous rows, got strides \(16, 2\)",
+    ),
+    "rows too large": (dict(rows=index(3, 4).int()), "expected 0 <= rows < 4, got 4"),
+    "rows negative": (dict(rows=index(-1, 3).int()), "expected 0 <= rows < 4, got -1"),
+    "targets too large": (dict(targets=index(0, 16)), "expected 0 <= targets < 16, got 16"),
+    "targets negative": (dict(targets=index(-100, 15)), "expected 0 <= targets < 16, got -100"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_refuses_by_name(operation, case):
+    wrong, message = REFUSALS[case]
+    with pytest.raises(ValueError, match=message):
+        OPERATIONS[operation](make_inputs(4, 2, 8, 8, 16)._replace(**wrong))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_first_and_the_last_index_and_a_width_of_one_are_fine(operation):
+    i = make_inputs(4, 2, 1, 1, 16)
+    i = i._replace(rows=index(0, 3).int(), targets=index(0, 15))
+    # a single column has whatever stride its buffer has
+    i = i._replace(hidden=torch.zeros(4, 7)[:, :1].T.contiguous().T)
+    found = OPERATIONS[operation](i)
+    first = found if isinstance(found, torch.Tensor) else found[0]
+    assert torch.isfinite(first).all()
