@@ -1,0 +1,175 @@
+"""selected_logprob's kernels, run on the CPU by Triton's interpreter, through the public function."""
+
+import mmap
+
+import pytest
+import torch
+from numerics import assert_as_accurate, max_error
+from ops.logprob_cases import SCHEDULES, VARIANTS, budget_for, checked, make_inputs, run
+
+from sepo.ops import selected_logprob
+from sepo_kernels import triton_rows
+from sepo_kernels.configs import CONFIGS
+from sepo_kernels.selected_logprob import reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# (N, M, D, V), columns of a tile or None for the table's: whole tiles; a last one of 5 columns;
+# one tile wider than the row; no rows; rows repeat, N < M. Chunks of 5 rows: see budget_for
+SMALL = [
+    ((32, 10, 32, 64), 16),
+    ((37, 10, 45, 101), 32),
+    ((9, 10, 16, 31), None),
+    ((8, 0, 16, 31), 16),
+    ((4, 10, 16, 37), 16),
+]
+
+
+def check(shape, variant, schedule, dtype):
+    M, V, options = shape[1], shape[3], dict(VARIANTS[variant])
+    inputs = make_inputs(*shape, dtype=dtype, bias=options.pop("bias"))
+    like = dict(schedule=schedule, **options)
+    truth = run(reference.selected_logprob, inputs, dtype=torch.float64, **like)
+    plain = run(reference.selected_logprob, inputs, dtype=dtype, **like)
+    budget = budget_for(schedule, V, dtype, impl="triton", **options)
+    ours = run(checked(schedule, M), inputs, dtype=dtype, budget=budget, impl="triton", **like)
+    assert ours.keys() == truth.keys()
+    for name, value in truth.items():
+        assert_as_accurate(ours[name], plain[name], value, what=name)
+    assert max_error(ours["logp"], truth["logp"]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("variant", ["plain", "all"])
+@pytest.mark.parametrize(("shape", "size"), SMALL, ids=str)
+def test_as_accurate_as_plain_pytorch(tile, shape, size, variant, schedule, dtype):
+    tile(size)
+    check(shape, variant, schedule, dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_option_by_itself(tile, variant):
+    tile(32)
+    check((37, 10, 45, 101), variant, "recompute", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("V", [50257, 128256])
+def test_vocabularies_that_end_within_a_tile(dtype, V):
+    assert V % CONFIGS["logprob_statistics"].BLOCK_V and V % CONFIGS["logprob_slope"].BLOCK_V
+    check((5, 3, 16, V), "plain", "save", dtype)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_repeatable_bit_for_bit(tile, schedule):
+    tile(32)
+    inputs = make_inputs(37, 10, 45, 101, bias=True)
+    op = dict(schedule=schedule, budget=budget_for(schedule, 101, impl="triton"), impl="triton")
+    first, second = (run(selected_logprob, inputs, dtype=torch.float32, **op) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_gradient_of_a_confident_row_keeps_its_relative_precision():
+    """p = 1 - 1e-4: rounded to bfloat16 p is 1, and p - 1 would be 0."""
+    hidden = torch.eye(4, dtype=torch.bfloat16)[:1].clone()
+    weight = torch.tensor([[10.0], [0.5], [0.0], [-1.0]]).bfloat16() * torch.eye(4)[0].bfloat16()
+    rows, targets = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    inputs = (hidden, weight, None, rows, targets, torch.ones(1))
+    truth = run(reference.selected_logprob, inputs, dtype=torch.float64)["weight"]
+    ours = run(selected_logprob, inputs, dtype=torch.bfloat16, impl="triton")["weight"]
+    torch.testing.assert_close(ours.double(), truth, rtol=2**-7, atol=0)
+
+
+def test_a_padded_vocabulary_has_no_share(tile):
+    """A bias of -inf over the whole first tile and the end: inf - inf would be NaN."""
+    tile(16)
+    hidden, weight, bias, rows, _, up = make_inputs(8, 6, 16, 61, bias=True)
+    bias[:20] = bias[57:] = -float("inf")
+    inputs = (hidden, weight, bias, rows, torch.arange(20, 26), up)
+    truth = run(reference.selected_logprob, inputs, dtype=torch.float64)
+    ours = run(selected_logprob, inputs, dtype=torch.float32, impl="triton")
+    for name, value in truth.items():
+        torch.testing.assert_close(ours[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_extreme_logits_are_finite(size):
+    hidden = torch.tensor([[size], [-size]])
+    weight = torch.tensor([[1.0], [-1.0], [0.0]])
+    inputs = (hidden, weight, None, torch.tensor([0, 1, 0], dtype=torch.int32),
+              torch.tensor([0, 0, 2]), torch.ones(3))  # fmt: skip
+    truth = run(reference.selected_logprob, inputs, dtype=torch.float64)
+    ours = run(selected_logprob, inputs, dtype=torch.float32, impl="triton")
+    for name, value in truth.items():
+        torch.testing.assert_close(ours[name].double(), value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_targets_and_bias_need_not_be_contiguous(tile):
+    tile(16)
+    hidden, weight, bias, rows, targets, up = make_inputs(8, 6, 16, 31, bias=True)
+    straight = (hidden, weight, bias, rows, targets, up)
+    sparse = (hidden, weight, torch.stack([bias, bias], 1)[:, 0], rows,
+              torch.stack([targets, targets], 1)[:, 0], up)  # fmt: skip
+    a, b = (
+        run(selected_logprob, x, dtype=torch.float32, impl="triton") for x in (straight, sparse)
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_target_that_is_no_column_is_not_the_next_rows_logit():
+    hidden, weight, _, rows, _, _ = make_inputs(8, 2, 16, 31)
+    logits = hidden[rows] @ weight.T
+    logp, top, log_total = torch.empty(2), torch.empty(2), torch.empty(2)
+    triton_rows.launch(
+        triton_rows.logprob_statistics, 2, None,
+        logits, logits, torch.tensor([31, 30]), logp, top, log_total, 31, 31, 0, 1.0, 0.0,
+        CAPPED=False,
+    )  # fmt: skip
+    assert logp[0].isnan() and logp[1].isfinite()
+
+
+def test_rows_beyond_2_31_elements(tmp_path):
+    """In 16 GiB that are never filled: row 2 starts at element 2**31 + 2.
+
+    The block begins in the middle of them, so that an offset wrapped to 32 bits reads zeros.
+    """
+    stride, V, middle = 2**30 + 1, 5, 2**31
+    with open(tmp_path / "sparse", "w+b") as file:
+        file.truncate(4 * (middle + 2 * stride + V))
+        memory = mmap.mmap(file.fileno(), 0)
+    at = lambda row: torch.frombuffer(memory, dtype=torch.float32, count=V,
+                                      offset=4 * (middle + row * stride))  # fmt: skip
+    wanted = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
+    for row in range(3):
+        at(row).copy_(wanted[row])
+    targets = torch.tensor([1, 3, 4])
+    logp, top, log_total = torch.empty(3), torch.empty(3), torch.empty(3)
+    triton_rows.launch(
+        triton_rows.logprob_statistics, 3, None,
+        at(0), logp, targets, logp, top, log_total, stride, V, 0, 1.0, 0.0, CAPPED=False,
+    )  # fmt: skip
+    torch.testing.assert_close(top + log_total, wanted.logsumexp(-1))
+    torch.testing.assert_close(logp, wanted.log_softmax(-1).gather(-1, targets[:, None])[:, 0])
+    triton_rows.launch(
+        triton_rows.logprob_slope, 3, V,
+        at(0), logp, targets, logp, top, log_total, at(0), stride, stride, V, 0, 1.0, 0.0,
+        CAPPED=False,
+    )  # fmt: skip
+    slope = wanted.softmax(-1) - torch.nn.functional.one_hot(targets, V)
+    torch.testing.assert_close(torch.stack([at(row) for row in range(3)]), slope)
+
+
+def test_compiles_with_fullgraph():
+    """`why_not` runs while Dynamo traces."""
+    inputs = make_inputs(8, 6, 16, 31)
+    op = lambda *args: selected_logprob(*args, impl="triton")
+    hidden, weight, _, rows, targets, _ = inputs
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden, weight, rows, targets), op(hidden, weight, rows, targets))
+
+
+def test_refuses_float64():
+    rows, targets = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    hidden, weight = torch.ones(3, 4, dtype=torch.float64), torch.ones(5, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="compute in float32, got torch.float64"):
+        selected_logprob(hidden, weight, rows, targets, impl="triton")
