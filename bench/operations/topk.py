@@ -1,0 +1,88 @@
+"""segment_topk: the highest (chosen) or lowest (rejected) 30 % of each segment's scores."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TopkCase:
+    name: str
+    S: int = 512  # segments
+    shortest: int = 50  # tokens
+    longest: int = 4000
+    fraction: float = 0.3
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    long: bool = False
+    products: int = 0
+
+    def inputs(self, device: str) -> "TopkInputs":
+        return TopkInputs(self, device)
+
+
+class TopkInputs:
+    """Scores in steps of 1/1024 nat, so that segments have ties."""
+
+    gradient_bytes = 0
+    baselines: dict[str, dict[str, float]] = {}
+
+    def __init__(self, case: TopkCase, device: str):
+        self.case, self.device = case, device
+        g = torch.Generator().manual_seed(0)
+        length = torch.randint(case.shortest, case.longest + 1, (case.S,), generator=g)
+        cu = torch.nn.functional.pad(length.cumsum(0), (1, 0))
+        score = (torch.randn(int(cu[-1]), generator=g) * 1024).round() / 1024
+        self.score = score.to(device)  # (T_all,) float32
+        self.cu_tokens = cu.int().to(device)  # (S + 1,)
+
+    def count(self, tokens: int) -> int:
+        return max(1, math.floor(self.case.fraction * tokens + 1e-9))
+
+    @cached_property
+    def _truth(self) -> tuple[Tensor, Tensor]:  # index (M,), cu_rows (S + 1,)
+        """Ties to the earlier token, even segments highest, odd ones lowest."""
+        score, cu = self.score.cpu(), self.cu_tokens.tolist()
+        index, cu_rows = [], [0]
+        for s, (start, stop) in enumerate(zip(cu[:-1], cu[1:], strict=True)):
+            order = score[start:stop].argsort(stable=True, descending=s % 2 == 0)
+            index.append(order[: self.count(stop - start)].sort().values + start)
+            cu_rows.append(cu_rows[-1] + len(index[-1]))
+        return torch.cat(index), torch.tensor(cu_rows)
+
+    def due(self, objective: str) -> tuple[str, ...]:
+        """What a provider must give to be gated."""
+        return ("index", "cu_rows")
+
+    def errors(self, result: dict[str, Tensor], objective: str) -> dict[str, float]:
+        """Tokens whose choice is wrong; `objective` "any tie" accepts another token of equal score."""
+        index, cu_rows = self._truth
+        got, got_cu = result["index"].cpu().long(), result["cu_rows"].cpu().long()
+        if got.shape != index.shape or not torch.equal(got_cu, cu_rows):
+            return {"wrong": float("inf")}
+        if objective == "any tie":
+            segment = torch.repeat_interleave(torch.arange(len(cu_rows) - 1), cu_rows.diff())
+            score, owner = self.score.cpu(), self.cu_tokens.cpu()[1:].long()
+            ranked = lambda chosen: _sorted_by_segment(score[chosen], segment)
+            strayed = torch.searchsorted(owner, got, right=True) != segment
+            repeated = len(got) - len(got.unique())
+            return {"wrong": float(((ranked(got) != ranked(index)) | strayed).sum() + repeated)}
+        return {"wrong": float((got != index).sum())}
+
+    def limits(self, ours: bool) -> dict[str, float]:
+        return {"wrong": 0.0}
+
+    def forget_truth(self) -> None:
+        self.__dict__.pop("_truth", None)
+
+
+def _sorted_by_segment(values: Tensor, segment: Tensor) -> Tensor:
+    order = values.argsort(stable=True)
+    return values[order[segment[order].argsort(stable=True)]]
+
+
+def cases(device: str) -> list[TopkCase]:
+    return [TopkCase("topk-30")]

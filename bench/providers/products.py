@@ -1,0 +1,57 @@
+"""The bound: the bare matrix products of the same shapes, and a copy that shows the bandwidth."""
+
+import torch
+
+from bench.provider import Provider
+
+
+def _head(inputs) -> dict:
+    """logits, then dX, then dW: as many as the case needs, in the dtype of the inputs."""
+    x, weight, count = inputs.gathered, inputs.weight, inputs.case.products
+    logits = torch.mm(x, weight.T)
+    if count > 1:
+        torch.mm(logits, weight)
+    if count > 2:
+        torch.mm(logits.T, x)
+    return {}
+
+
+def _kl(inputs) -> dict:
+    x, ref_x = inputs.gathered
+    torch.mm(ref_x, inputs.ref_weight.T)
+    logits = torch.mm(x, inputs.weight.T)
+    torch.mm(logits, inputs.weight)
+    torch.mm(logits.T, x)
+    return {}
+
+
+def _copy(inputs) -> dict:
+    """As many bytes as the selected logits in the dtype of the inputs, read once, written once."""
+    torch.empty_like(inputs.logits_like).copy_(inputs.logits_like)
+    return {}
+
+
+def _note(inputs) -> str:
+    return f"{inputs.case.products} bare products"
+
+
+def _flops(inputs, seconds: float) -> str:
+    case = inputs.case
+    done = case.products * 2 * case.M * case.D * case.V
+    return f"{done / seconds / 1e9:.0f} GFLOP/s"
+
+
+def _bandwidth(inputs, seconds: float) -> str:
+    size = 2 * inputs.case.M * inputs.case.V * inputs.weight.element_size()
+    return f"{size / seconds / 1e9:.1f} GB/s"
+
+
+def _bound(run) -> Provider:
+    return Provider("gemm", run, gated=False, note=_note, work=_flops)
+
+
+HEAD = (
+    _bound(_head),
+    Provider("copy", _copy, gated=False, note=lambda i: "of (M, V)", work=_bandwidth),
+)
+KL = (_bound(_kl),)

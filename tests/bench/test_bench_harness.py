@@ -1,0 +1,155 @@
+"""The benchmark's gate: a wrong provider has no speed, a missing one has a reason."""
+
+import pytest
+import torch
+
+from bench import measure, plain, report
+from bench.harness import run_case
+from bench.operations import head, kl, topk
+from bench.provider import Provider, gradients
+
+TINY = dict(N=64, response=48, D=16, V=101, segments=4)
+
+
+def logprob(inputs, spoil=lambda found: found):
+    hidden, weight = inputs.leaves()
+    logp = plain.selected_logprob(hidden, weight, inputs.rows, inputs.targets, gather_first=True)
+    found = {"logp": logp.detach(), **gradients(logp, inputs.upstream, hidden, weight)}
+    return spoil(found)
+
+
+def fail(inputs):
+    raise RuntimeError("no compiler")
+
+
+WRONG = {
+    "value": lambda found: found | {"logp": found["logp"] + 0.11},
+    "gradient": lambda found: found | {"grad_weight": found["grad_weight"] * 1.2},
+    "nan": lambda found: found | {"grad_hidden": found["grad_hidden"] * float("nan")},
+    "one nan": lambda found: found | {"logp": found["logp"].index_fill(0, torch.tensor(0), torch.nan)},
+    "shape": lambda found: found | {"logp": found["logp"][1:]},
+    "no gradient": lambda found: {"logp": found["logp"]},
+    "in float32 only": lambda found: found | {"logp": found["logp"] + 2e-3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_only_what_is_right_has_a_speed(dtype):
+    providers = [Provider("right", logprob), Provider("crash", fail)]
+    providers += [
+        Provider(name, lambda inputs, spoil=spoil: logprob(inputs, spoil))
+        for name, spoil in WRONG.items()
+    ]
+    providers.append(Provider("missing", fail, lambda inputs: "peer is not installed"))
+    case = head.HeadCase("tiny", 0.5, dtype, **TINY)
+    rows = {row.provider: row for row in run_case(case, providers, device="cpu", rounds=3)}
+
+    fine = {"right", "in float32 only"} if dtype == torch.bfloat16 else {"right"}
+    assert {name for name, row in rows.items() if row.status == "measured"} == fine
+    for name, row in rows.items():
+        assert len(row.seconds) == (3 if name in fine else 0)
+        assert (row.median > 0) == (name in fine)
+    assert rows["missing"].status == "skipped"
+    assert rows["missing"].reason == "peer is not installed"
+    assert rows["crash"].reason == "RuntimeError: no compiler"
+    assert "logp is off by" in rows["value"].reason
+    assert rows["no gradient"].reason == "gives no grad_hidden, grad_weight"
+    text = report.table(list(rows.values()))
+    assert "skipped: peer is not installed" in text
+    assert "refused: grad_weight is off by" in text
+
+
+def test_ours_is_held_to_its_own_limit():
+    """Log-sum-exp from bfloat16 logits is good enough for a peer and wrong for us."""
+    case = head.HeadCase("tiny", 1.0, torch.bfloat16, **TINY)
+    providers = [Provider("peer", logprob), Provider("sepo", logprob, ours=True)]
+    peer, ours = run_case(case, providers, device="cpu", rounds=1)
+    assert peer.status == "measured"
+    assert ours.status == "refused" and "limit 1.00e-04" in ours.reason
+
+
+@pytest.mark.parametrize("objective", head.OBJECTIVES)
+def test_truth_of_the_head_is_autograd_in_float64(objective):
+    inputs = head.HeadCase("tiny", 0.5, torch.float32, **TINY).inputs("cpu")
+    hidden = inputs.hidden.double().requires_grad_()
+    weight = inputs.weight.double().requires_grad_()
+    logp = (hidden[inputs.rows] @ weight.T).log_softmax(-1)
+    logp = logp[torch.arange(len(logp)), inputs.targets]
+    head.OBJECTIVES[objective](logp, inputs).backward()
+    truth = inputs.truth(objective)
+    torch.testing.assert_close(truth["logp"], logp.detach())
+    torch.testing.assert_close(truth["grad_hidden"], hidden.grad)
+    torch.testing.assert_close(truth["grad_weight"], weight.grad)
+
+
+def test_half_of_the_rows_are_confident():
+    case = head.HeadCase("real", 0.3, torch.bfloat16)
+    assert case.M == 460
+    inputs = head.HeadCase("tiny", 1.0, torch.bfloat16, **TINY | dict(D=64)).inputs("cpu")
+    assert (inputs.logp > -0.1).sum() == 24
+    assert (inputs.logp < -2).sum() > 20
+    assert (inputs.rows % 16 >= 4).all()  # a prompt's row predicts nothing
+
+
+@pytest.mark.parametrize("direction", kl.DIRECTIONS)
+def test_truth_of_the_kl_is_autograd_in_float64(direction):
+    case = kl.KLCase("tiny", direction, dtype=torch.float32, N=24, M=10, D=16, V=101)
+    inputs = case.inputs("cpu")
+    hidden = inputs.hidden.double().requires_grad_()
+    weight = inputs.weight.double().requires_grad_()
+    log_p = (hidden[inputs.rows] @ weight.T).log_softmax(-1)
+    log_q = (inputs.ref_hidden[inputs.rows].double() @ inputs.ref_weight.double().T).log_softmax(-1)
+    a, b = (log_q, log_p) if direction == "ref||policy" else (log_p, log_q)
+    divergence = torch.nn.functional.kl_div(b, a, log_target=True, reduction="none").sum(-1)
+    logp = log_p[torch.arange(case.M), inputs.targets]
+    (logp @ inputs.upstream.double() + divergence @ inputs.upstream_kl.double()).backward()
+    true = {"logp": logp, "kl": divergence, "grad_hidden": hidden.grad, "grad_weight": weight.grad}
+    errors = inputs.errors({name: x.detach() for name, x in true.items()}, "weighted")
+    assert max(errors.values()) < 1e-12
+
+
+def test_selection_may_differ_only_among_equal_scores():
+    inputs = topk.TopkCase("tiny", S=4, shortest=20, longest=30).inputs("cpu")
+    inputs.score = (inputs.score * 2).round()  # many ties
+    index, cu_rows = inputs._truth
+    right = {"index": index.int(), "cu_rows": cu_rows}
+    assert inputs.errors(right, "weighted") == inputs.errors(right, "any tie") == {"wrong": 0.0}
+
+    first = int(cu_rows[1])  # segment 0 takes the highest
+    worst = inputs.score[index[:first]].min()
+    left = set(range(int(inputs.cu_tokens[1]))) - set(index[:first].tolist())
+    swapped = index.clone()
+    swapped[inputs.score[index[:first]].argmin()] = next(
+        t for t in left if inputs.score[t] == worst
+    )
+    swapped = {"index": swapped, "cu_rows": cu_rows}
+    assert inputs.errors(swapped, "any tie") == {"wrong": 0.0}
+    assert inputs.errors(swapped, "weighted")["wrong"] > 0
+
+    worse = index.clone()
+    worse[0] = next(t for t in left if inputs.score[t] < worst)
+    repeated = index.clone()
+    repeated[1] = repeated[0]
+    strayed = index.clone()
+    others = set(range(int(inputs.cu_tokens[1]), len(inputs.score))) - set(index.tolist())
+    strayed[0] = next(t for t in others if inputs.score[t] == inputs.score[index[0]])
+    for spoilt in (worse, repeated, strayed):
+        assert inputs.errors({"index": spoilt, "cu_rows": cu_rows}, "any tie")["wrong"] > 0
+
+
+def test_rounds_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = measure.interleaved(calls, {"a": 3, "b": 3, "c": 1}, "cpu")
+    assert "".join(order) == "abcabab"
+    assert [len(s) for s in seconds.values()] == [3, 3, 1]
+
+
+def test_peak_counts_what_is_alive_at_once():
+    def call():
+        torch.empty(1 << 20, dtype=torch.uint8)  # freed before the next
+        kept = torch.empty(1 << 20, dtype=torch.uint8)
+        torch.empty(1 << 21, dtype=torch.uint8)
+        return kept
+
+    assert measure.peak_bytes(call, "cpu") == (1 << 20) + (1 << 21)
