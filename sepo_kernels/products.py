@@ -42,3 +42,13 @@ def add_rows(
         total.index_put_((rows.long(),), values, accumulate=True)
     else:
         total.index_add_(0, rows, values)
+
+
+def add_targets(
+    grad_weight: Tensor,  # (V, D), added to
+    targets: Tensor,  # (M,) may repeat: their terms are summed before the dtype rounds the sum
+    values: Tensor,  # (M, D) accumulator dtype
+) -> None:
+    some, place = targets.unique(return_inverse=True)
+    total = grad_weight.index_select(0, some).to(values.dtype).index_add_(0, place, values)
+    grad_weight.index_copy_(0, some, total.to(grad_weight.dtype))

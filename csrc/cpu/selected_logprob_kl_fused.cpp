@@ -21,7 +21,7 @@ namespace {
 
 using VecHalf = at::vec::Vectorized<at::Half>;
 enum Direction : int64_t { REF_POLICY = 0, POLICY_REF = 1 };
-enum State : int64_t { LOG_A, LOG_B, SHIFT, INVERSE_CAP, NUM_STATE };
+enum State : int64_t { AT_TARGET, LOG_A, LOG_B, SHIFT, INVERSE_CAP, NUM_STATE };
 constexpr float NOWHERE = -1e30f;       // a logit without weight, but finite: differences are taken
 constexpr float LARGEST_HALF = 60000.f;  // |d| beyond is e^-60000 all the same
 
@@ -131,12 +131,9 @@ Found run(
     logp[m] = at_a - log_a;
     ref_logp[m] = at_b - log_b;
     kl[m] = by_ref ? weighted / b - (log_b - log_a) : log_b - log_a - weighted / a;
+    state[AT_TARGET] = target.a[m];
     state[LOG_A] = log_a, state[LOG_B] = log_b, state[SHIFT] = shift.a[m];
     state[INVERSE_CAP] = heads.head[0].inverse_cap();
-    if (first) {
-      kept.first[targets[m] * kept.ld_first + m] = std::exp(std::max(at_a, at_b));
-      kept.second[targets[m] * kept.ld_second + m] = d;
-    }
     if (!(a < LARGEST_SUM && b < LARGEST_SUM)) found.again.push_back(m);
   }
   return found;
@@ -179,11 +176,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused(
   return {found.logp, found.ref_logp, found.kl, found.state};
 }
 
-// out = dZ for the columns that start at `start`; all blocks (rows, columns), rows the fast dimension
+// out = dZ for the columns that start at `start`, but zero at the targets, whose part the caller
+// adds in float32; all blocks (rows, columns), rows the fast dimension
 void combine(
     const at::Tensor& first, const at::Tensor& second, const at::Tensor& targets, int64_t start,
-    const at::Tensor& logp, const at::Tensor& kl, const at::Tensor& state,
-    const at::Tensor& grad_logp, const at::Tensor& grad_kl, int64_t direction, at::Tensor out) {
+    const at::Tensor& kl, const at::Tensor& state, const at::Tensor& grad_logp, const at::Tensor& grad_kl, int64_t direction, at::Tensor out) {
   const int64_t M = out.size(0), columns = out.size(1), padded = ceil_div(M, 2 * LANES) * 2 * LANES;
   const at::Tensor rows = state.t().contiguous();  // (NUM_STATE, M)
   const auto lanes = [&](const at::Tensor& values) {
@@ -200,7 +197,7 @@ void combine(
   const int64_t ld_from = first.stride(1), ld_distance = second.stride(1), ld_to = out.stride(1);
   const Vec zero(0.f), one(1.f), sign(-0.f);
 
-  // LANES rows of dL/dz before the cap's derivative, without the target's +g_logp
+  // LANES rows of dL/dz, for an entry that is not the target
   const auto gradient = [&](Vec larger, Vec d, int64_t m) {
     const Vec a_log = Vec::loadu(&log_a[m]), b_log = Vec::loadu(&log_b[m]);
     const Vec smaller = larger * (zero - d.abs()).exp_u20();
@@ -236,21 +233,10 @@ void combine(
       }
   });
 
-  // the targets' entries: p - 1 as expm1(logp), from numbers that were never rounded
-  const at::Tensor where = targets.contiguous(), certain = logp.contiguous();
+  const at::Tensor where = targets.contiguous();
   for (int64_t m = 0; m < M; ++m) {
     const int64_t v = where.const_data_ptr<int64_t>()[m] - start;
-    if (v < 0 || v >= columns) continue;
-    const float log_p = certain.const_data_ptr<float>()[m];
-    const float d = distance[v * ld_distance + m], ratio = d - (log_b[m] - log_a[m]);
-    const float p = std::exp(log_p), a = log_p + log_a[m] + shift[m];
-    // p - q from the larger of both: the other way round is 0 * inf for extreme logits
-    const float difference =
-        ratio > 0.f ? std::exp(log_p + ratio) * std::expm1(-ratio) : -p * std::expm1(ratio);
-    const float kl_part = direction == REF_POLICY ? difference : -p * (ratio + kls[m]);
-    const float relative = a * inverse_cap;
-    to[v * ld_to + m] =
-        (g_kl[m] * kl_part - g_logp[m] * std::expm1(log_p)) * (1.f - relative * relative);
+    if (v >= 0 && v < columns) to[v * ld_to + m] = 0.f;
   }
 }
 
@@ -266,7 +252,7 @@ TORCH_LIBRARY_FRAGMENT(sepo, m) {
       " Tensor(a!)? first, Tensor(b!)? second)"
       " -> (Tensor logp, Tensor ref_logp, Tensor kl, Tensor state)");
   m.def(
-      "native_kl_combine(Tensor first, Tensor second, Tensor targets, int start, Tensor logp,"
+      "native_kl_combine(Tensor first, Tensor second, Tensor targets, int start,"
       " Tensor kl, Tensor state, Tensor grad_logp, Tensor grad_kl, int direction, Tensor(a!) out)"
       " -> ()");
 }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels.platform import accumulator
-from sepo_kernels.products import add_rows, product
+from sepo_kernels.products import add_rows, add_targets, product
 from sepo_kernels.registry import Impl
 from sepo_kernels.selected_logprob import schedule as plan
 
@@ -157,7 +157,7 @@ def bwd(
         if need_bias:
             grad_bias += (slope.T @ factor.to(dtype))[:, 0]
     if fused and need_weight:
-        _add_targets(grad_weight, targets, hidden.index_select(0, rows) * (at_target * scale))
+        add_targets(grad_weight, targets, hidden.index_select(0, rows) * (at_target * scale))
     if fused and need_bias:
         grad_bias.index_add_(0, targets, at_target[:, 0])
     return grad_hidden.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)
@@ -167,16 +167,6 @@ def _at_target(logp: Tensor, lse: Tensor, softcap: float | None) -> Tensor:
     """The slope (M,) at each row's own target, in the accumulator's dtype."""
     slope = logp.expm1()
     return slope if softcap is None else slope * (1 - ((logp + lse) / softcap) ** 2)
-
-
-def _add_targets(
-    grad_weight: Tensor,  # (V, D), added to
-    targets: Tensor,  # (M,) may repeat: their terms are summed before the dtype rounds the sum
-    values: Tensor,  # (M, D) accumulator dtype
-) -> None:
-    some, place = targets.unique(return_inverse=True)
-    total = grad_weight.index_select(0, some).to(values.dtype).index_add_(0, place, values)
-    grad_weight.index_copy_(0, some, total.to(grad_weight.dtype))
 
 
 def new_kept(hidden: Tensor, schedule: str, M: int, V: int, D: int, fused: bool) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels.platform import accumulator
-from sepo_kernels.products import add_rows, product
+from sepo_kernels.products import add_rows, add_targets, product
 from sepo_kernels.registry import Impl
 from sepo_kernels.selected_logprob.loops import new_slope
 from sepo_kernels.selected_logprob_kl import schedule as plan
@@ -45,7 +45,9 @@ class RowKernels(NamedTuple):
         accumulator's dtype. out is a view of a buffer; first and second stay as they are
     num_state: what combine wants to know of each row beside logp and kl
     fused(dtype) -> bool: no logits are written, and the blocks are stored with the rows as their
-        fast dimension, out too: each is the transpose of a contiguous (V, chunk) or its columns
+        fast dimension, out too: each is the transpose of a contiguous (V, chunk) or its columns.
+        combine writes zero at the targets: each outweighs the rest of its row, and its part is
+        added in float32. state[:, 0] is the target's logit
     second_dtype(dtype) -> torch.dtype of the second block; the first has the input's
     """
 
@@ -117,6 +119,11 @@ def fwd(
                 for total, *grads in ((first[part], one, zero), (second[part], zero, one)):
                     _combine(kernels, kept, row, c, *grads, direction, dz)
                     total += product(dz, weight[c])
+            if layout.fused:
+                of_row = [x[part] for x in statistics]
+                for total, *grads in ((first[part], one, zero), (second[part], zero, one)):
+                    entry = _at_target(*of_row, *grads, direction, softcap)
+                    total += weight.index_select(0, targets[part]) * entry
     return found
 
 
@@ -192,6 +199,15 @@ def bwd(
                 grad_weight[c] += product(dz.T, x)
             if need_bias:
                 grad_bias[c] += (dz.T @ ones)[:, 0]
+        if layout.fused:
+            of_row = [x[part] for x in (logp, ref_logp, kl, state, grad_logp, grad_kl)]
+            entry = _at_target(*of_row, direction, softcap)
+            if need_hidden:
+                dx += weight.index_select(0, targets[part]) * entry
+            if need_weight:
+                add_targets(grad_weight, targets[part], x * entry)
+            if need_bias:
+                grad_bias.index_add_(0, targets[part], entry[:, 0])
         if need_hidden:
             add_rows(grad_hidden, rows[part], dx)
     return grad_hidden.to(dtype), grad_weight.to(dtype), (grad_bias / scale).to(dtype)
@@ -239,6 +255,29 @@ class _Buffers:
         if logits is not None:
             logits = tuple(k if z is None else z[:rows] for k, z in zip(kept, logits, strict=True))
         return (None if kept[0] is None else tuple(kept)), logits
+
+
+def _at_target(
+    logp: Tensor,  # (chunk,)
+    ref_logp: Tensor,  # (chunk,)
+    kl: Tensor,  # (chunk,)
+    state: Tensor,  # (chunk, num_state), of which the first is the target's logit
+    grad_logp: Tensor,  # (chunk,)
+    grad_kl: Tensor,  # (chunk,)
+    direction: str,
+    softcap: float | None,
+) -> Tensor:  # (chunk, 1)
+    """dZ at each row's own target."""
+    ratio = ref_logp - logp
+    if direction == plan.REF_POLICY:  # p - q, from the larger of both
+        larger = torch.maximum(logp, ref_logp).exp()
+        of_kl = torch.copysign(larger, ratio) * ratio.abs().neg().expm1()
+    else:
+        of_kl = -logp.exp() * (ratio + kl)
+    entry = grad_kl * of_kl - grad_logp * logp.expm1()
+    if softcap is not None:
+        entry = entry * (1 - (state[:, 0] / softcap) ** 2)
+    return entry[:, None]
 
 
 def _parts(total: int, step: int) -> Iterator[slice]:

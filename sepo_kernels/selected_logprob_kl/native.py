@@ -11,7 +11,7 @@ from sepo_kernels import extension, platform, products
 from sepo_kernels.selected_logprob_kl.loops import RowKernels
 from sepo_kernels.selected_logprob_kl.schedule import DIRECTIONS
 
-NUM_STATE = 4  # as csrc/cpu/selected_logprob_kl_fused.cpp has it
+NUM_STATE = 5  # as csrc/cpu/selected_logprob_kl_fused.cpp has it
 # asked once, at import: Dynamo traces why_not
 _MISSING = extension.why_not("native_kl_rows", torch.device("cpu"))
 
@@ -29,7 +29,7 @@ def forward(
     direction: str,
     kept: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written: see csrc for what they hold
     logits: tuple[Tensor, Tensor] | None,  # (chunk, V) each, scratch; may be kept; None if fused
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 4)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 5)
     toward = DIRECTIONS.index(direction)
     first, second = kept or (None, None)
     if logits is None:
@@ -58,7 +58,7 @@ def combine(
     start: int,
     logp: Tensor,  # (chunk,)
     kl: Tensor,  # (chunk,)
-    state: Tensor,  # (chunk, 4)
+    state: Tensor,  # (chunk, 5)
     grad_logp: Tensor,  # (chunk,)
     grad_kl: Tensor,  # (chunk,)
     direction: str,
@@ -66,7 +66,7 @@ def combine(
 ) -> None:
     if fused(out.dtype):
         torch.ops.sepo.native_kl_combine(
-            first, second, targets, start, logp, kl, state, grad_logp, grad_kl,
+            first, second, targets, start, kl, state, grad_logp, grad_kl,
             DIRECTIONS.index(direction), out,
         )  # fmt: skip
     else:
