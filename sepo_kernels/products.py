@@ -26,6 +26,15 @@ def logits(
             torch.mm(wide, weight[v : v + tile].to(out.dtype).T, out=out[:, v : v + tile])
 
 
+def remark(x: Tensor, fused: bool) -> tuple[str, ...]:
+    """What a user may want to know of how `x`'s logits are made: no line, or one."""
+    if fused:
+        return ("the logits stay in cache: only what is kept is written",)
+    if x.is_cuda or x.dtype == accumulator(x.dtype):
+        return ()
+    return (f"no {x.dtype} tiles with float32 sums here: operands are widened to float32",)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, in the accumulator's dtype where the library can: what is summed on is not rounded."""
     acc = accumulator(a.dtype)

@@ -17,6 +17,7 @@ from sepo.ops.checks import (
     check_softcap,
 )
 from sepo_kernels.platform import accumulator
+from sepo_kernels.products import remark
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob import IMPLS
 from sepo_kernels.selected_logprob import schedule as plan
@@ -112,8 +113,7 @@ def explain_selected_logprob(
         reasons = (why,)
     if not need_hidden and (need_weight or need_bias):
         reasons += ("hidden needs no gradient: its product is left out",)
-    if layout.fused:
-        reasons += ("the logits stay in cache: only what is kept is written",)
+    reasons += remark(hidden, layout.fused)
     gemms = plan.fwd_gemms(schedule) + plan.bwd_gemms(schedule, need_hidden, need_weight)
     return Explanation(chosen.name, schedule, fwd_chunk, bwd_chunk, size, gemms, reasons)
 

@@ -15,6 +15,7 @@ from sepo.ops.checks import (
     check_softcap,
 )
 from sepo.ops.selected_logprob import Explanation, needs_grad
+from sepo_kernels.products import remark
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob.schedule import DEFAULT_BUDGET
 from sepo_kernels.selected_logprob_kl import IMPLS
@@ -109,8 +110,7 @@ def explain_selected_logprob_kl(
         reasons += ("the head needs no gradient",)
     if not need_hidden and (need_weight or need_bias):
         reasons += ("hidden needs no gradient: its product is left out",)
-    if layout.fused:
-        reasons += ("the logits stay in cache: only what is kept is written",)
+    reasons += remark(hidden, layout.fused)
     gemms = sum(plan.fwd_gemms(schedule))
     gemms += sum(plan.bwd_gemms(schedule, need_hidden, need_weight))
     return Explanation(chosen.name, schedule, fwd_chunk, bwd_chunk, size, gemms, reasons)
