@@ -1,11 +1,11 @@
-# make demo · make test · make bench: each does all the set-up it needs, in .venv, and may be repeated.
+# make demo · make test · make bench · make gpu: each does all the set-up it needs, in .venv, and may be repeated.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench gpu clean
 install: .venv/.installed
 
 # torch first and alone: a looser requirement asked for before it would bring another build of it
@@ -37,7 +37,6 @@ bench: .venv/.bench
 	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,min,max,rounds $(BENCH)
 
 # from the source tree, with a Python that has torch and triton for CUDA: GPU="--minutes 8"
-.PHONY: gpu
 gpu:
 	$(PYTHON) bench/gpu.py $(GPU)
 

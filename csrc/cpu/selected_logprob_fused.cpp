@@ -96,7 +96,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fused(
     const at::Tensor& targets, double scale, std::optional<double> softcap,
     const std::optional<at::Tensor>& slope) {
   const at::Tensor at = targets.contiguous(), out = slope.value_or(at::Tensor());
-  if (slope) expect_writes(out);
   const Head head(x, weight, bias, scale, softcap);
   const auto target = target_logits(head, at.const_data_ptr<int64_t>());
   Found found = run(pack(head), at.const_data_ptr<int64_t>(), target, target, out);

@@ -146,7 +146,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused(
     const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& second) {
   const at::Tensor at = targets.contiguous();
   const int64_t* where = at.const_data_ptr<int64_t>();
-  if (first) expect_writes(*first), expect_writes(*second);
   const Head a(x, weight, bias, scale, softcap), b(ref_x, ref_weight, ref_bias, scale, softcap);
   const Pair target{target_logits(a, where), target_logits(b, where)};
   Found found = run(pack(a, b), where, target, target, Direction(direction), first, second);

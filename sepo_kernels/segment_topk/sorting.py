@@ -21,6 +21,8 @@ def fwd(
         key = torch.where(segment % 2 == 0, -score, score)
     else:
         key = -score if side == "highest" else score
+    # CUDA sorts a NaN whose sign is set, as negation may set it, before all numbers
+    key = key.masked_fill(score.isnan(), float("nan"))
     by_score = key.argsort(stable=True)
     order = by_score[segment[by_score].argsort(stable=True)]  # by segment, then score, then place
     # after the second sort, place i holds rank i - cu[segment] of the segment of token i
