@@ -1,4 +1,4 @@
-"""The head's matrix product, with logits that were never rounded to 16 bits."""
+"""Products of the heads, and sums over repeated rows and targets."""
 
 import torch
 from torch import Tensor

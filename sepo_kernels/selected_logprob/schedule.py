@@ -86,9 +86,13 @@ def chunk_rows(
         limit = (budget - M * layout.kept) // layout.save_scratch
     else:
         limit = budget // layout.row_bytes(gradient=backward or schedule == FROZEN_HEAD)
-    limit = max(1, limit)
-    parts = max(1, -(-M // limit))
-    return max(1, -(-M // parts))
+    return even(M, max(1, limit))
+
+
+def even(total: int, limit: int) -> int:
+    """The size of one part, at least 1, when `total` is cut in as few equal parts as `limit` lets."""
+    parts = max(1, -(-total // limit))
+    return max(1, -(-total // parts))
 
 
 def fwd_gemms(schedule: str) -> int:

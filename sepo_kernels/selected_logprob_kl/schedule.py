@@ -23,6 +23,7 @@ from sepo_kernels.selected_logprob.schedule import (
     RECOMPUTE,
     SAVE,
     SAVE_MIN_CHUNK,
+    even,
 )
 
 REF_POLICY, POLICY_REF = "ref||policy", "policy||ref"
@@ -99,7 +100,7 @@ def chunk_rows(
         limit = (budget - M * layout.kept) // layout.scratch
     else:
         limit = budget // layout.row_bytes(gradient=backward or schedule == FROZEN_HEAD)
-    return _even(M, max(1, limit))
+    return even(M, max(1, limit))
 
 
 def chunk_columns(
@@ -112,7 +113,7 @@ def chunk_columns(
     beside = layout.kept + (0 if schedule == SAVE else layout.scratch)
     limit = (budget // max(1, rows) - beside) // layout.dtype.itemsize
     limit = min(max(limit, MIN_COLUMNS), MAX_COLUMNS) // 64 * 64
-    return min(layout.V, -(-_even(layout.V, limit) // 64) * 64)
+    return min(layout.V, -(-even(layout.V, limit) // 64) * 64)
 
 
 def bytes_alive(
@@ -132,11 +133,6 @@ def bytes_alive(
         return M * layout.kept + max(fwd * layout.scratch, gradient)
     both = rows * (layout.kept + layout.scratch) + gradient
     return max(both, scores) if schedule == RECOMPUTE else both
-
-
-def _even(total: int, limit: int) -> int:
-    parts = max(1, -(-total // limit))
-    return max(1, -(-total // parts))
 
 
 def fwd_gemms(schedule: str) -> tuple[int, int]:  # of the policy's width, of the reference's
