@@ -1,83 +1,27 @@
-"""hidden_states and token_logprob on packed pairs against the model's own separate passes."""
+"""What prepare_model serves and what it refuses; heads, adapters, the choice of an attention."""
 
 import numpy as np
+import peft
 import pytest
 import torch
 from dense import dense_token_logprob, random_triples
-from tiny import CONFIGS, V, tiny_model
+from packed_runs import TRIPLES, packed, run_dense, with_lora
+from plain_attention import serve_varlen_anywhere
+from tiny import V, tiny_model
 
 from sepo import attention
+from sepo.attention import layout
 from sepo.data import all_positions, pack, truncate
 from sepo.errors import InputError
-from sepo.model import head, load_model, prepare_model, token_logprob
+from sepo.model import explain_attention, head, load_model, prepare_model, token_logprob
 
-ARCHITECTURES = sorted(CONFIGS)
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-def packed_and_dense(arch, dtype, *, patch=lambda model: None):
-    """Log-probabilities and parameter gradients, both ways, from the same weights."""
-    triples = random_triples(np.random.default_rng(7), pairs=5, vocab_size=V)
-    whole = lambda response: truncate(response, all_positions(len(response)))
-    batch = pack([(p, whole(c), whole(r)) for p, c, r in triples])
-    upstream = torch.randn(len(batch.targets), generator=torch.Generator().manual_seed(1))
-    results = []
-    for compute in (
-        lambda model: token_logprob(prepare_model(model), batch),
-        lambda model: torch.cat(
-            [dense_token_logprob(model, p, y) for p, c, r in triples for y in (c, r)]
-        ),
-    ):
-        model = tiny_model(arch, dtype=dtype)
-        patch(model)
-        logp = compute(model)
-        logp.backward(upstream.to(logp.dtype))
-        results.append((logp.detach(), {n: p.grad for n, p in model.named_parameters()}))
-    return results
+# peft 0.21 asks transformers 5.23 in words of before
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
-def assert_same(packed, dense, tolerance):
-    torch.testing.assert_close(packed[0], dense[0].to(packed[0].dtype), rtol=0, atol=tolerance)
-    assert packed[1].keys() == dense[1].keys()
-    for name, grad in dense[1].items():
-        scale = grad.abs().max().clamp(min=1)  # a gradient sums over rows: relative to its size
-        error = (packed[1][name] - grad).abs().max() / scale
-        assert error <= tolerance, f"{name}: {error:.2e}"
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_packed_equals_separate(arch, dtype):
-    assert_same(*packed_and_dense(arch, dtype), TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_plain_causal_mask_fails(arch, monkeypatch):
-    def causal(module, query, key, value, mask, scaling=None, **kwargs):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
-        return out.transpose(1, 2), None
-
-    monkeypatch.setattr("sepo.model._check_against_itself", lambda model: None)
-    attention.AttentionInterface.register(attention.ATTENTION, causal)
-    try:
-        with pytest.raises(AssertionError):
-            assert_same(*packed_and_dense(arch, torch.float64), 1e-3)
-    finally:
-        attention.AttentionInterface.register(attention.ATTENTION, attention.packed_attention)
-
-
-def test_gradient_checkpointing_changes_nothing():
-    def checkpoint(model):
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)()  # its name before transformers 5.20
-        model.train()
-
-    packed, dense = packed_and_dense("llama", torch.float64)[0], None
-    checkpointed, dense = packed_and_dense("llama", torch.float64, patch=checkpoint)
-    assert_same(checkpointed, dense, 1e-10)
-    assert_same(checkpointed, packed, 1e-10)
+@pytest.fixture
+def varlen_anywhere(monkeypatch):
+    serve_varlen_anywhere(monkeypatch)
 
 
 def test_a_batch_without_pairs_reaches_every_parameter():
@@ -100,12 +44,10 @@ def test_any_other_call_needs_another_attention():
 @pytest.mark.parametrize(
     ("arch", "overrides", "reason"),
     [
-        ("gemma2", dict(head_dim=8), "soft-capped at 50"),
-        ("mistral", dict(sliding_window=8), "sliding window of 8 tokens"),
         (
-            "qwen2",
-            dict(use_sliding_window=True, sliding_window=8, max_window_layers=0),
-            "layers of type sliding_attention",
+            "cohere2",
+            dict(layer_types=["chunked_attention"] * 2),
+            "layers of type chunked_attention",
         ),
         ("gpt2", dict(add_cross_attention=True), "cross attention"),
         (
@@ -144,7 +86,7 @@ def test_a_head_that_is_not_one_matrix_is_refused():
 def test_a_prepared_model_is_not_probed_again(monkeypatch):
     model = prepare_model(tiny_model("llama"))
     model.set_attn_implementation("sdpa")
-    monkeypatch.setattr("sepo.model._check_against_itself", lambda model: pytest.fail("probed"))
+    monkeypatch.setattr("sepo.model._check_against_itself", lambda *_: pytest.fail("probed"))
     assert prepare_model(model).config._attn_implementation == attention.ATTENTION
 
 
@@ -175,3 +117,119 @@ def test_a_saved_prepared_model_loads_anywhere(tmp_path):
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
     with pytest.raises(InputError, match="can't load a model from .*nowhere"):
         load_model(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("prepared_first", [False, True])
+def test_lora_before_or_after_preparing(prepared_first):
+    model = tiny_model("llama", dtype=torch.float64)
+    if prepared_first:
+        prepare_model(model)
+    model = with_lora(model)
+    if not prepared_first:
+        assert prepare_model(model) is model
+    expected = run_dense("llama", torch.float64, lora=True)[0]
+    for logp in (model(batch=packed()), token_logprob(model, packed())):
+        torch.testing.assert_close(logp.detach(), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("prepared_first", [False, True])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("qwen2", dict(target_modules=["q_proj", "lm_head"])),
+        ("qwen2", dict(modules_to_save=["lm_head"])),
+        ("llama", dict(modules_to_save=["embed_tokens"])),
+        ("llama", dict(target_modules=["q_proj", "embed_tokens"])),
+        ("llama", dict(trainable_token_indices=[3])),
+    ],
+    ids=str,
+)
+def test_an_adapter_on_the_head_is_refused(arch, options, prepared_first):
+    model = tiny_model(arch)
+    if prepared_first:
+        prepare_model(model)
+    model = with_lora(model, **options)
+    with pytest.raises(InputError, match="an adapter on the head is not supported"):
+        token_logprob(model, packed()) if prepared_first else prepare_model(model)
+
+
+def test_an_adapter_on_an_untied_embedding_is_served():
+    options = dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = prepare_model(with_lora(tiny_model("qwen2", dtype=torch.float64), **options))
+    logp = model(batch=packed())
+    model.set_attn_implementation("sdpa")
+    expected = [dense_token_logprob(model, p, y) for p, c, r in TRIPLES for y in (c, r)]
+    torch.testing.assert_close(logp, torch.cat(expected), rtol=0, atol=1e-10)
+
+
+def test_prompt_tuning_is_refused():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(InputError, match="PROMPT_TUNING adapters put tokens"):
+        prepare_model(model)
+
+
+def test_a_quantised_head_is_refused():
+    model = tiny_model("qwen2")
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), False)
+    with pytest.raises(InputError, match=r"quantised weight \(Parameter of torch.uint8\)"):
+        prepare_model(model)
+
+
+def test_a_window_that_only_the_mask_knows_is_refused(monkeypatch):
+    model = tiny_model("mistral", sliding_window=100)  # longer than what is compared
+    for layer in model.model.layers:
+        layer.self_attn.config = type(model.config)(
+            **model.config.to_dict() | dict(sliding_window=None)
+        )
+        layer.self_attn.config._attn_implementation = "eager"
+    monkeypatch.setattr(
+        type(model), "set_attn_implementation",
+        lambda self, name: [
+            setattr(m.config, "_attn_implementation", name)
+            for m in (self, *(layer.self_attn for layer in self.model.layers))
+        ],
+    )  # fmt: skip
+    with pytest.raises(InputError, match="do not tell the attention their sliding windows"):
+        prepare_model(model)
+
+
+def test_an_unknown_or_absent_attention_is_refused_before_loading():
+    for name in ("flash", "varlen"):
+        with pytest.raises(InputError, match="attn_impl"):
+            load_model("/nowhere", attn_impl=name)
+    with pytest.raises(InputError, match="one of auto, varlen, .*sdpa, got flash"):
+        prepare_model(tiny_model("llama"), attn_impl="flash")
+
+
+def test_the_wish_is_kept_and_chosen_where_it_runs():
+    model = prepare_model(tiny_model("llama"), attn_impl="flex")
+    assert prepare_model(model) is model
+    with pytest.raises(InputError, match="attn_impl=flex cannot run here: torch has no Flex"):
+        model(batch=packed())
+    prepare_model(model, attn_impl="sdpa")
+    model(batch=packed()).sum().backward()
+    assert explain_attention(model) == "sdpa, as asked"
+    assert explain_attention(tiny_model("gemma2")).startswith("sdpa; not varlen: it needs a CUDA")
+
+
+@pytest.mark.parametrize("attn_impl", ["sdpa", "varlen"])
+def test_autocast_widens_nothing(attn_impl, varlen_anywhere, monkeypatch):
+    """Rotary embeddings hand on float32 queries and keys beside bfloat16 values."""
+    model = prepare_model(tiny_model("llama"), attn_impl=attn_impl)
+    asked = []
+    choose = layout.choose
+    monkeypatch.setattr(layout, "choose", lambda n, terms: asked.append(terms) or choose(n, terms))
+    with torch.autocast("cpu", torch.bfloat16):
+        logp = model(batch=packed())
+    assert [terms.dtype for terms in asked] == [torch.bfloat16]
+    exact = run_dense("llama", torch.float32)[0]
+    assert logp.dtype == torch.float32
+    assert 1e-4 < (logp - exact).abs().max() < 0.2
+
+
+def test_attention_dropout_of_a_model_in_training():
+    model = prepare_model(tiny_model("llama", attention_dropout=0.3)).train()
+    assert not torch.equal(model(batch=packed()), model(batch=packed()))
+    assert torch.equal(model.eval()(batch=packed()), model(batch=packed()))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from plain_attention import EXACT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -34,6 +35,11 @@ CONFIGS = {
         max_position_embeddings=128,
     ),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    # windows short enough to hide tokens of the prompt from a response
+    "mistral": dict(_LLAMA_LIKE, head_dim=8, sliding_window=4),
+    "qwen3": dict(_LLAMA_LIKE, head_dim=16, tie_word_embeddings=True),
+    # one layer with a window, one without; logits capped hard enough to matter
+    "gemma2": dict(_LLAMA_LIKE, head_dim=8, sliding_window=5, attn_logit_softcapping=3.0),
 }
 
 
@@ -52,6 +58,8 @@ def tiny_model(
                 parameter.normal_(std=0.2)
     if dtype == torch.float64:
         _norms_in_float64(model)
+        if model.config._attn_implementation == "eager":  # softmax in float32
+            model.set_attn_implementation(EXACT)
     return model.eval()
 
 
@@ -60,9 +68,17 @@ def _norms_in_float64(model: PreTrainedModel) -> None:
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
             if type(norm).__name__.endswith("RMSNorm"):
-                exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
-                exact.weight = norm.weight
+                gemma = type(norm).__name__.startswith("Gemma")
+                exact = _ExactNorm(norm.weight.shape, norm.eps if gemma else norm.variance_epsilon)
+                exact.weight, exact.offset = norm.weight, 1 if gemma else 0
                 setattr(parent, name, exact)
+
+
+class _ExactNorm(torch.nn.RMSNorm):
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(
+            x, self.normalized_shape, self.weight + self.offset, self.eps
+        )
 
 
 def tiny_tokenizer(offset: int = 0) -> PreTrainedTokenizerFast:

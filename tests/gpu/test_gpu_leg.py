@@ -87,8 +87,8 @@ def test_stages_get_their_environment():
 def test_the_leg_is_what_it_says(monkeypatch):
     monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/opt/compute-sanitizer")
     stages = gpu.stages(Path("results.jsonl"))
-    names = "environment build tests memcheck racecheck waits benchmark"
-    assert [s.name for s in stages] == names.split()
+    names = "environment build tests memcheck racecheck waits benchmark end to end"
+    assert " ".join(s.name for s in stages) == names
     assert sum(s.seconds for s in stages) == 8 * 60
     assert not any(s.absent for s in stages)
     words = [word.removeprefix("--ignore=") for s in stages for c in s.commands for word in c]
@@ -154,6 +154,13 @@ def test_benchmark_fails_if_ours_is_wrong_or_missing(monkeypatch, statuses, code
     rows += [Row("case", "peer", "", s, ours=False) for s in ("measured", "refused")]
     monkeypatch.setattr(suite, "run", lambda device, path, extent: rows)
     assert gpu.benchmark(Path("unused")) == code
+
+
+def test_a_machine_without_a_trainer_has_no_race(monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    last = gpu.stages(Path("results.jsonl"))[-1]
+    assert last.name == "end to end"
+    assert last.absent == "transformers, accelerate, datasets not installed"
 
 
 def test_without_a_device_it_says_so_at_once():

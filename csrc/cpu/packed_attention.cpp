@@ -1,0 +1,328 @@
+// Attention of packed pairs on a CPU, bfloat16 operands and float32 sums: scores are made, turned
+// into weights and used while they are in cache, and never stored; backward makes them again.
+//
+// A task is one pair and one head of keys with all queries that share it, so a task owns its part
+// of every gradient: nothing is shared, and any number of threads gives the same bits.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cmath>
+#include <numeric>
+
+#include "attention_tiles.h"
+
+namespace sepo {
+namespace {
+
+struct Shape {
+  int64_t N, heads, groups, d, pairs;  // groups: heads of keys and values
+  int64_t window;
+  float scale;
+  int64_t heads_per_group() const { return heads / groups; }
+};
+
+// Calls work(pair, group) for all of them, the longest pairs first, each by whichever thread is free
+template <typename Work>
+void for_each_task(const Shape& shape, const int64_t* spans, const Work& work) {
+  std::vector<int64_t> order(shape.pairs);
+  std::iota(order.begin(), order.end(), 0);
+  const auto length = [&](int64_t p) { return spans[4 * p + 3] - spans[4 * p]; };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return length(a) > length(b); });
+  const int64_t tasks = shape.pairs * shape.groups;
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next++) < tasks;)
+      work(order[task / shape.groups], task % shape.groups);
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+// Largest score of each row, folded from a vector a row
+void row_maximum(const float* z, AttentionVec* largest) {
+  for (int64_t i = 0; i < TILE; ++i)
+    for (int64_t j = 0; j < TILE; j += ATTENTION_LANES)
+      largest[i] = at::vec::maximum(largest[i], AttentionVec::loadu(z + i * TILE + j));
+}
+
+float reduce_max(const AttentionVec& x) {
+  return at::vec::vec_reduce_all<float>(
+      [](AttentionVec& a, AttentionVec& b) { return at::vec::maximum(a, b); }, x);
+}
+
+float reduce_sum(const AttentionVec& x) {
+  return at::vec::vec_reduce_all<float>([](AttentionVec& a, AttentionVec& b) { return a + b; }, x);
+}
+
+class Forward {
+ public:
+  Forward(const Shape& shape, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+          const at::Tensor& out, const at::Tensor& lse)
+      : shape_(shape), q_(q), k_(k), v_(v), out_(out), lse_(lse) {}
+
+  void run(const Sequence& s, int64_t group) {
+    if (s.length == s.first_query) return;
+    keys_.transposed(s, HeadOf(k_, group), shape_.d);
+    values_.as_it_is(s, HeadOf(v_, group), shape_.d);
+    scores_.resize(s.tiles() * TILE * TILE);
+    query_.resize(TILE * shape_.d);
+    sum_.resize(TILE * shape_.d);
+    const int64_t first = group * shape_.heads_per_group();
+    for (int64_t h = first; h < first + shape_.heads_per_group(); ++h)
+      for (int64_t i = s.first_query; i < s.length; i += TILE) block(s, h, i);
+  }
+
+ private:
+  void block(const Sequence& s, int64_t head, int64_t first) {
+    const QueryBlock queries(s, first, shape_.window);
+    const int64_t d = shape_.d;
+    queries.copy(s, HeadOf(q_, head), d, query_.data());
+    AttentionVec largest[TILE], total[TILE];
+    std::fill_n(largest, TILE, AttentionVec(-std::numeric_limits<float>::infinity()));
+    std::fill_n(total, TILE, AttentionVec(0.f));
+    for (int64_t t = queries.tile_begin; t < queries.tile_end; ++t) {
+      float* z = scores_.data() + t * TILE * TILE;
+      multiply(TILE, TILE, d, query_.data(), keys_.tile(t), z, false);
+      queries.mask(t, z);
+      row_maximum(z, largest);
+    }
+    float top[TILE];  // every query sees itself, so it is finite
+    for (int64_t i = 0; i < TILE; ++i) top[i] = reduce_max(largest[i]) * shape_.scale;
+    for (int64_t t = queries.tile_begin; t < queries.tile_end; ++t) {
+      const float* z = scores_.data() + t * TILE * TILE;
+      alignas(64) Tile16 weights;
+      const AttentionVec scale(shape_.scale);
+      for (int64_t i = 0; i < TILE; ++i) {
+        const AttentionVec shift(-top[i]);
+        for (int64_t j = 0; j < TILE; j += 2 * ATTENTION_LANES) {
+          const float* at = z + i * TILE + j;
+          const auto a = at::vec::fmadd(AttentionVec::loadu(at), scale, shift).exp_u20();
+          const auto b =
+              at::vec::fmadd(AttentionVec::loadu(at + ATTENTION_LANES), scale, shift).exp_u20();
+          total[i] = total[i] + (a + b);
+          at::vec::convert_float_bfloat16(a, b).store(weights + i * TILE + j);
+        }
+      }
+      multiply(TILE, d, TILE, weights, values_.tile(t), sum_.data(), t > queries.tile_begin);
+    }
+    auto* out = out_.mutable_data_ptr<at::BFloat16>();
+    float* lse = lse_.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < queries.count(); ++i) {
+      const float sum = reduce_sum(total[i]);
+      const int64_t at = s.row(first + i) * shape_.heads + head;
+      store_row(sum_.data() + i * d, 1.f / sum, d, out + at * d);
+      lse[at] = top[i] + std::log(sum);
+    }
+  }
+
+  const Shape& shape_;
+  const at::Tensor &q_, &k_, &v_, &out_, &lse_;
+  Operand keys_, values_;
+  std::vector<float> scores_, sum_;
+  std::vector<at::BFloat16> query_;
+};
+
+// Two rows as brgemm wants its right operand: the bfloat16 of `low` and `high` side by side
+void store_interleaved(const AttentionVec& low, const AttentionVec& high, at::BFloat16* to) {
+  using Int = at::vec::Vectorized<int32_t>;
+  const auto rounded = [](const AttentionVec& x) {  // to nearest even, in the upper half
+    const Int bits = at::vec::cast<int32_t>(x);
+    return bits + Int(0x7fff) + ((bits >> Int(16)) & Int(1));
+  };
+  const Int lower = (rounded(low) >> Int(16)) & Int(0xffff);
+  const Int upper = rounded(high) & Int(static_cast<int32_t>(0xffff0000));
+  (lower | upper).store(to);
+}
+
+// (64, d) to (d, 64)
+void transpose(const at::BFloat16* from, int64_t d, at::BFloat16* to) {
+  for (int64_t i = 0; i < TILE; ++i)
+    for (int64_t j = 0; j < d; ++j) to[j * TILE + i] = from[i * d + j];
+}
+
+struct Inputs {
+  const at::Tensor &grad_out, &q, &k, &v, &out, &lse;
+};
+struct Gradients {
+  const at::Tensor &q, &k, &v;
+};
+
+class Backward {
+ public:
+  Backward(const Shape& shape, const Inputs& in, const Gradients& grad)
+      : shape_(shape), in_(in), grad_(grad) {}
+
+  // Both sequences of a pair: the prompt's keys and values get a share from each
+  void run(const int64_t* span, int64_t group) {
+    const Sequence chosen = chosen_sequence(span), rejected = rejected_sequence(span);
+    sequence(chosen, group, sums_[0]);
+    sequence(rejected, group, sums_[1]);
+    for (int64_t i = 0; i < chosen.length; ++i)
+      store(chosen.row(i), group, i, true, i < chosen.prompt);
+    for (int64_t i = rejected.prompt; i < rejected.length; ++i)
+      store(rejected.row(i), group, i, false, true);
+  }
+
+ private:
+  struct Sums {  // gradients of a sequence's keys and values, transposed: tiles of (d, 64)
+    std::vector<float> k, v;
+  };
+
+  void sequence(const Sequence& s, int64_t group, Sums& sums) {
+    const int64_t d = shape_.d;
+    sums.k.assign(s.tiles() * TILE * d, 0.f);
+    sums.v.assign(s.tiles() * TILE * d, 0.f);
+    if (s.length == s.first_query) return;
+    keys_transposed_.transposed(s, HeadOf(in_.k, group), d);
+    values_transposed_.transposed(s, HeadOf(in_.v, group), d);
+    keys_.as_it_is(s, HeadOf(in_.k, group), d);
+    for (auto* x : {&query_, &query_transposed_, &grad_out_, &grad_out_transposed_})
+      x->resize(TILE * d);
+    grad_query_.resize(TILE * d);
+    const int64_t first = group * shape_.heads_per_group();
+    for (int64_t h = first; h < first + shape_.heads_per_group(); ++h)
+      for (int64_t i = s.first_query; i < s.length; i += TILE) block(s, h, i, sums);
+  }
+
+  void block(const Sequence& s, int64_t head, int64_t first, Sums& sums) {
+    const QueryBlock queries(s, first, shape_.window);
+    const int64_t d = shape_.d;
+    queries.copy(s, HeadOf(in_.q, head), d, query_.data());
+    queries.copy(s, HeadOf(in_.grad_out, head), d, grad_out_.data());
+    transpose(query_.data(), d, query_transposed_.data());
+    transpose(grad_out_.data(), d, grad_out_transposed_.data());
+    // rows after the last query: exp(0 - inf) is zero, so they give nothing
+    float lse[TILE], delta[TILE] = {};
+    std::fill_n(lse, TILE, std::numeric_limits<float>::infinity());
+    const HeadOf out(in_.out, head);
+    for (int64_t i = 0; i < queries.count(); ++i) {
+      const int64_t row = s.row(first + i);
+      lse[i] = in_.lse.const_data_ptr<float>()[row * shape_.heads + head];
+      for (int64_t j = 0; j < d; ++j)
+        delta[i] += static_cast<float>(out.row(row)[j]) * static_cast<float>(grad_out_[i * d + j]);
+    }
+    for (int64_t t = queries.tile_begin; t < queries.tile_end; ++t) {
+      alignas(64) Tile32 z, grad_weight;
+      alignas(64) Tile16 grad_score, paired_weight, paired_grad_score;
+      multiply(TILE, TILE, d, query_.data(), keys_transposed_.tile(t), z, false);
+      queries.mask(t, z);
+      multiply(TILE, TILE, d, grad_out_.data(), values_transposed_.tile(t), grad_weight, false);
+      slopes(z, grad_weight, lse, delta, grad_score, paired_weight, paired_grad_score);
+      multiply(TILE, d, TILE, grad_score, keys_.tile(t), grad_query_.data(), t > queries.tile_begin);
+      float *to_k = sums.k.data() + t * TILE * d, *to_v = sums.v.data() + t * TILE * d;
+      multiply(d, TILE, TILE, query_transposed_.data(), paired_grad_score, to_k, true);
+      multiply(d, TILE, TILE, grad_out_transposed_.data(), paired_weight, to_v, true);
+    }
+    auto* grad_q = grad_.q.mutable_data_ptr<at::BFloat16>();
+    for (int64_t i = 0; i < queries.count(); ++i)
+      store_row(grad_query_.data() + i * d, 1.f, d,
+                grad_q + (s.row(first + i) * shape_.heads + head) * d);
+  }
+
+  // weight = exp(score - lse), and the gradient of the score, weight (grad_weight - delta) scale
+  void slopes(const float* z, const float* grad_weight, const float* lse, const float* delta,
+              at::BFloat16* grad_score, at::BFloat16* paired_weight,
+              at::BFloat16* paired_grad_score) const {
+    const AttentionVec scale(shape_.scale);
+    for (int64_t i = 0; i < TILE; i += 2) {
+      for (int64_t j = 0; j < TILE; j += ATTENTION_LANES) {
+        AttentionVec weight[2], slope[2];
+        for (int64_t r = 0; r < 2; ++r) {
+          const int64_t at = (i + r) * TILE + j;
+          weight[r] =
+              at::vec::fmadd(AttentionVec::loadu(z + at), scale, AttentionVec(-lse[i + r])).exp_u20();
+          slope[r] = weight[r] * (AttentionVec::loadu(grad_weight + at) - AttentionVec(delta[i + r])) *
+                     scale;
+        }
+        store_interleaved(weight[0], weight[1], paired_weight + i * TILE + 2 * j);
+        store_interleaved(slope[0], slope[1], paired_grad_score + i * TILE + 2 * j);
+        for (int64_t r = 0; r < 2; ++r)
+          at::vec::convert_float_bfloat16(slope[r], slope[r])
+              .store(grad_score + (i + r) * TILE + j, ATTENTION_LANES);
+      }
+    }
+  }
+
+  void store(int64_t row, int64_t group, int64_t position, bool from_chosen, bool from_rejected) {
+    const int64_t d = shape_.d, at = position / TILE * TILE * d + position % TILE;
+    const int64_t to = (row * shape_.groups + group) * d;
+    const auto write = [&](const at::Tensor& grad, const float* a, const float* b) {
+      auto* out = grad.mutable_data_ptr<at::BFloat16>() + to;
+      for (int64_t j = 0; j < d; ++j)
+        out[j] = (from_chosen ? a[j * TILE] : 0.f) + (from_rejected ? b[j * TILE] : 0.f);
+    };
+    write(grad_.k, sums_[0].k.data() + at, sums_[1].k.data() + at);
+    write(grad_.v, sums_[0].v.data() + at, sums_[1].v.data() + at);
+  }
+
+  const Shape& shape_;
+  const Inputs& in_;
+  const Gradients& grad_;
+  Sums sums_[2];
+  Operand keys_, keys_transposed_, values_transposed_;
+  std::vector<at::BFloat16> query_, query_transposed_, grad_out_, grad_out_transposed_;
+  std::vector<float> grad_query_;
+};
+
+Shape shape_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& spans, double scale,
+               int64_t window) {
+  return {q.size(0), q.size(1), k.size(1), q.size(2), spans.size(0), window,
+          static_cast<float>(scale)};
+}
+
+at::Tensor last_contiguous(const at::Tensor& x) { return x.stride(2) == 1 ? x : x.contiguous(); }
+
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key,
+                                           const at::Tensor& value, const at::Tensor& spans,
+                                           double scale, int64_t window) {
+  const auto q = last_contiguous(query), k = last_contiguous(key), v = last_contiguous(value);
+  const Shape shape = shape_of(q, k, spans, scale, window);
+  const at::Tensor out = at::empty({shape.N, shape.heads, shape.d}, q.options());
+  const at::Tensor lse = at::empty({shape.N, shape.heads}, q.options().dtype(at::kFloat));
+  const int64_t* span = spans.const_data_ptr<int64_t>();
+  for_each_task(shape, span, [&](int64_t pair, int64_t group) {
+    Forward task(shape, q, k, v, out, lse);
+    task.run(chosen_sequence(span + 4 * pair), group);
+    task.run(rejected_sequence(span + 4 * pair), group);
+  });
+  return {out, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& spans,
+    double scale, int64_t window) {
+  const auto q = last_contiguous(query), k = last_contiguous(key), v = last_contiguous(value);
+  const auto grad = last_contiguous(grad_out);
+  const Shape shape = shape_of(q, k, spans, scale, window);
+  const at::Tensor grad_q = at::empty({shape.N, shape.heads, shape.d}, q.options());
+  const at::Tensor grad_k = at::empty({shape.N, shape.groups, shape.d}, q.options());
+  const at::Tensor grad_v = at::empty_like(grad_k);
+  const Inputs inputs{grad, q, k, v, out, lse};
+  const Gradients gradients{grad_q, grad_k, grad_v};
+  const int64_t* span = spans.const_data_ptr<int64_t>();
+  for_each_task(shape, span, [&](int64_t pair, int64_t group) {
+    Backward(shape, inputs, gradients).run(span + 4 * pair, group);
+  });
+  return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace
+}  // namespace sepo
+
+TORCH_LIBRARY_FRAGMENT(sepo, m) {
+  // query (N, H, d), key and value (N, H_kv, d) bfloat16; spans (P, 4) int64 on the CPU: start,
+  // prefix_end, rejected_start, pair_end of pairs that fill the buffer; window 0: none
+  m.def(
+      "native_packed_attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale,"
+      " int window) -> (Tensor out, Tensor lse)");
+  m.def(
+      "native_packed_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
+      " Tensor out, Tensor lse, Tensor spans, float scale, int window)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+}
+TORCH_LIBRARY_IMPL(sepo, CPU, m) {
+  m.impl("native_packed_attention", &sepo::forward);
+  m.impl("native_packed_attention_backward", &sepo::backward);
+}

@@ -1,0 +1,37 @@
+"""What one layer asks of the attention, and what an implementation is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int, int, int]  # start, prefix_end, rejected_start, pair_end: rows of the buffer
+# query (1, H, N, E), key (1, H_kv, N, E), value (1, H_kv, N, E_v), scale of the products
+# -> (1, N, H, E_v)
+Attend = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Everything that a choice of implementation depends on; equal for most layers of a model."""
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int  # E, of a query or key head
+    value_width: int  # E_v
+    gradient: bool  # a backward pass will follow
+    dropout: float = 0.0
+    window: int | None = None  # keys a query sees, itself included; None: all of them
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionImpl:
+    """One implementation: `build` makes what one batch needs, once, before the first layer."""
+
+    name: str
+    absent: Callable[[], str | None]  # why this machine lacks it, whatever the tensors
+    why_not: Callable[[Terms], str | None]  # None: serves these terms exactly; else the reason
+    build: Callable[[tuple[Span, ...], Terms], Attend]
+    worth_it: Callable[[Terms], bool] = lambda terms: True  # "auto" considers it
