@@ -1,13 +1,16 @@
-"""A model's name is its weights: not its dtype, device or the order they are held in."""
+"""A model's name is its weights: not its dtype, device, files or the order they are held in."""
 
 import pytest
 import torch
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sepo import fingerprint
-from sepo.fingerprint import weights_hash
+from sepo.errors import InputError
+from sepo.fingerprint import checkpoint_hash, weights_hash
 
 
 def reload(path, dtype):
@@ -85,3 +88,80 @@ def test_meta_device_is_refused():
         model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="bias is on the meta device, expected values"):
         weights_hash(model)
+
+
+@pytest.fixture
+def no_load(monkeypatch):
+    """Loading a model is an error: its files must do."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+MODELS = {
+    "tied": lambda: tiny_model("llama", tie_word_embeddings=True),
+    "untied": lambda: tiny_model("llama", tie_word_embeddings=False),
+    "gpt_neox": lambda: tiny_model("gpt_neox"),
+    "gpt2": lambda: tiny_model("gpt2"),
+    "bfloat16": lambda: tiny_model("qwen2", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_checkpoint_is_named_by_its_files(tmp_path, no_load, make, shard):
+    model = make()
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shard == "1GB"
+    assert checkpoint_hash(str(tmp_path)) == weights_hash(model)
+
+
+def test_a_checkpoint_is_rounded_as_loading_rounds(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        expected = weights_hash(reload(tmp_path, dtype))
+        assert checkpoint_hash(str(tmp_path), dtype=dtype) == expected
+    assert checkpoint_hash(str(tmp_path)) != expected
+
+
+def test_tensors_that_loading_computes_are_loaded(tmp_path):
+    model = tiny_model("mixtral", num_local_experts=2, num_experts_per_tok=1)
+    model.save_pretrained(tmp_path)  # stores each expert, holds them as one
+    assert checkpoint_hash(str(tmp_path)) == weights_hash(reload(tmp_path, torch.float32))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's call
+def test_an_older_layout_and_an_adapter_are_loaded(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_model().base_model.save_pretrained(base)  # names without their first part
+    model = tiny_model()
+    model.name_or_path = str(base)
+    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(adapter)
+    hashes = []
+    for path in (base, adapter):
+        hashes.append(weights_hash(reload(path, torch.float32)))
+        assert checkpoint_hash(str(path)) == hashes[-1]
+    assert hashes[0] != hashes[1]
+
+
+def test_a_hub_id_is_found_in_the_cache(tmp_path, monkeypatch, no_load):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model = tiny_model()
+    repository = tmp_path / "models--someone--tiny"
+    model.save_pretrained(repository / "snapshots" / "0a1b")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0a1b")
+    assert checkpoint_hash("someone/tiny") == weights_hash(model)
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"can't read a model from .*nowhere: "):
+        checkpoint_hash(str(tmp_path / "nowhere"))
+    tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    next(tmp_path.glob("*00002-of*")).unlink()
+    with pytest.raises(InputError, match="model-00002-of.* is missing"):
+        checkpoint_hash(str(tmp_path))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -37,7 +38,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("max_tokens", [1, 40, 8192])
+@pytest.mark.parametrize("max_tokens", [24, 40, 8192])
 def test_scores_against_dense_passes(arch, max_tokens):
     reference, oracle = make_models(arch)
     pairs = make_pairs()
@@ -70,11 +71,90 @@ def unpacked_logp(model, prompt, response):
 
 def test_batches_fill_the_budget_and_never_pass_it():
     token = np.zeros(1, np.int32)
-    lengths = [5, 9, 3, 30, 4, 3]  # 3 + 3 + 4, 5 + 9, 30 alone
+    lengths = [5, 9, 3, 14, 4, 3]  # 3 + 3 + 4, 5 + 9, 14
     pairs = [
         TokenPair(id="", prompt=token, chosen=token, rejected=token.repeat(n - 2)) for n in lengths
     ]
     assert _batches(pairs, 14) == [[2, 5, 4], [0, 1], [3]]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
+def test_hidden_rows_are_the_states_that_predict(arch, tmp_path):
+    reference, _ = make_models(arch)
+    keep = dict(keep=("hidden",), max_tokens=40)
+    store = score_dataset(make_pairs(), tmp_path, reference=reference, **keep, **QUIET)
+    plain = plain_float64(reference, arch)
+    for pair in ScoredStore.open(store).pairs():
+        for side in ("chosen", "rejected"):
+            response, rows = getattr(pair, side), getattr(pair, f"{side}_ref_hidden")
+            found = rows.read(np.arange(len(response), dtype=np.int32))
+            expected = unpacked_hidden(plain, pair.prompt, response)
+            assert found.dtype == torch.bfloat16
+            # half a unit in the last of bfloat16's 8 bits, and float32's own error
+            torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
+        assert pair.chosen_ref_logp is None and pair.chosen_score is None
+
+
+@torch.no_grad()
+def unpacked_hidden(model, prompt, response):
+    ids = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
+    states = model.get_decoder()(input_ids=ids).last_hidden_state[0]  # after the final norm
+    return states[len(prompt) - 1 : -1]
+
+
+def test_one_pass_gives_log_probabilities_and_states():
+    passes = []
+    hook = REFERENCE.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    both = score_pairs(make_pairs(), REFERENCE, ORACLE, keep=("score", "logp", "hidden"))
+    hook.remove()
+    assert len(passes) == 1
+    weight = REFERENCE.get_output_embeddings().weight
+    for pair in both:
+        states = pair.rejected_ref_hidden.read(np.arange(len(pair.rejected), dtype=np.int32))
+        logp = (states.float() @ weight.T).log_softmax(-1)
+        logp = logp[range(len(logp)), pair.rejected].detach().numpy()
+        np.testing.assert_allclose(logp, pair.rejected_ref_logp, atol=0.05)  # bfloat16 states
+
+
+def test_the_manifest_and_the_head_of_kept_states(tmp_path):
+    model = prepare_model(tiny_model("gpt2", dtype=torch.bfloat16))
+    score_dataset(
+        make_pairs(), tmp_path, reference=model, keep=("hidden", "logp"), precision_check=0, **QUIET
+    )
+    store = ScoredStore.open(tmp_path)
+    manifest, head = store.manifest, store.reference_head()
+    assert manifest["keep"] == ["hidden", "logp"]
+    assert (manifest["hidden_width"], manifest["hidden_dtype"]) == (32, "bfloat16")
+    assert torch.equal(head.weight, model.lm_head.weight) and head.weight.dtype == torch.bfloat16
+    assert head[1:] == (None, 1.0, None)
+
+
+def test_size_of_the_states_is_told_and_must_fit(tmp_path, capsys, monkeypatch):
+    keep = dict(reference=REFERENCE, keep=("hidden",), **QUIET | {"progress": True})
+    tokens = sum(len(p.chosen) + len(p.rejected) for p in make_pairs())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=tokens * 64 - 1))
+    with pytest.raises(InputError, match="rows take 6.66 kB, but the disk has 6.66 kB left"):
+        score_dataset(make_pairs(), tmp_path / "out", **keep)
+    assert f"6.66 kB to write ({tokens} response tokens x 32 x 2 bytes)" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=tokens * 64))
+    score_dataset(make_pairs(), tmp_path / "out", **keep)
+    score_dataset(make_pairs(), tmp_path / "out", **keep)
+    assert "reference rows: 0 bytes to write" in capsys.readouterr().out
+
+
+def test_a_pair_longer_than_the_budget(tmp_path):
+    longest = max(map(len, make_pairs()))
+    row = next(p.id for p in make_pairs() if len(p) == longest)
+    message = f"row {row}: {longest} tokens, expected at most --max_tokens_per_batch {longest - 1}"
+    models = dict(reference=REFERENCE, oracle=ORACLE)
+    with pytest.raises(InputError, match=message):
+        score_dataset(make_pairs(), tmp_path / "out", **models, max_tokens=longest - 1, **QUIET)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=message):
+        score_pairs(make_pairs(), **models, max_tokens=longest - 1)
+    score_pairs(make_pairs(), **models, max_tokens=longest)
 
 
 def test_rows_keep_the_order_of_the_data(whole):
@@ -143,9 +223,9 @@ def test_the_same_model_twice_is_warned_of(tmp_path):
         (dict(pairs=[]), "expected at least one pair"),
         (dict(pairs_per_part=0), "pairs_per_part: expected at least 1, got 0"),
         (dict(oracle=None), "a score needs an oracle"),
-        (dict(keep=("logp",)), "'logp' alone does not use the oracle"),
-        (dict(keep=("scores",)), r"keep: expected 'score', 'logp' or both, got \['scores'\]"),
-        (dict(keep=()), "keep: expected 'score'"),
+        (dict(keep=("logp",)), r"keep: \['logp'\] does not use the oracle"),
+        (dict(keep=("scores",)), r"expected some of score, logp, hidden, got \['scores'\]"),
+        (dict(keep=()), "keep: expected some of score"),
         (dict(shard=(2, 2)), "expected i/n with 0 <= i < n, got 2/2"),
     ],
 )
@@ -183,9 +263,10 @@ def test_command_line(tmp_path, capsys):
     ]
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--dataset_name", str(data), "--reference", reference, "--output_dir", str(out))
     args = parse(
-        *("--dataset_name", str(data), "--reference", reference, "--oracle", oracle),
-        *("--output_dir", str(out), "--keep", "logp", "--device", "cpu", "--limit", "4"),
+        *flags,
+        *("--oracle", oracle, "--keep", "logp", "hidden", "--device", "cpu", "--limit", "4"),
         *("--dtype", "bfloat16", "--oracle_dtype", "float32", "--precision_check", "2"),
     )
     score.run(args)
@@ -200,7 +281,9 @@ def test_command_line(tmp_path, capsys):
         make_pairs()[:4], load_model(reference, dtype=torch.bfloat16), load_model(oracle)
     )
     np.testing.assert_allclose(store[3].chosen_score, expected[3].chosen_score, atol=1e-2)
-    assert store[3].chosen_ref_logp is not None
+    assert store[3].chosen_ref_logp is not None and store.manifest["hidden_width"] == 32
+    assert parse(*flags, "--keep", "hidden", "--keep", "logp").keep == ["hidden", "logp"]
+    assert parse(*flags).keep == []
 
 
 def test_command_line_refuses_two_tokenizers(tmp_path):

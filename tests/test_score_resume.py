@@ -20,6 +20,9 @@ from sepo.errors import InputError
 from sepo.model import prepare_model
 from sepo.score import score_dataset, score_pairs
 
+KEPT = {"scores": ("score",), "states": ("score", "logp", "hidden")}
+MODELS = dict(reference=REFERENCE, oracle=ORACLE)
+
 tqdm.get_lock()  # made here once, it is not left behind by every process that is killed
 
 
@@ -72,7 +75,7 @@ def test_a_second_run_does_only_what_is_missing(whole, tmp_path, monkeypatch):
     assert parts(tmp_path) == parts(whole)
 
 
-def run_and_maybe_die(path, shard, replace_to_die_at, pairs=None):
+def run_and_maybe_die(path, shard, replace_to_die_at, keep, pairs=None):
     """In its own process; dies by SIGKILL around its n-th rename: before it if n is even."""
     renames, rename = iter(range(1000)), os.replace
 
@@ -86,9 +89,12 @@ def run_and_maybe_die(path, shard, replace_to_die_at, pairs=None):
 
     os.replace = deadly
     torch.set_num_threads(1)
-    score_dataset(
-        pairs or make_pairs(), path, reference=REFERENCE, oracle=ORACLE, shard=shard, **QUIET
-    )
+    score_dataset(pairs or make_pairs(), path, keep=keep, shard=shard, **MODELS, **QUIET)
+
+
+def everything(path):
+    """Every file of a store by name: parts, their hidden rows, the head and the manifest."""
+    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -105,46 +111,56 @@ def processes():
     return context
 
 
-def test_killed_at_every_rename(processes, whole, tmp_path):
+DEATHS = {  # of each run, numbered as above: manifest, [head, [rows,] part, [rows,] part, ...
+    "scores": (0, 1, 0, 2, 1, 3, 0),
+    "states": (0, 1, 0, 1, 0, 1, 2, 3, 2, 1, 3, 0),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_killed_at_every_rename(processes, tmp_path, kept):
     """Each run gets one rename further, so the deaths fall before and after every file."""
-    never = 1000
-    for step in (0, 1, 0, 2, 1, 3, 0, never):
-        process = processes.Process(target=run_and_maybe_die, args=(tmp_path, (0, 1), step))
+    expected, found, never = tmp_path / "expected", tmp_path / "found", 1000
+    score_dataset(make_pairs(), expected, keep=KEPT[kept], **MODELS, **QUIET)
+    for step in (*DEATHS[kept], never):
+        process = processes.Process(
+            target=run_and_maybe_die, args=(found, (0, 1), step, KEPT[kept])
+        )
         process.start()
         process.join(60)
         assert process.exitcode == (0 if step == never else -signal.SIGKILL)
-    assert parts(tmp_path) == parts(whole)
-    assert (tmp_path / "manifest.json").read_text() == (whole / "manifest.json").read_text()
-    assert not list(tmp_path.glob(".*"))
+    assert everything(found) == everything(expected)
 
 
-def test_killed_at_random_moments(processes, tmp_path):
+@pytest.mark.parametrize("kept", KEPT)
+def test_killed_at_random_moments(processes, tmp_path, kept):
     """Two shards at once, killed again and again wherever they happen to be, then finished."""
-    many = make_pairs(60)
+    many, keep = make_pairs(60), KEPT[kept]
     expected = tmp_path / "expected"
-    score_dataset(many, expected, reference=REFERENCE, oracle=ORACLE, **QUIET)
+    score_dataset(many, expected, keep=keep, **MODELS, **QUIET)
     found, draw, progress = tmp_path / "found", random.Random(0), [0]
-    start = lambda i: processes.Process(target=run_and_maybe_die, args=(found, (i, 2), 1000, many))
+    arguments = lambda i: (found, (i, 2), 1000, keep, many)
+    start = lambda i: processes.Process(target=run_and_maybe_die, args=arguments(i))
     while progress[-1] < 20 and len(progress) < 20:
         running = [start(0), start(1)]
         for process in running:
             process.start()
         deadline = time.monotonic() + 20
-        while len(list(found.glob("part*"))) == progress[-1] and time.monotonic() < deadline:
+        while (
+            len(list(found.glob("part*.parquet"))) == progress[-1] and time.monotonic() < deadline
+        ):
             time.sleep(0.001)
         for process in running:
             time.sleep(draw.uniform(0, 0.03))
             process.kill()
             process.join(60)
-        progress.append(len(list(found.glob("part*"))))
+        progress.append(len(list(found.glob("part*.parquet"))))
     assert len(progress) > 2 and not (found / "manifest.json").read_text().count("true")
     for process in [start(0), start(1)]:
         process.start()
         process.join(60)
         assert process.exitcode == 0
-    assert parts(found) == parts(expected)
-    assert (found / "manifest.json").read_text() == (expected / "manifest.json").read_text()
-    assert not list(found.glob(".*"))
+    assert everything(found) == everything(expected)
 
 
 def test_another_run_in_the_directory(tmp_path):

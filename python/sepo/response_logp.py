@@ -1,13 +1,15 @@
-"""The log-probability of every response token, in batches under a token budget."""
+"""What a model says of every response token, in batches under a token budget."""
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sepo.data import all_positions, pack, truncate
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
-from sepo.model import token_logprob
+from sepo.model import head, hidden_states
+from sepo.ops import selected_logprob
 
 
 @torch.no_grad()
@@ -17,24 +19,46 @@ def response_logp(
     role: str,  # for messages
     max_tokens: int,
     on_batch=lambda tokens: None,  # called after each batch with the number of its tokens
+    *,
+    hidden: Tensor | None = None,  # (T_all, D) to fill: chosen and rejected of each pair, in order
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # P x chosen (T1,), rejected (T2,) float32
-    """log p(y_t | x, y_<t) in nats for each pair, in the order given.
+    """log p(y_t | x, y_<t) in nats for each pair, in the order given, and the states it is read of.
 
-    `max_tokens` bounds a batch, with each prompt counted once; a longer pair goes alone. Raises
-    InputError naming the row for a value that is not finite.
+    `max_tokens` bounds a batch, with each prompt counted once. Raises InputError naming the row for
+    a pair that is longer, and for a value that is not finite.
     """
     result = [None] * len(pairs)
+    starts = np.cumsum([0] + [n for p in pairs for n in (len(p.chosen), len(p.rejected))])
     whole = lambda response: truncate(response, all_positions(len(response)))
+    weight, bias, scale, softcap = head(model)
     for members in _batches(pairs, max_tokens):
         batch = [pairs[i] for i in members]
         packed = pack([(p.prompt, whole(p.chosen), whole(p.rejected)) for p in batch])
-        flat = token_logprob(model, packed.to(model.device)).cpu().numpy()
-        segments = np.split(flat, packed.cu_rows[1:-1].numpy())
+        packed = packed.to(model.device)
+        states = hidden_states(model, packed)
+        flat = selected_logprob(
+            states, weight, packed.rows, packed.targets, bias=bias, scale=scale, softcap=softcap
+        )
+        cuts = packed.cu_rows.tolist()
+        segments = np.split(flat.cpu().numpy(), cuts[1:-1])
         for slot, i in enumerate(members):
             result[i] = segments[2 * slot], segments[2 * slot + 1]
             _check_finite(pairs[i].id, result[i], model, role)
+            if hidden is not None:  # a pair's two segments lie side by side, here as there
+                rows = packed.rows[cuts[2 * slot] : cuts[2 * slot + 2]]
+                hidden[starts[2 * i] : starts[2 * i + 2]] = states[rows].to(hidden.dtype)
         on_batch(sum(map(len, batch)))
     return result
+
+
+def check_budget(pairs: list[TokenPair], max_tokens: int) -> None:
+    """Raise InputError naming the first pair that no batch of `max_tokens` holds."""
+    for pair in pairs:
+        if len(pair) > max_tokens:
+            raise InputError(
+                f"row {pair.id}: {len(pair)} tokens, expected at most --max_tokens_per_batch "
+                f"{max_tokens}; the longest pair has {max(map(len, pairs))}"
+            )
 
 
 def _check_finite(row: str, responses: tuple[np.ndarray, ...], model, role: str) -> None:
@@ -49,6 +73,7 @@ def _check_finite(row: str, responses: tuple[np.ndarray, ...], model, role: str)
 
 def _batches(pairs: list[TokenPair], max_tokens: int) -> list[list[int]]:
     """Indices by length, cut where the next pair would pass the budget."""
+    check_budget(pairs, max_tokens)
     batches, room = [], 0
     # shortest first: ties in the data's order, so the same pairs give the same batches
     for i in sorted(range(len(pairs)), key=lambda i: len(pairs[i])):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import string_to_bool
 
 import sepo
+from sepo.data.hidden import ROW_DTYPE, HiddenRows, StoredHead, check_room, size_name
 from sepo.data.read import read_pairs
 from sepo.data.store import (
     FORMAT,
@@ -30,11 +31,12 @@ from sepo.data.store import (
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.fingerprint import weights_hash
-from sepo.model import load_model, load_tokenizer
+from sepo.model import head, load_model, load_tokenizer
 from sepo.precision import check_precision
-from sepo.response_logp import dtype_name, response_logp
+from sepo.response_logp import check_budget, dtype_name, response_logp
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KEEP = ("score", "logp", "hidden")
 SAMPLE = 16  # pairs that a precision check reads when nobody names a number
 
 
@@ -45,8 +47,8 @@ def score_dataset(
     reference: PreTrainedModel,
     oracle: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase,  # made the pairs, and belongs to both models
-    keep: Sequence[str] = ("score",),  # "score", "logp" (the reference's), or both
-    max_tokens: int = 8192,  # of one batch, prompts counted once; a longer pair goes alone
+    keep: Sequence[str] = ("score",),  # any of KEEP; "logp" and "hidden" are the reference's
+    max_tokens: int = 8192,  # of one batch, prompts counted once
     pairs_per_part: int = 128,  # what a killed run repeats at most
     shard: tuple[int, int] | None = None,  # (i, n); None: RANK and WORLD_SIZE, else (0, 1)
     precision_check: int | None = None,  # pairs to score in float32 too; None: 16, 0: never
@@ -54,19 +56,22 @@ def score_dataset(
     max_length: int | None = None,  # to which the pairs were cut, for the manifest
     progress: bool = True,
 ) -> Path:
-    """Write each response token's score, or its reference log-probability, to a scored store.
+    """Write each response token's score, and what else is kept of it, to a scored store.
 
     score = log p_oracle(y_t | x, y_<t) - log p_ref(y_t | x, y_<t), in nats, float32, no beta
     (eq. 9). Models come from `sepo.model.load_model`; each stays on its own device and in its own
     dtype. Part j of the store (a block of `pairs_per_part` pairs) belongs to shard j % n, and a run
     writes what is missing of its shard: run it again after a kill, with any n; on one kind of
-    device (and number of CPU threads) the parts come out the same, bit for bit. Without an oracle,
-    `keep=("logp",)` caches the reference alone. A model in another dtype than float32 is compared
-    with float32 on a few pairs: printed, and kept in the manifest. Returns `output_dir`.
+    device (and number of CPU threads) the parts come out the same, bit for bit. Without an oracle
+    the reference alone is cached: "logp", its log-probabilities; "hidden", its bfloat16 states
+    after the final norm, D_ref values a response token, and once its head. One pass gives both. A
+    model in another dtype than float32 is compared with float32 on a few pairs: printed, and kept
+    in the manifest. Returns `output_dir`.
 
-    Raises InputError for a token that a model lacks, a log-probability that is not finite (naming
-    the row; nothing of its part is written), a directory that holds another run, and a `keep` that
-    does not fit the models.
+    Raises InputError, before anything is written, for a token that a model lacks, a pair longer
+    than `max_tokens`, a directory that holds another run, a disk without room for the states and a
+    `keep` that does not fit the models; later for a log-probability that is not finite (naming the
+    row; nothing of its part is written).
     """
     if not pairs:
         raise InputError("expected at least one pair to score, got none")
@@ -77,6 +82,7 @@ def score_dataset(
     for role, model in (("reference", reference), ("oracle", oracle)):
         if model is not None:
             _check_tokens(pairs, model, role)
+    check_budget(pairs, max_tokens)
     manifest = {
         "format": FORMAT,
         "sepo": sepo.__version__,
@@ -92,6 +98,8 @@ def score_dataset(
         "pairs": len(pairs),
         "pairs_per_part": pairs_per_part,
     }
+    if "hidden" in keep:
+        manifest |= _about_rows(reference)
     if oracle is not None and manifest["oracle"] == manifest["reference"]:
         warnings.warn(
             "oracle and reference are the same weights: every score will be zero, and selection "
@@ -99,7 +107,11 @@ def score_dataset(
             stacklevel=2,
         )
     writer = StoreWriter(output_dir, manifest, owner=f"shard{index}of{count}")
-    mine = [part for part in writer.missing() if part % count == index]
+    missing = writer.missing()
+    mine = [part for part in missing if part % count == index]
+    if "hidden" in keep:
+        _make_room(writer, [pairs[i] for part in missing for i in writer.pairs_of(part)], progress)
+        writer.write_head(StoredHead(*head(reference)))
     if precision_check is None:
         precision_check = SAMPLE if 0 in mine else 0
     checked = None
@@ -136,7 +148,10 @@ def score_pairs(
     """Score pairs in memory, in their own order; see `score_dataset`."""
     with_score = "score" in keep
     share = lambda tokens: on_batch(tokens / (2 if with_score else 1))
-    ref_logp = response_logp(reference, pairs, "reference", max_tokens, share)
+    rows, end = None, 0
+    if "hidden" in keep:
+        rows = torch.empty(_response_tokens(pairs), _width(reference), dtype=ROW_DTYPE)
+    ref_logp = response_logp(reference, pairs, "reference", max_tokens, share, hidden=rows)
     logp = response_logp(oracle, pairs, "oracle", max_tokens, share) if with_score else None
     scored = []
     for i, pair in enumerate(pairs):
@@ -146,18 +161,21 @@ def score_pairs(
                 fields[f"{side}_score"] = logp[i][j] - ref_logp[i][j]
             if "logp" in keep:
                 fields[f"{side}_ref_logp"] = ref_logp[i][j]
+            if rows is not None:
+                start, end = end, end + len(ref_logp[i][j])
+                fields[f"{side}_ref_hidden"] = HiddenRows(rows, start, end - start)
         scored.append(ScoredPair(**fields))
     return scored
 
 
 def _checked_keep(keep: Sequence[str], oracle) -> list[str]:
     kept = sorted(set(keep))
-    if not kept or not set(kept) <= {"score", "logp"}:
-        raise InputError(f"keep: expected 'score', 'logp' or both, got {list(keep)}")
+    if not kept or not set(kept) <= set(KEEP):
+        raise InputError(f"keep: expected some of {', '.join(KEEP)}, got {list(keep)}")
     if "score" in kept and oracle is None:
-        raise InputError("keep: a score needs an oracle; give one, or keep 'logp' alone")
+        raise InputError("keep: a score needs an oracle; give one, or keep 'logp' or 'hidden'")
     if "score" not in kept and oracle is not None:
-        raise InputError("keep: 'logp' alone does not use the oracle; add 'score', or leave it out")
+        raise InputError(f"keep: {kept} does not use the oracle; add 'score', or leave it out")
     return kept
 
 
@@ -191,6 +209,28 @@ def _about_model(role: str, model: PreTrainedModel | None) -> dict:
     }
 
 
+def _about_rows(reference: PreTrainedModel) -> dict:
+    dtype = str(ROW_DTYPE).removeprefix("torch.")
+    return {"hidden_width": _width(reference), "hidden_dtype": dtype}
+
+
+def _make_room(writer: StoreWriter, pairs: list[TokenPair], say: bool) -> None:
+    tokens, width = _response_tokens(pairs), writer.manifest["hidden_width"]
+    num_bytes = tokens * width * ROW_DTYPE.itemsize
+    if say:
+        size = f"{tokens} response tokens x {width} x {ROW_DTYPE.itemsize} bytes"
+        print(f"reference rows: {size_name(num_bytes)} to write ({size})")
+    check_room(writer.path, num_bytes)
+
+
+def _response_tokens(pairs: list[TokenPair]) -> int:
+    return sum(len(p.chosen) + len(p.rejected) for p in pairs)
+
+
+def _width(model: PreTrainedModel) -> int:
+    return head(model).weight.shape[1]
+
+
 def _device_name(model: PreTrainedModel) -> str:
     if model.device.type == "cuda":
         return torch.cuda.get_device_name(model.device)
@@ -222,7 +262,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--oracle", help="the trained model; without it only log-probabilities can be kept")
     add("--output_dir", required=True)
-    add("--keep", choices=["logp"], help="also keep the reference's log-probabilities")
+    add(
+        "--keep",
+        nargs="+",
+        action="extend",
+        default=[],
+        choices=KEEP[1:],
+        help="also keep the reference's log-probabilities (logp, for dpo), its states (hidden)",
+    )
     for role in ("", "oracle_", "reference_"):
         whose = f"of the {role[:-1]}" if role else "of both models"
         add(f"--{role}dtype", choices=DTYPES, help=f"arithmetic {whose}; float32 if not given")
@@ -260,14 +307,13 @@ def run(args: argparse.Namespace) -> None:
         device = getattr(args, f"{role}_device") or args.device or _default_device()
         if path := getattr(args, role):
             models[role] = load_model(path, dtype=DTYPES[dtype], device=device)
-    wants_score = args.oracle is not None or args.keep is None
-    keep = ["score"] * wants_score + [args.keep] * (args.keep is not None)
+    wants_score = args.oracle is not None or not args.keep
     score_dataset(
         data.pairs,
         args.output_dir,
         **models,
         tokenizer=tokenizer,
-        keep=keep,
+        keep=["score"] * wants_score + args.keep,
         max_tokens=args.max_tokens_per_batch,
         pairs_per_part=args.pairs_per_part,
         shard=args.shard,

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from sepo.data import ScoredPair, TokenPair
+from sepo.data.hidden import HiddenRows
 from sepo.data.segments import make_segments, num_selected, num_tokens
 from sepo.errors import InputError
 
@@ -36,6 +39,16 @@ def test_selected_takes_high_of_chosen_and_low_of_rejected():
     assert chosen.ref_logp.tolist() == [-2, -4]
     assert num_tokens((prompt, chosen, rejected)) == 6
     assert num_selected((prompt, chosen, rejected)) == 3
+
+
+def test_hidden_rows_stay_a_handle():
+    class Unread:
+        def __getitem__(self, where):
+            raise AssertionError("a row was read")
+
+    rows = HiddenRows(Unread(), 5, 4)
+    _, chosen, rejected = make_segments(replace(PAIR, chosen_ref_hidden=rows), "selected")
+    assert chosen.ref_hidden is rows and rejected.ref_hidden is None
 
 
 def test_fractions_may_differ():
@@ -79,8 +92,6 @@ def test_missing_scores_name_the_row():
 
 
 def test_nan_scores_name_the_row():
-    from dataclasses import replace
-
     bad = replace(PAIR, rejected_score=f4(0, np.nan, 0))
     with pytest.raises(InputError, match="row row-3, rejected: .*NaN at position 1"):
         make_segments(bad, "selected")

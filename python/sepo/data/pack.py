@@ -6,6 +6,7 @@ The packer owns the shift: it says which row predicts which target, and nothing 
 import numpy as np
 import torch
 
+from sepo.data.hidden import HiddenRows
 from sepo.data.types import PackedBatch, Segment
 
 PackablePair = tuple[np.ndarray, Segment, Segment]  # prompt (T0,) int32, chosen, rejected
@@ -22,7 +23,8 @@ def pack(
     the model, so that collectives match. Raises ValueError for an index out of range; nothing
     downstream checks again, because on a device that would wait.
     """
-    tokens, position_ids, rows, targets, weights, ref_logp = [], [], [], [], [], []
+    tokens, position_ids, rows, targets, weights = [], [], [], [], []
+    ref_logp, ref_hidden = [], []
     spans, cu_rows = [], [0]
     start = 0  # buffer index of this pair's first token
     for prompt, chosen, rejected in pairs:
@@ -43,6 +45,7 @@ def pack(
             targets.append(segment.targets)
             weights.append(_or_ones(segment))
             ref_logp.append(segment.ref_logp)
+            ref_hidden.append((segment.ref_hidden, segment.positions))
             cu_rows.append(cu_rows[-1] + len(segment.positions))
         start = end
     if not pairs:
@@ -64,6 +67,7 @@ def pack(
         cu_rows=torch.tensor(cu_rows, **int32),
         weights=_flat(weights, torch.float32),
         ref_logp=_flat(ref_logp, torch.float32) if has_reference else None,
+        ref_hidden=_read_hidden(ref_hidden),
         spans=tuple(spans),
     )
 
@@ -94,6 +98,15 @@ def _or_ones(segment: Segment) -> np.ndarray:
     if segment.weights is None:
         return np.ones(len(segment.positions), np.float32)
     return segment.weights
+
+
+def _read_hidden(
+    segments: list[tuple[HiddenRows | None, np.ndarray]],
+) -> torch.Tensor | None:  # (M, D_ref) bfloat16
+    # without a segment nobody knows D_ref
+    if not segments or any(rows is None for rows, _ in segments):
+        return None
+    return torch.cat([rows.read(positions) for rows, positions in segments])
 
 
 def _flat(parts: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:

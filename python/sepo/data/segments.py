@@ -56,7 +56,7 @@ def _segment(
 ) -> Segment:
     response: np.ndarray = getattr(pair, side)
     weight = getattr(pair, f"{side}_weight")
-    ref_logp = getattr(pair, f"{side}_ref_logp", None)
+    kept = {name: getattr(pair, f"{side}_{name}", None) for name in ("ref_logp", "ref_hidden")}
     if positions == "chosen" and side == "rejected":
         where = np.empty(0, np.int32)
     elif positions == "random":
@@ -69,7 +69,7 @@ def _segment(
         where = _by_score(pair, side, fraction)
     else:
         where = all_positions(len(response))
-    return truncate(response, where, weight=weight, ref_logp=ref_logp)
+    return truncate(response, where, weight=weight, **kept)
 
 
 def _by_score(pair: TokenPair, side: str, fraction: float) -> np.ndarray:

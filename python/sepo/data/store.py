@@ -2,6 +2,7 @@
 
     manifest.json                  what was scored, by which models, and into how many parts
     part-00000-of-00042.parquet    pairs 0 to pairs_per_part - 1, in the order of the data
+    *.safetensors                  the reference's hidden rows and head, if kept: see hidden.py
 
 Parts are consecutive blocks of the data, so their content does not depend on who wrote them: any
 number of processes fill one store. A file appears whole or not at all. Whether the store is
@@ -15,29 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from sepo.data.files import Atomic
+from sepo.data.hidden import HEAD_FILE, StoredHead, read_head, write_head, write_rows
+from sepo.data.part import TOKENS, WEIGHTS, Part, hidden_name, read_about, write_part
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-TOKENS = ("prompt", "chosen", "rejected")
-WEIGHTS = ("chosen_weight", "rejected_weight")
-FLOATS = {  # column -> the tokens it runs along; null where a store or a pair has none
-    "chosen_score": "chosen",
-    "rejected_score": "rejected",
-    "chosen_ref_logp": "chosen",
-    "rejected_ref_logp": "rejected",
-    "chosen_weight": "chosen",
-    "rejected_weight": "rejected",
-}
-SCHEMA = pa.schema(
-    [("id", pa.string())]
-    + [(name, pa.list_(pa.int32())) for name in TOKENS]
-    + [(name, pa.list_(pa.float32())) for name in FLOATS]
-)
 IDENTITY = {  # manifest entries that make two runs the same run -> how a message calls them
     "format": "format version",
     "tokenizer": "tokenizer",
@@ -54,10 +41,10 @@ IDENTITY = {  # manifest entries that make two runs the same run -> how a messag
 
 
 class ScoredStore:
-    """A complete store, decoded in memory: about 8 bytes a token."""
+    """A complete store, decoded in memory: about 8 bytes a token. Hidden rows stay on the disk."""
 
-    def __init__(self, manifest: dict, parts: list["_Part"]):
-        self.manifest = manifest
+    def __init__(self, path: Path, manifest: dict, parts: list[Part]):
+        self.path, self.manifest = path, manifest
         self.lengths = np.concatenate([p.lengths for p in parts])  # (pairs, 3) int64: TOKENS
         self._parts = parts
 
@@ -67,7 +54,8 @@ class ScoredStore:
 
         Raises InputError for a directory that is no store, another format version, missing parts,
         a part of another run, a tokenizer that is not the store's (if one is given), a value that
-        is NaN or infinite, and lists whose lengths disagree.
+        is NaN or infinite, lists whose lengths disagree, and hidden rows or a head that are torn,
+        of another shape or of another run.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -82,10 +70,14 @@ class ScoredStore:
                 f"{path}: {len(missing)} of {num_parts(manifest)} parts are missing ({shown}); "
                 "run the same `sepo score` command again, for every shard: it writes only those"
             )
-        parts = [_Part(path / name) for name in part_names(manifest)]
+        width, run = manifest.get("hidden_width"), _run(manifest)
+        parts = [Part(path / name, width, run) for name in part_names(manifest)]
         if (found := sum(len(p.ids) for p in parts)) != manifest["pairs"]:
             raise InputError(f"{path}: expected {manifest['pairs']} pairs, found {found}")
-        return cls(_completed(path, manifest), parts)
+        store = cls(path, _completed(path, manifest), parts)
+        if width is not None:
+            store.reference_head()
+        return store
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,6 +92,10 @@ class ScoredStore:
         """All pairs in the order of the data."""
         return (self[i] for i in range(len(self)))
 
+    def reference_head(self) -> StoredHead:
+        """What turns the pairs' hidden rows into logits; only a store that keeps rows has it."""
+        return read_head(self.path / HEAD_FILE, _run(self.manifest), self.manifest["hidden_width"])
+
 
 class StoreWriter:
     """Fills a store part by part; several may work on one directory, each with its own owner name.
@@ -110,19 +106,14 @@ class StoreWriter:
 
     def __init__(self, path: str | os.PathLike, manifest: dict, *, owner: str = "0"):
         self.path, self.owner = Path(path), owner
-        self.path.mkdir(parents=True, exist_ok=True)
         for stale in self.path.glob(f".*.{owner}.tmp"):  # left by a killed run of this owner
             stale.unlink()
         present = read_manifest(self.path)
-        if present is None:
-            stray = next(self.path.glob("part-*.parquet"), None)
-            if stray is not None:
-                raise InputError(f"{self.path}: found {stray.name} without {MANIFEST}")
-            # Two owners may both get here; they replace one file by another like it.
-            self._write_json(manifest | {"complete": False})
-            present = read_manifest(self.path)
-        _check_same_run(self.path, present, manifest)
-        self.manifest = present
+        if present is not None:
+            _check_same_run(self.path, present, manifest)
+        elif stray := next(self.path.glob("part-*"), None):
+            raise InputError(f"{self.path}: found {stray.name} without {MANIFEST}")
+        self.manifest = present or manifest | {"complete": False}
 
     def missing(self) -> list[int]:
         """Indices of the parts that are still to be written."""
@@ -134,16 +125,27 @@ class StoreWriter:
         return range(part * size, min((part + 1) * size, self.manifest["pairs"]))
 
     def write(self, part: int, pairs: list[ScoredPair], *, note: dict | None = None) -> None:
-        """Write one part, atomically. `note`: what the manifest shall say about its making."""
-        columns = {"id": pa.array([p.id for p in pairs], pa.string())}
-        for field in SCHEMA:
-            if field.name != "id":
-                columns[field.name] = pa.array([getattr(p, field.name) for p in pairs], field.type)
-        about = {"run": _run(self.manifest), "tokens": sum(map(len, pairs)), **(note or {})}
-        schema = SCHEMA.with_metadata({"sepo": json.dumps(about, sort_keys=True)})
-        table = pa.table(columns, schema=schema)
-        with _Atomic(self.path / part_names(self.manifest)[part], self.owner) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        """Write one part, atomically. `note`: what the manifest shall say about its making.
+
+        A store that keeps hidden rows needs its head first, and pairs that carry theirs.
+        """
+        self._begin()
+        name, run = part_names(self.manifest)[part], _run(self.manifest)
+        if self.manifest.get("hidden_width") is not None:
+            rows = [r for p in pairs for r in (p.chosen_ref_hidden, p.rejected_ref_hidden)]
+            # before the part that declares it: killed in between, the part is written again
+            with Atomic(self.path / hidden_name(name), self.owner) as temporary:
+                write_rows(temporary, rows, run)
+        with Atomic(self.path / name, self.owner) as temporary:
+            about = {"run": run, "tokens": sum(map(len, pairs)), **(note or {})}
+            write_part(temporary, pairs, about)
+
+    def write_head(self, head: StoredHead) -> None:
+        """Write the reference's head, if it is not there."""
+        self._begin()
+        if not (self.path / HEAD_FILE).is_file():
+            with Atomic(self.path / HEAD_FILE, self.owner) as temporary:
+                write_head(temporary, head, _run(self.manifest))
 
     def finish(self) -> bool:
         """Complete the manifest if every part is there; whoever comes last does it. Idempotent."""
@@ -153,8 +155,17 @@ class StoreWriter:
         self._write_json(self.manifest)
         return True
 
+    def _begin(self) -> None:
+        """Put the manifest there, so that a directory with parts always says whose they are."""
+        if (self.path / MANIFEST).is_file():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        # Two owners may both get here; they replace one file by another like it.
+        self._write_json(self.manifest)
+        _check_same_run(self.path, read_manifest(self.path), self.manifest)
+
     def _write_json(self, value: dict) -> None:
-        with _Atomic(self.path / MANIFEST, self.owner) as temporary:
+        with Atomic(self.path / MANIFEST, self.owner) as temporary:
             temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
@@ -183,12 +194,13 @@ def part_names(manifest: dict) -> list[str]:
 
 
 def missing_parts(path: Path, manifest: dict) -> list[int]:
-    """Indices of the parts not there. Raises InputError for a part of another run."""
-    missing, run = [], _run(manifest)
+    """Indices of the parts not all there. Raises InputError for a part of another run."""
+    missing, run, keeps_rows = [], _run(manifest), manifest.get("hidden_width") is not None
     for index, name in enumerate(part_names(manifest)):
-        if not (path / name).is_file():
+        files = [path / name] + [path / hidden_name(name)] * keeps_rows
+        if not all(file.is_file() for file in files):
             missing.append(index)
-        elif _about(path / name).get("run") != run:
+        elif read_about(path / name).get("run") != run:
             raise InputError(f"{path / name}: written by another run than {MANIFEST} describes")
     return missing
 
@@ -230,88 +242,9 @@ def pairs_hash(pairs: list[TokenPair]) -> str:
     return digest.hexdigest()
 
 
-class _Part:
-    """One parquet file as flat arrays: values, offsets and, for nullable columns, which are set."""
-
-    def __init__(self, file: Path):
-        table = _read(file, lambda f: pq.read_table(f, partitioning=None))
-        if not table.schema.equals(SCHEMA):
-            raise InputError(f"{file}: expected columns {SCHEMA.names}, found {table.schema.names}")
-        self.ids = table["id"].to_pylist()
-        self.columns = {}
-        for name in SCHEMA.names[1:]:
-            lists = pa.concat_arrays(table[name].chunks)  # offsets start at 0 after it
-            values = lists.values.to_numpy(zero_copy_only=False)
-            offsets = lists.offsets.to_numpy().astype(np.int64)
-            self.columns[name] = values, offsets, lists.is_valid().to_numpy(zero_copy_only=False)
-        self.lengths = np.stack([np.diff(self.columns[name][1]) for name in TOKENS], axis=1)
-        self._check(file)
-
-    def pair(self, row: int) -> ScoredPair:
-        fields = dict.fromkeys(self.columns)
-        for name, (values, offsets, there) in self.columns.items():
-            if there[row]:
-                fields[name] = values[offsets[row] : offsets[row + 1]].copy()
-        return ScoredPair(id=self.ids[row], **fields)
-
-    def _check(self, file: Path) -> None:
-        if (self.lengths < 1).any():
-            row, column = np.argwhere(self.lengths < 1)[0]
-            raise InputError(f"{file}: row {self.ids[row]}: {TOKENS[column]} is empty")
-        for name, along in FLOATS.items():
-            values, offsets, there = self.columns[name]
-            found, expected = np.diff(offsets), self.lengths[:, TOKENS.index(along)]
-            if wrong := np.flatnonzero(there & (found != expected)).tolist():
-                raise InputError(
-                    f"{file}: row {self.ids[wrong[0]]}: expected {expected[wrong[0]]} values in "
-                    f"{name}, one per {along} token, found {found[wrong[0]]}"
-                )
-            if (bad := np.flatnonzero(~np.isfinite(values))).size:
-                row = np.searchsorted(offsets, bad[0], side="right") - 1
-                raise InputError(
-                    f"{file}: row {self.ids[row]}: expected finite values in {name}, found "
-                    f"{values[bad[0]]} at position {bad[0] - offsets[row]}"
-                )
-
-
-class _Atomic:
-    """`with` a temporary name to write to; the file gets its own name once it is on the disk."""
-
-    def __init__(self, file: Path, owner: str):
-        self.file, self.temporary = file, file.with_name(f".{file.name}.{owner}.tmp")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, failed, *_) -> None:
-        if failed:
-            self.temporary.unlink(missing_ok=True)
-            return
-        _sync(self.temporary)  # before the rename, or a power cut may leave a name without content
-        os.replace(self.temporary, self.file)
-        _sync(self.file.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _read(file: Path, read):
-    try:
-        return read(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{file}: cannot be read ({error}); delete it and score again") from error
-
-
-def _about(file: Path) -> dict:
-    return json.loads((_read(file, pq.read_schema).metadata or {}).get(b"sepo", b"{}"))
-
-
 def _completed(path: Path, manifest: dict) -> dict:
     """The manifest with what the parts say about their making: a function of the files alone."""
-    abouts = [_about(path / name) for name in part_names(manifest)]
+    abouts = [read_about(path / name) for name in part_names(manifest)]
     checks = [a["precision_check"] for a in abouts if a.get("precision_check")]
     return manifest | {
         "complete": True,

@@ -6,6 +6,7 @@ selected position nothing is needed, not even that token itself: it is a target,
 
 import numpy as np
 
+from sepo.data.hidden import HiddenRows
 from sepo.data.types import Segment
 
 
@@ -15,6 +16,7 @@ def truncate(
     *,
     weight: np.ndarray | None = None,  # (T,) float32, the user's weights
     ref_logp: np.ndarray | None = None,  # (T,) float32, the cached reference
+    ref_hidden: HiddenRows | None = None,  # T rows, the same; none is read here
 ) -> Segment:
     """Keep response[:last selected position] and what belongs to the selected positions."""
     last = int(positions[-1]) if len(positions) else 0
@@ -24,4 +26,5 @@ def truncate(
         targets=response[positions].astype(np.int64),
         weights=None if weight is None else weight[positions],
         ref_logp=None if ref_logp is None else ref_logp[positions],
+        ref_hidden=ref_hidden,
     )

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from torch import Tensor
 
+from sepo.data.hidden import HiddenRows
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenPair:
@@ -24,12 +26,14 @@ class TokenPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredPair(TokenPair):
-    """A pair with what the scorer wrote: scores, reference log-probabilities, or both."""
+    """A pair with what the scorer wrote of it: scores, and what it kept of the reference."""
 
     chosen_score: np.ndarray | None = None  # (T1,) float32, log p_oracle - log p_ref in nats
     rejected_score: np.ndarray | None = None  # (T2,) float32
     chosen_ref_logp: np.ndarray | None = None  # (T1,) float32, log p_ref in nats
     rejected_ref_logp: np.ndarray | None = None  # (T2,) float32
+    chosen_ref_hidden: HiddenRows | None = None  # T1 rows: row t is the state that predicts t
+    rejected_ref_hidden: HiddenRows | None = None  # T2 rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Segment:
     targets: np.ndarray  # (K,) int64 their token ids
     weights: np.ndarray | None = None  # (K,) float32, None: all ones
     ref_logp: np.ndarray | None = None  # (K,) float32, None: no cached reference
+    ref_hidden: HiddenRows | None = None  # of the whole response; `positions` says which are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class PackedBatch:
     cu_rows: Tensor  # (S + 1,) int32; segment 2p is pair p's chosen, 2p + 1 its rejected
     weights: Tensor  # (M,) float32, ones unless the user brought weights
     ref_logp: Tensor | None  # (M,) float32, the cached reference, if every segment has one
+    ref_hidden: Tensor | None  # (M, D_ref) bfloat16, its states that predict the targets, likewise
     spans: tuple[tuple[int, int, int, int], ...]  # P x (start, prefix_end, rejected_start,
     # pair_end) once more as plain integers: attention slices by them without asking the device
 
