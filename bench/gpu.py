@@ -8,6 +8,7 @@ Exit status: 0 all is well, 1 a stage failed, 2 no CUDA device.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -88,14 +89,22 @@ def stages(path: Path) -> tuple[Stage, ...]:
     # --force: an extension without CUDA kernels may lie there, and be newer than its sources
     build = (python, "setup.py", "build_ext", "--inplace", "--force")
     return (
-        Stage("environment", 15, own("environment")),
-        Stage("build", 130, (build,)),
-        Stage("tests", 165, ((*pytest, "tests/gpu", f"--ignore={waits}"),)),
-        Stage("memcheck", 40, watched(memcheck), absent),
-        Stage("racecheck", 30, watched(racecheck), absent, may_run_out=True),
-        Stage("waits", 30, ((*pytest, waits),)),
-        Stage("benchmark", 70, own("benchmark")),
+        Stage("environment", 10, own("environment")),
+        Stage("build", 120, (build,)),
+        Stage("tests", 140, ((*pytest, "tests/gpu", f"--ignore={waits}"),)),
+        Stage("memcheck", 35, watched(memcheck), absent),
+        Stage("racecheck", 25, watched(racecheck), absent, may_run_out=True),
+        Stage("waits", 25, ((*pytest, waits),)),
+        Stage("benchmark", 60, own("benchmark")),
+        Stage("end to end", 65, own("end-to-end"), no_trainer(), may_run_out=True),
     )
+
+
+def no_trainer() -> str:
+    """What transformers' Trainer lacks here, if anything: the operations do without it."""
+    needed = ("transformers", "accelerate", "datasets")
+    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+    return f"{', '.join(lacking)} not installed" if lacking else ""
 
 
 def run_stages(
@@ -223,7 +232,17 @@ def benchmark(path: Path) -> int:
     return 1 if refused or not any(row.status == "measured" for row in rows) else 0
 
 
-PARTS = {"environment": tell_surroundings, "benchmark": benchmark}
+def end_to_end(path: Path) -> int:
+    """Whole steps of a Llama of about 1B and of SmolLM2; a peer that is missing is only named."""
+    from bench.end_to_end import models
+    from bench.end_to_end.__main__ import main as race
+
+    options = ["--device", "cuda", "--json", str(path), "--pairs", "16", "--rounds", "5"]
+    names = "llama-1b-shape", models.smollm2_here()
+    return max(race(["--model", name, *options]) for name in names)
+
+
+PARTS = {"environment": tell_surroundings, "benchmark": benchmark, "end-to-end": end_to_end}
 
 
 def default_path(device: str) -> Path:

@@ -1,0 +1,216 @@
+"""The race against TRL: the same answer as TRL's trainers, and no speed for a wrong one."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from datasets import disable_progress_bars
+from tiny import V, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.end_to_end import flops, gate, models, ours, race, rows, savings, table, trl
+from bench.end_to_end.__main__ import main
+from bench.end_to_end.contender import Contender
+from bench.end_to_end.weights import Weights
+from bench.provider import missing
+
+TRL = pytest.mark.skipif(missing("trl") is not None, reason="trl is not installed")
+disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def warnings_of_peers_are_theirs():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture
+def weights() -> Weights:
+    return Weights(tiny_model())
+
+
+def dealt(weights: Weights, *, rounds: int = 1, per_round: int = 3) -> list[list]:
+    """Pairs with scores and the reference's log-probabilities; round 0 is the gate's."""
+    pairs = [rows.with_scores(p) for p in rows.drawn_pairs(rounds * per_round, V, 48)]
+    return ours_cached(weights, rows.deal(pairs, rounds, per_round))
+
+
+def ours_cached(weights: Weights, rounds: list[list]) -> list[list]:
+    return [ours.reference_logp(weights, pairs)[0] for pairs in rounds]
+
+
+def everybody(weights: Weights, rounds: list[list]) -> list[Contender]:
+    return [
+        *trl.contenders(weights, rounds, None, bf16=False, max_length=48),
+        *ours.contenders(weights, rounds, bf16=False),
+        *savings.contenders(weights, rounds, bf16=False),
+    ]
+
+
+@TRL
+def test_everybody_has_the_same_loss_and_gradient(weights):
+    """One step of TRL's trainers, ours, and of each saving, against one response a row."""
+    rounds = dealt(weights)
+    truths = {name: gate.truth(name, weights, rounds[0]) for name in ("dpo", "simpo", "sepo")}
+    assert abs(truths["dpo"].loss - np.log(2)) > 0.01, "the reference is the policy"
+    for contender in everybody(weights, rounds):
+        truth = truths[contender.objective]
+        reason, errors = gate.check(contender, truth, weights, gate.FLOAT32)
+        assert reason == "", contender.name
+        assert errors["cosine"] > 0.999999, contender.name
+        # lowering gives it to accelerate, as Trainer would: in float32 nothing may change
+        contender.lower()
+        _, again = gate.check(contender, truth, weights, gate.FLOAT32)
+        assert again == errors, contender.name
+
+
+def spoilt(step, spoil):
+    def wrong(number):
+        value = step(number)
+        spoil()
+        return value
+
+    return wrong
+
+
+WRONG = {
+    "gradient": lambda w: w.parameters[3].grad.mul_(1.1),
+    "nan": lambda w: w.parameters[0].grad[0].fill_(torch.nan),
+    "missing": lambda w: setattr(w.parameters[-1], "grad", None),
+    "twice": lambda w: [p.grad.mul_(2) for p in w.parameters],
+    "crash": lambda w: 1 / 0,
+}
+
+
+def test_only_what_is_right_has_a_speed(weights):
+    rounds = dealt(weights, rounds=2)
+    (right,) = [
+        c for c in savings.contenders(weights, rounds, bf16=False) if c.name == "simpo: fused"
+    ]
+    others = [
+        Contender(
+            name, "sepo", "simpo",
+            spoilt(right.step, lambda spoil=spoil: spoil(weights)), right.work,
+        )
+        for name, spoil in WRONG.items()
+    ]  # fmt: skip
+    others.append(Contender("absent", "trl", "simpo", None, None, absent="not installed"))
+    others.append(Contender("other loss", "sepo", "sepo", right.step, right.work))
+    found = {
+        row.contender: row for row in race.race([right, *others], weights, rounds, saving_rounds=1)
+    }
+    fine = found.pop("simpo: fused")
+    assert fine.status == "measured" and len(fine.seconds) == 1 and fine.median > 0
+    assert fine.peak_bytes > 0 and fine.total_bytes > weights.static_bytes
+    assert found.pop("absent").status == "skipped"
+    assert {row.status for row in found.values()} == {"refused"}
+    assert not any(row.seconds for row in found.values())
+    assert "gradient is off by" in found["twice"].reason and "loss" not in found["twice"].reason
+    assert found["crash"].reason == "ZeroDivisionError: division by zero"
+    text = table.table([fine, *found.values()])
+    assert "refused: gradient is off by nan" in text
+
+
+def test_an_attention_that_cannot_run_is_named(weights):
+    rounds = dealt(weights)
+    found = ours.contenders(weights, rounds, bf16=False, attn_impls=("sdpa", "varlen"))
+    rows = {row.label: row for row in race.race(found, weights, rounds)}
+    assert rows["simpo (sdpa)"].status == "measured"
+    assert rows["simpo (varlen)"].status == "skipped" and rows["simpo (varlen)"].reason
+    assert "skipped: " + rows["simpo (varlen)"].reason in table.table(list(rows.values()))
+
+
+def test_a_step_ends_with_adamw_on_weights_that_all_share(weights):
+    twin = weights.twin()
+    assert all(a is b for a, b in zip(twin.parameters(), weights.parameters, strict=True))
+    rounds = dealt(weights)
+    before = [p.detach().clone() for p in weights.parameters]
+    sepo = next(c for c in ours.contenders(weights, rounds, bf16=False) if c.objective == "sepo")
+    race._turns(sepo, weights, rounds)()
+    assert all(not torch.equal(a, b) for a, b in zip(before, weights.parameters, strict=True))
+    assert all(p.grad is None for p in weights.parameters)
+
+
+def test_what_each_saving_reads(weights):
+    """A pair of known lengths: prompt 5, chosen 7, rejected 4, and another of 3, 2, 6."""
+    draw = np.random.default_rng(0)
+    tokens = lambda n: draw.integers(0, V, n).astype(np.int32)
+    pairs = [
+        rows.with_scores(rows.TokenPair(id=str(i), prompt=tokens(p), chosen=tokens(c), rejected=tokens(r)))
+        for i, (p, c, r) in enumerate([(5, 7, 4), (3, 2, 6)])
+    ]  # fmt: skip
+    found = savings.contenders(weights, [pairs], bf16=False, objectives=("simpo",))
+    work = {c.name.removeprefix("simpo: "): c.work(0) for c in found}
+    seen = {name: (w.tokens, w.rows) for name, w in work.items()}
+    padded = 4 * 12
+    assert seen == {
+        "unpacked": (padded, padded),
+        "packed": (12 + 9 + 5 + 9, 35),
+        "shared": (16 + 11, 27),
+        "truncated": (27 - 4, 23),  # a response's last token is a target only
+        "selected": (23, 19),
+        "fused": (23, 19),
+    }
+    assert work["unpacked"].flops == work["packed"].flops > work["shared"].flops
+    assert work["shared"].flops > work["truncated"].flops == work["fused"].flops
+
+
+def test_model_flops_are_what_torch_counts(weights):
+    """A pass over unpadded rows without a cache: nothing is computed that the model does not need."""
+    model = weights.twin()
+    model.set_attn_implementation("eager")
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    # the counter takes all of attention's square, the formula its causal half: (16 * 17 / 2) / 256
+    found = flops.training(model, [(10, 6, 0)], 16, prompt_once=True)
+    config = model.config
+    square = 3 * 4 * config.num_hidden_layers * config.hidden_size * 16 * (16 - 1) // 2
+    assert found + square == counter.get_total_flops()
+
+
+def test_rounds_use_every_pair_before_one_again():
+    pairs = rows.drawn_pairs(10, V, 64)
+    gate_pairs, *timed = rows.deal(pairs, 5, 4)
+    assert len(gate_pairs) == 2 and [len(r) for r in timed] == [4] * 5
+    ids = [int(pair.id) for pairs in timed for pair in pairs]
+    assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10)) and ids[:10] != list(range(10))
+    assert all(len(p.prompt) + max(len(p.chosen), len(p.rejected)) <= 64 for p in pairs)
+
+
+def test_bars():
+    row = lambda name, seconds, peak: race.Row(
+        name, "", "sepo", "sepo", "measured", seconds=seconds, peak_bytes=peak
+    )
+    text = table.bars([row("TRL DPO", [6.0, 13.0], 30), row("sepo 30 %", [1.0, 2.0], 12)])
+    assert text == (
+        "sepo 30 % is 6.25 x as fast as TRL DPO: reaches 6\n"
+        "sepo 30 % needs 1/2.50 of the memory of TRL DPO: misses 3"
+    )
+    assert table.bars([]) == ""
+    slow, quick = (
+        race.Row("simpo", a, "sepo", "simpo", "measured", median=t)
+        for a, t in (("flex", 2.0), ("varlen", 1.0))
+    )
+    assert table.quickest([slow, quick], "simpo").label == "simpo (varlen)"
+
+
+def test_the_whole_program(tmp_path, monkeypatch, capsys):
+    shape = dict(tiny_model().config.to_dict(), vocab_size=V, initializer_range=0.2)
+    keys = models.SHAPES["smollm2-shape"].keys()
+    monkeypatch.setitem(models.SHAPES, "tiny", {k: shape[k] for k in keys if k in shape})
+    path = tmp_path / "rows.jsonl"
+    arguments = "--model tiny --pairs 2 --rounds 2 --max_length 48 --float32 --only sepo"
+    assert main([*arguments.split(), "--device", "cpu", "--json", str(path)]) == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["contender"] for line in lines] == [
+        *ours.NAMES.values(),
+        "sepo 30 %, checkpointing",
+    ]
+    assert {line["status"] for line in lines} == {"measured"}
+    assert {len(line["seconds"]) for line in lines} == {2}
+    said = capsys.readouterr().out
+    assert "weights float32, no autocast" in said and "appended to" in said
