@@ -13,6 +13,7 @@ def test_layouts_by_hand():
     segments = [make_segments(pair, "all") for pair in pairs]
     assert count_tokens(pairs, segments) == {
         "padded_unshared": 8 * 2 * (2 + 5) + 2 * 2,
+        "packed_unshared": 8 * (5 + 7) + 4,
         "packed": 8 * 10 + 3,
         "packed_truncated": 8 * (2 + 2 + 4) + 1,
     }

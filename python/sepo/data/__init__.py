@@ -1,5 +1,6 @@
 """From rows of a data set to one packed micro-batch. numpy until the packer's last line."""
 
+from sepo.data.cost import attention_cost, pair_costs
 from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.select import all_positions, random_positions, select_positions
@@ -13,8 +14,10 @@ __all__ = [
     "StepPlan",
     "TokenPair",
     "all_positions",
+    "attention_cost",
     "num_steps",
     "pack",
+    "pair_costs",
     "plan_step",
     "random_positions",
     "select_positions",

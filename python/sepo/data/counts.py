@@ -13,11 +13,11 @@ def count_tokens(
     pairs: Sequence[TokenPair],
     segments: Sequence[PackablePair],  # the same pairs after selection and truncation
 ) -> dict[str, int]:
-    """Tokens of the trunk, summed over all pairs, in three layouts.
+    """Tokens of the trunk, summed over all pairs, in four layouts, each with one saving more.
 
     "padded_unshared": every response behind a prompt of its own, eight pairs at a time padded to
-    the longest, in the order of the data; "packed": no padding, the prompt once; "packed_truncated":
-    the same, each response cut after its last selected token.
+    the longest, in the order of the data; "packed_unshared": the same without padding; "packed":
+    the prompt once; "packed_truncated": each response cut after its last selected token as well.
     """
     padded = 0
     for start in range(0, len(pairs), PADDED_BATCH):
@@ -26,6 +26,7 @@ def count_tokens(
         padded += 2 * len(group) * longest
     return {
         "padded_unshared": padded,
+        "packed_unshared": sum(len(p.prompt) + len(p) for p in pairs),
         "packed": sum(map(len, pairs)),
         "packed_truncated": sum(map(num_tokens, segments)),
     }
