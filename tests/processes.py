@@ -1,14 +1,19 @@
 """Run the project in processes of its own, as users do."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "python", ROOT / "tests"))),
+    "PYTHONPATH": os.pathsep.join(
+        [*map(str, (ROOT, ROOT / "python", ROOT / "tests")), os.environ.get("PYTHONPATH", "")]
+    ),
     "OMP_NUM_THREADS": "1",  # the same sums in every process, and no more threads than cores
     "HF_HUB_OFFLINE": "1",
 }
@@ -37,3 +42,33 @@ def run(*arguments: str, ranks: int = 1, timeout: int = 240) -> str:
         process.kill()
     assert process.returncode == 0, output
     return output
+
+
+def wait_for_lines(process: subprocess.Popen, file: Path, lines: int) -> None:
+    """Until so many lines are written; the process must not end by itself before."""
+    while not file.exists() or len(file.read_text().splitlines()) < lines:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def run_jobs(path: Path, jobs: list[dict]) -> list[dict]:
+    """Train in forked processes, see workers/forks.py; what each job left stands in its "left"."""
+    (path / "jobs.json").write_text(json.dumps(jobs))
+    run(ROOT / "tests/workers/forks.py", path / "jobs.json")
+    return json.loads((path / "jobs.json").read_text())
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def exit_line(*arguments: str) -> str:
+    """The one line that a refusal prints, of a process that exits with code 2."""
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    lines = [line for line in output.splitlines() if "sepo: error" in line]
+    assert len(lines) == 1 and "Traceback" not in output, output
+    return lines[0]

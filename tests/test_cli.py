@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from training_run import make_run, write_store
 from sepo import cli
 from sepo.errors import exit_with_one_line
 
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 TEXT_ROW = dict(prompt="w3 w4", chosen="w5 w6", rejected="w7")
 ROLE = dict(prompt="user", chosen="assistant", rejected="assistant")
 
@@ -64,6 +66,12 @@ def test_unknown_key_in_the_yaml(home, tmp_path, refused):
         (["--fraction", "0"], "--fraction: expected a number in (0, 1], got 0.0"),
         (["--fraction", "1.1"], "--fraction: expected a number in (0, 1], got 1.1"),
         (["--learning_rate", "fast"], "--learning_rate"),
+        (["--attn_impl", "fa9"], "--attn_impl"),
+        (["--attn_impl", "varlen"], "varlen cannot run here: it needs a CUDA device"),
+        (["--max_tokens_per_batch", "9"], "expected at most 9 tokens (--max_tokens_per_batch)"),
+        (["--use_peft", "--lora_target_modules", "nose"], "nose"),
+        (["--use_peft", "--lora_target_modules", "lm_head"], "adapter on the head"),
+        (["--load_in_8bit"], "--load_in_8bit: expected --use_peft too"),
         (["--method", "sepoo"], "--method"),
         (["--dataset_name", "/nowhere/pairs.jsonl"], "/nowhere/pairs.jsonl"),
         (["--model_name_or_path", "/nowhere/model"], "/nowhere/model"),
@@ -71,6 +79,8 @@ def test_unknown_key_in_the_yaml(home, tmp_path, refused):
         (["--resume_from_checkpoint", "/nowhere/checkpoint-3"], "not a complete checkpoint"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21's
 def test_arguments(home, tmp_path, refused, more, message):
     assert message in refused(*train(home, tmp_path, *more))
 
@@ -101,9 +111,18 @@ def test_a_store_with_nan_scores(home, tmp_path, refused):
 
 
 def test_a_cached_reference_of_other_weights(home, tmp_path, refused):
-    write_store(tmp_path / "store", random_scored_pairs(3), reference="0" * 64)
+    key = dict(reference="0" * 64, reference_dtype="float32")
+    write_store(tmp_path / "store", random_scored_pairs(3), **key)
     line = refused(*train(home, tmp_path, "--method", "dpo", "--dataset_name", tmp_path / "store"))
-    assert "weights 000000000000" in line
+    assert "expected the reference's weights" in line and "got 000000000000" in line
+
+
+def test_a_model_that_cannot_be_served(home, tmp_path, refused):
+    rope = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+    tiny_model(rope_parameters=rope).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    line = refused(*train(home, tmp_path, "--model_name_or_path", tmp_path / "model"))
+    assert "LlamaForCausalLM is not supported: its rotary embedding (dynamic)" in line
 
 
 def test_sepo_on_pairs_without_scores(home, tmp_path, refused):
@@ -161,6 +180,14 @@ def test_yaml_numbers_may_be_written_with_an_exponent(home, tmp_path):
     (tmp_path / "run.yaml").write_text((home / "run.yaml").read_text() + "weight_decay: 5e-6\n")
     args = parse(["--config", str(tmp_path / "run.yaml"), "--output_dir", "x"])
     assert args.weight_decay == 5e-6
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_hold_arguments_that_exist(recipe):
+    from sepo.train import parse
+
+    argv = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--use_cpu"]
+    assert parse(["--config", str(recipe), *argv]).learning_rate < 1e-4
 
 
 @pytest.mark.slow

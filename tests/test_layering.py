@@ -17,23 +17,30 @@ RESPONSE = MODEL | {"sepo.model"}
 SCORE = RESPONSE | {"sepo.response_logp", "sepo.precision"}
 METHODS = {"sepo.losses", "sepo.ops", "sepo.config", *LEAVES}
 TRAINER = SCORE | METHODS | {"sepo_kernels", "sepo.score", "sepo.checkpoints"}
+STEP = {f"sepo.{name}" for name in ("methods", "metrics", "adapters", "layers", "prepared")}
+STEP |= {"sepo.resumable"}
 ALLOWED = {
     "sepo_kernels": set(),
     "sepo.losses": set(),
     "sepo.errors": set(),
-    "sepo.fingerprint": set(),
+    "sepo.fingerprint": {"sepo.errors"},
     "sepo.ops": {"sepo_kernels", "sepo.losses"},
     "sepo.data": LEAVES,
-    "sepo.attention": DATA,
+    "sepo.attention": DATA | {"sepo_kernels"},
     "sepo.model": MODEL,
     "sepo.response_logp": RESPONSE,
     "sepo.precision": RESPONSE | {"sepo.response_logp"},
     "sepo.score": SCORE,
+    "sepo.reference": RESPONSE,
     "sepo.config": LEAVES,
-    "sepo.checkpoints": LEAVES,
+    "sepo.checkpoints": DATA,
+    "sepo.resumable": {"sepo.checkpoints", "sepo.config", "sepo.metrics", *LEAVES},
     "sepo.methods": METHODS,
     "sepo.metrics": METHODS | {"sepo.methods"},
-    "sepo.trainer": TRAINER | {"sepo.methods", "sepo.metrics"},
+    "sepo.adapters": LEAVES | {"sepo.config"},
+    "sepo.layers": set(),
+    "sepo.prepared": DATA | METHODS | {"sepo.methods"},
+    "sepo.trainer": TRAINER | STEP,
 }
 OUTSIDE = {"bench", "tests"}
 

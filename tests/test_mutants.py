@@ -58,17 +58,29 @@ MUTANTS = {
         "slope[:, :-1].copy_(p[:, :-1])",
         "tests/ops/test_selected_logprob.py",
     ),
-    "the prompt's last token hidden from the rejected response": (
-        "python/sepo/attention.py",
-        "torch.cat([x[:, :, :prompt], y], 2)",
-        "torch.cat([x[:, :, : prompt - 1], y], 2)",
+    "a rejected token hidden from itself": (
+        "python/sepo/attention/sdpa.py",
+        "tril(self.shift)",
+        "tril(self.shift - 1)",
         "tests/test_pipeline.py",
     ),
-    "the step's loss divided by the micro-batch's pairs": (
-        "python/sepo/trainer.py",
-        "(world_size / count)",
-        "(world_size / max(1, len(part)))",
-        "tests/test_trainer.py",
+    "the second copy of a prompt without a gradient": (
+        "python/sepo/attention/varlen.py",
+        "total.index_add_(0, places.shared, grad.index_select(0, places.second))",
+        "pass",
+        "tests/test_attention.py",
+    ),
+    "ranks dealt by count": (
+        "python/sepo/data/plan.py",
+        "heapreplace(loads, (load + dearest, rank))",
+        "heapreplace(loads, (load + 1, rank))",
+        "tests/data/test_plan.py",
+    ),
+    "a flipped bit in a checkpoint": (
+        "python/sepo/checkpoints.py",
+        "if digest != files[name][1]:",
+        "if False:",
+        "tests/test_checkpoints.py",
     ),
 }
 

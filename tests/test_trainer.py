@@ -9,14 +9,19 @@ from tiny import V, random_scored_pairs, tiny_model, tiny_tokenizer
 
 from sepo import SePOConfig, SePOTrainer
 from sepo.checkpoints import last_checkpoint
-from sepo.data import TokenPair
+from sepo.data import Segment, TokenPair, attention_cost, pair_costs
 from sepo.errors import InputError
 from sepo.methods import METHODS
+from sepo.prepared import PreparedPairs
 
 PAIRS = random_scored_pairs(13)
+LONGEST = max(map(len, PAIRS))  # the least budget that serves every method
 
 
-def make_trainer(tmp_path, *, arch="llama", dtype=torch.float32, pairs=PAIRS, model=None, **args):
+def make_trainer(
+    tmp_path, *, arch="llama", dtype=torch.float32, pairs=PAIRS, eval_pairs=PAIRS[:4], model=None,
+    reference_model=None, peft_config=None, **args,
+):  # fmt: skip
     defaults = dict(
         output_dir=str(tmp_path),
         pairs_per_step=5,
@@ -28,7 +33,15 @@ def make_trainer(tmp_path, *, arch="llama", dtype=torch.float32, pairs=PAIRS, mo
         use_cpu=True,
     )
     model = tiny_model(arch, dtype=dtype) if model is None else model
-    return SePOTrainer(model, SePOConfig(**{**defaults, **args}), pairs, PAIRS[:4])
+    config = SePOConfig(**{**defaults, **args})
+    more = dict(reference_model=reference_model, peft_config=peft_config)
+    return SePOTrainer(model, config, pairs, eval_pairs, **more)
+
+
+def bare(pairs):
+    """The same pairs without scores and without a cached reference."""
+    tokens = lambda p: {name: getattr(p, name) for name in ("id", "prompt", "chosen", "rejected")}
+    return [TokenPair(**tokens(p)) for p in pairs]
 
 
 def weights(trainer):
@@ -36,7 +49,7 @@ def weights(trainer):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("budget", [1, 30, 64])
+@pytest.mark.parametrize("budget", [LONGEST, 64])
 def test_the_budget_changes_nothing(tmp_path, method, budget):
     run = lambda tokens: make_trainer(
         tmp_path, dtype=torch.float64, method=method, max_tokens_per_batch=tokens
@@ -62,7 +75,7 @@ def test_a_step_descends_the_dense_loss(tmp_path, method):
         fraction=0.5,
         warmup_steps=0,
         lr_scheduler_type="constant",
-        max_tokens_per_batch=20,
+        max_tokens_per_batch=LONGEST,
         **args,
     )
     trainer.train()
@@ -80,12 +93,11 @@ def test_a_live_reference_equals_the_cached_one(tmp_path):
     from sepo.model import prepare_model
     from sepo.score import score_pairs
 
-    bare = [
-        TokenPair(id=p.id, prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for p in PAIRS
-    ]
     reference = prepare_model(tiny_model(seed=1))
-    cached = make_trainer(tmp_path, pairs=score_pairs(bare, reference, keep=["logp"]), method="dpo")
-    live = make_trainer(tmp_path, pairs=bare, method="dpo")
+    cached = make_trainer(
+        tmp_path, pairs=score_pairs(bare(PAIRS), reference, keep=["logp"]), method="dpo"
+    )
+    live = make_trainer(tmp_path, pairs=bare(PAIRS), method="dpo")
     live.reference_model = reference
     cached.train(), live.train()
     for name, expected in weights(cached).items():
@@ -197,6 +209,12 @@ def test_tokens_outside_the_vocabulary(tmp_path):
         ("pairs_per_step", 0, "--pairs_per_step: expected a positive number"),
         ("max_tokens_per_batch", 0, "--max_tokens_per_batch: expected a positive number"),
         ("label_smoothing", 0.5, "--label_smoothing"),
+        ("method", "sepoo", r"--method: expected sft \| dpo .*, got sepoo"),
+        ("attn_impl", "fa9", r"--attn_impl: expected auto \| sdpa \| varlen \| flex, got fa9"),
+        ("dtype", "float8", r"--dtype: expected float32 \| bfloat16, got float8"),
+        ("lora_r", 0, "--lora_r: expected a positive number, got 0"),
+        ("load_in_4bit", True, "--load_in_4bit: expected --use_peft too"),
+        ("use_liger_kernel", True, "--use_liger_kernel: its kernels need a GPU, got a CPU"),
         ("gradient_accumulation_steps", 4, "--gradient_accumulation_steps has no meaning here"),
         ("per_device_train_batch_size", 4, "--per_device_train_batch_size has no meaning here"),
     ],
@@ -206,23 +224,41 @@ def test_arguments_that_cannot_be_trained_with(tmp_path, argument, value, messag
         SePOConfig(output_dir=str(tmp_path), use_cpu=True, **{argument: value})
 
 
-@pytest.mark.parametrize("flag", ["bf16", "activation_checkpointing"])
-def test_what_trainer_offers_still_works(tmp_path, flag):
-    """Against the plain run: mixed precision about, recomputation exactly."""
-    plain, other = make_trainer(tmp_path), make_trainer(tmp_path, **{flag: True})
-    plain.train(), other.train()
-    tolerance = 2e-2 if flag == "bf16" else 1e-6
-    for name, expected in weights(plain).items():
-        moved = (expected - dict(tiny_model().named_parameters())[name]).abs().max()
-        error = (weights(other)[name] - expected).abs().max()
-        assert 0 < moved and error <= tolerance * max(moved, 1)
+@pytest.mark.parametrize("data", ["pairs", "eval_pairs"])
+def test_a_pair_longer_than_the_budget(tmp_path, data):
+    """The row, its length, and the least budget that works; nothing is written."""
+    row, most = max(PAIRS, key=len), LONGEST - 1  # "all" reads a pair but for its last two tokens
+    short = [p for p in PAIRS if len(p) < most]
+    sets = {"pairs": short, "eval_pairs": short} | {data: PAIRS}
+    run = lambda budget: make_trainer(
+        tmp_path / "out", method="simpo", max_tokens_per_batch=budget, **sets
+    )
+    message = rf"row {row.id}: expected at most {most - 2} tokens .*got {most - 1}"
+    with pytest.raises(InputError, match=message):
+        run(most - 2)
+    assert not (tmp_path / "out").exists()
+    run(most - 1).train()
+    assert LONGEST == most + 1
 
 
-# Dynamo instantiates an autograd.Function to ask for its class, which torch itself deprecates
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_the_compiled_model_trains_the_same(tmp_path):
-    plain = make_trainer(tmp_path)
-    compiled = make_trainer(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
-    plain.train(), compiled.train()
-    for name, expected in weights(plain).items():
-        torch.testing.assert_close(weights(compiled)[name], expected, rtol=0, atol=1e-6)
+def test_prepared_pairs_hold_no_tokens():
+    """A million pairs are counted once and read when their step comes."""
+    import gc
+
+    data = random_scored_pairs(50)
+    prepared = PreparedPairs(data, SePOConfig(output_dir="-", method="sepo", use_cpu=True))
+    held = [x for x in gc.get_referents(*vars(prepared).values()) if isinstance(x, Segment)]
+    assert held == []
+    for i, (prompt, chosen, rejected) in enumerate(prepared):
+        read = [len(prompt), len(chosen.response), len(rejected.response)]
+        assert prepared.parts[i].tolist() == read and prepared.lengths[i] == sum(read)
+        assert prepared.selected[i] == len(chosen.targets) + len(rejected.targets)
+
+
+def test_the_plan_knows_what_attention_costs(tmp_path):
+    trainer = make_trainer(tmp_path, method="simpo")
+    pairs, trunk = trainer.train_pairs, trainer.model.model
+    parameters = sum(p.numel() for name, p in trunk.named_parameters() if "embed" not in name)
+    share = attention_cost(trainer.model.config, trunk_parameters=parameters)
+    assert pairs.costs.tolist() == pair_costs(*pairs.parts.T, attention=share).tolist()
+    assert (pairs.costs > pairs.lengths).all()

@@ -46,14 +46,26 @@ class RunningMeans:
 
     def pop(self, accelerator) -> dict[str, float]:
         """Means over every rank's pairs since the last call. Every rank must call it."""
-        names = list(self._sums)
+        names = sorted(self._sums)  # not in the order of arrival, which ranks may differ in
         if not names:
             return {}
-        values = torch.stack([self._sums[name] for name in names])
+        values = torch.stack([self._sums[name].to(accelerator.device) for name in names])
         packed = torch.cat([values, values.new_tensor([self._count])])
         *sums, count = accelerator.reduce(packed, "sum").tolist()
         self.__init__()
         return {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)}
+
+    def state(self) -> list:
+        """This rank's part, for JSON: [[sums by name, count]], [] if there is none."""
+        sums = {name: value.item() for name, value in self._sums.items()}
+        return [[sums, self._count]] if sums else []
+
+    def restore(self, states: list) -> None:
+        """Add what `state` returned, of as many ranks as there were."""
+        for sums, count in states:
+            self.add(
+                {name: torch.tensor(v, dtype=torch.float64) for name, v in sums.items()}, count
+            )
 
 
 class MetricsFile:
@@ -65,19 +77,17 @@ class MetricsFile:
     def append(self, metrics: dict) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(_line(metrics))
 
-    def rewind(self, step: int) -> None:
-        """Forget what a killed run wrote after the checkpoint of `step`, and a torn last line."""
-        if not self.path.exists():
+    def rewrite(self, history: list[dict]) -> None:
+        """Say what a checkpoint remembers, whatever a killed run left here."""
+        if not history and not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                continue
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(map(_line, history)))
         os.replace(temporary, self.path)
+
+
+def _line(metrics: dict) -> str:
+    rest = {name: metrics[name] for name in sorted(metrics) if name != "step"}
+    return json.dumps({"step": metrics["step"], **rest}) + "\n"

@@ -119,6 +119,7 @@ def load_reference(
     *,
     keep: Keep,
     dtype: torch.dtype = torch.float32,  # in which the policy computes
+    weights_dtype: torch.dtype = torch.float32,  # of the policy's weights, and a live reference's
     attn_impl: str = "auto",
     trust_remote_code: bool = False,
 ) -> Reference:
@@ -130,7 +131,7 @@ def load_reference(
     cached = cached_reference(path, data, tokenizer, keep=keep, dtype=dtype, **code)
     if cached is not None:
         return cached
-    model = load_model(path, attn_impl=attn_impl, **code)
+    model = load_model(path, dtype=weights_dtype, attn_impl=attn_impl, **code)
     return LiveReference(model.requires_grad_(False))
 
 

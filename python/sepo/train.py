@@ -7,41 +7,54 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
+from sepo.adapters import lora_config, quantization_config
 from sepo.checkpoints import completed_step
 from sepo.config import SePOConfig
 from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore
 from sepo.data.types import TokenPair
 from sepo.errors import InputError, exit_with_one_line
-from sepo.fingerprint import weights_hash
 from sepo.methods import METHODS
-from sepo.model import load_model, load_tokenizer
+from sepo.model import explain_attention, load_model, load_tokenizer
+from sepo.reference import cached_reference, load_reference
 from sepo.trainer import SePOTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
     check_output_dir(args)
+    adapters, quantised = lora_config(args), quantization_config(args)
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    pairs = load_pairs(args.dataset_name, args.dataset_split, tokenizer, args)
-    eval_pairs = None
+    data = {args.dataset_name: load_pairs(args.dataset_name, args.dataset_split, tokenizer, args)}
     if args.eval_dataset_name is not None:
-        eval_pairs = load_pairs(args.eval_dataset_name, args.eval_dataset_split, tokenizer, args)
-    model = load_model(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+        name, split = args.eval_dataset_name, args.eval_dataset_split
+        data[f"{name} (to evaluate)"] = load_pairs(name, split, tokenizer, args)
+    pairs, *eval_pairs = data.values()
     reference = None
     if METHODS[args.method].needs_reference:
-        reference = load_reference(args, pairs, model)
+        reference = find_reference(args, data, tokenizer)
+    model = load_model(
+        args.model_name_or_path,
+        dtype=getattr(torch, args.dtype),
+        attn_impl=args.attn_impl,
+        quantization_config=quantised,
+        trust_remote_code=args.trust_remote_code,
+    )
     trainer = SePOTrainer(
         model,
         args,
         train_dataset=pairs,
-        eval_dataset=eval_pairs,
+        eval_dataset=eval_pairs[0] if eval_pairs else None,
         processing_class=tokenizer,
         reference_model=reference,
+        peft_config=adapters,
     )
+    if args.should_log:
+        print(f"attention: {explain_attention(trainer.model, dtype=compute_dtype(args))}")
     trainer.train(resume_from_checkpoint=resume_argument(args))
     trainer.save_model()
     trainer.save_state()
@@ -92,21 +105,27 @@ def load_pairs(
     return read.pairs
 
 
-def load_reference(args: SePOConfig, pairs: Sequence[TokenPair], policy):
-    """None if the pairs carry this reference's log-probabilities, else the model itself."""
-    path = args.reference_model_name_or_path
-    if isinstance(pairs, ScoredStore) and "logp" in pairs.manifest["keep"]:
-        reference = policy
-        if path is not None:
-            reference = load_model(path, trust_remote_code=args.trust_remote_code)
-        expected, found = pairs.manifest["reference"], weights_hash(reference)
-        if expected != found:
-            raise InputError(
-                f"{args.dataset_name}: its log-probabilities were written by a reference with "
-                f"weights {expected[:12]}, but {path or args.model_name_or_path} has {found[:12]}"
-            )
+def find_reference(
+    args: SePOConfig, data: dict[str, Sequence[TokenPair]], tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | None:
+    """None where all data carries its log-probabilities, or the policy without adapters is it."""
+    path = args.reference_model_name_or_path or args.model_name_or_path
+    how = dict(
+        keep="logp",
+        dtype=compute_dtype(args),
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.use_peft and args.reference_model_name_or_path is None:
+        cached_reference(path, data, tokenizer, **how)  # raises for the cache of another model
         return None
-    return load_model(path or args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    like_policy = dict(weights_dtype=getattr(torch, args.dtype), attn_impl=args.attn_impl)
+    reference = load_reference(path, data, tokenizer, **how, **like_policy)
+    return getattr(reference, "model", None)
+
+
+def compute_dtype(args: SePOConfig) -> torch.dtype:
+    """That of autocast where there is one, else of the weights."""
+    return getattr(torch, "bfloat16" if args.bf16 else "float16" if args.fp16 else args.dtype)
 
 
 def check_output_dir(args: SePOConfig) -> None:

@@ -4,35 +4,41 @@ The loader hands out step numbers only. What a step trains on follows from lengt
 number (`plan_step`), so resuming at step n is all it takes to continue.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_flag_from_env
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sepo.checkpoints import completed_step, last_checkpoint
+from sepo.adapters import add_adapters, has_adapters
 from sepo.config import SePOConfig
+from sepo.data.cost import attention_cost
 from sepo.data.pack import pack
-from sepo.data.plan import num_steps, plan_step
+from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.read import read_pairs
-from sepo.data.segments import make_segments, num_selected, num_tokens
-from sepo.data.types import TokenPair
+from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError
+from sepo.layers import compile_layers, disable_dropout
 from sepo.methods import METHODS, Segments, reduce_segments
-from sepo.metrics import MetricsFile, RunningMeans, pair_metrics
+from sepo.metrics import RunningMeans, pair_metrics
 from sepo.model import prepare_model
+from sepo.prepared import PreparedPairs, data_seed
+from sepo.resumable import ResumableTrainer, describe_run
 
 
-class SePOTrainer(Trainer):
+class SePOTrainer(ResumableTrainer):
     """Train `model` by `args.method`. Raises InputError for data it can't use.
 
     Data sets are token pairs (a ScoredStore, or a list of TokenPair), or rows of any preference
-    format as a datasets.Dataset, which are tokenised here.
+    format as a datasets.Dataset, which are tokenised here. With a peft_config (peft's LoraConfig)
+    the model is frozen and adapters are trained; then, unless a reference is given, the model
+    without them is the reference, and no second copy is held.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class SePOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         reference_model: PreTrainedModel | None = None,  # dpo: unless the pairs carry its logp
+        peft_config=None,  # peft.PeftConfig
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
@@ -51,26 +58,39 @@ class SePOTrainer(Trainer):
         train_dataset, eval_dataset = (
             tokenised(data, args, processing_class) for data in (train_dataset, eval_dataset)
         )
-        prepare_model(model)
         if args.disable_dropout:
             disable_dropout(model)
-        self.train_pairs = None if train_dataset is None else PreparedPairs(train_dataset, args)
+        if peft_config is not None:
+            set_seed(args.seed)  # Trainer does so later, when the adapters are drawn
+            model = add_adapters(model, peft_config)
+        prepare_model(model, attn_impl=args.attn_impl)
+        if reference_model is not None and is_deepspeed_zero3_enabled():
+            raise InputError(
+                "ZeRO-3 shards every model that is loaded, but trains one: expected the reference's "
+                "log-probabilities in the data (`sepo score --keep logp`), got a live reference"
+            )
+        # all of it before Trainer makes the output directory: bad data leaves nothing behind
+        self._attention = attention_share(model)
+        self.train_pairs = self._prepared(train_dataset, args)
+        self._eval_pairs = self._prepared(eval_dataset, args)
         super().__init__(
             model,
             args,
+            run=self._describe_run(model, args),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        prepare_model(model)  # once more where it runs now
+        self._compile()
         self.reference_model = None
         if reference_model is not None:
-            reference_model = prepare_model(reference_model).eval().requires_grad_(False)
-            self.reference_model = reference_model.to(args.device)
-        self._means = RunningMeans()
-        self._metrics_file = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
-        self._vocab_size = model.get_output_embeddings().weight.shape[0]
+            reference_model = reference_model.eval().requires_grad_(False).to(args.device)
+            self.reference_model = prepare_model(reference_model, attn_impl=args.attn_impl)
+        # not its weight's shape: ZeRO-3 leaves that empty
+        self._vocab_size = model.get_output_embeddings().out_features
 
     # One step
 
@@ -80,19 +100,12 @@ class SePOTrainer(Trainer):
         """Forward and backward of every micro-batch of this rank; gradients meet in the last."""
         model.train()
         pairs, world_size = self.train_pairs, self.args.world_size
-        plan = plan_step(
-            pairs.lengths,
-            step=self.state.global_step,
-            pairs_per_step=self.args.pairs_per_step,
-            max_tokens=self.args.max_tokens_per_batch,
-            seed=data_seed(self.args),
-            world_size=world_size,
-        )
+        plan = self._plan(pairs, self.args.pairs_per_step, step=self.state.global_step)
         parts = plan.micro_batches[self.args.process_index]
         count = self._loss_count(pairs, plan.pairs)
         step_loss = torch.zeros((), device=self.args.device)
         for number, part in enumerate(parts, start=1):
-            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+            with nullcontext() if number == len(parts) else self._unsynchronised(model):
                 segments = self._segments(model, pairs, part)
                 # DDP and FSDP average over ranks; the loss is a sum over them
                 loss = self._losses(segments, self._means).sum() * (world_size / count)
@@ -105,15 +118,39 @@ class SePOTrainer(Trainer):
         }
         return step_loss
 
-    def _segments(self, model: nn.Module, pairs: "PreparedPairs", part: Sequence[int]) -> Segments:
+    @contextmanager
+    def _unsynchronised(self, model: nn.Module) -> Iterator[None]:
+        """Gradients of a micro-batch that is not the step's last stay where they are."""
+        gradients = self.accelerator.gradient_state
+        gradients._set_sync_gradients(False)  # else DeepSpeed steps its optimiser in backward
+        with self.accelerator.no_sync(model):
+            yield
+        gradients._set_sync_gradients(True)
+
+    def _plan(
+        self, pairs: PreparedPairs, pairs_per_step: int, *, step: int = 0, shuffle: bool = True
+    ) -> StepPlan:
+        return plan_step(
+            pairs.lengths,
+            step=step,
+            pairs_per_step=pairs_per_step,
+            max_tokens=self.args.max_tokens_per_batch,
+            seed=data_seed(self.args),
+            world_size=self.args.world_size,
+            shuffle=shuffle,
+            costs=pairs.costs,
+        )
+
+    def _segments(self, model: nn.Module, pairs: PreparedPairs, part: Sequence[int]) -> Segments:
         """Log-probabilities of one micro-batch, a number a segment."""
         batch = pack([pairs[i] for i in part], vocab_size=self._vocab_size).to(self.args.device)
-        with self.compute_loss_context_manager():
+        # accelerate casts in the policy's forward alone: a reference in float32 beside it would make
+        # rewards of the rounding
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             logp = model(batch=batch, budget=self.args.head_budget)
             ref_logp = batch.ref_logp
             if self.method.needs_reference and ref_logp is None:
-                with torch.no_grad():
-                    ref_logp = self._reference()(batch=batch, budget=self.args.head_budget)
+                ref_logp = self._reference_logprob(batch)
         return reduce_segments(logp, batch.weights, ref_logp, batch.cu_rows)
 
     def _losses(self, segments: Segments, means: RunningMeans) -> Tensor:  # (P,)
@@ -123,19 +160,43 @@ class SePOTrainer(Trainer):
         means.add(pair_metrics(segments, losses, rewards), len(losses))
         return losses
 
-    def _loss_count(self, pairs: "PreparedPairs", indices: np.ndarray) -> int:
+    def _loss_count(self, pairs: PreparedPairs, indices: np.ndarray) -> int:
         """What the step's sum of losses is divided by, the same on every rank."""
         return int(pairs.selected[indices].sum()) if self.method.per == "token" else len(indices)
 
-    def _reference(self) -> PreTrainedModel:
-        if self.reference_model is None:
+    @torch.no_grad()
+    def _reference_logprob(self, batch: PackedBatch) -> Tensor:  # (M,)
+        reference, adapters_off = self.reference_model, nullcontext()
+        if reference is None and has_adapters(self.model):
+            reference, adapters_off = self.model, self.model.disable_adapter()
+        if reference is None:
             raise InputError(
                 f"--method {self.args.method} needs a reference: pairs with cached log-"
                 "probabilities (`sepo score --keep logp`), or reference_model="
             )
-        return self.reference_model
+        with adapters_off:
+            return reference(batch=batch, budget=self.args.head_budget)
+
+    def _prepared(self, data: Sequence[TokenPair] | None, args: SePOConfig) -> PreparedPairs | None:
+        return None if data is None else PreparedPairs(data, args, attention=self._attention)
+
+    def _compile(self) -> None:
+        """Layer by layer, where accelerate would compile the model whole: for every batch anew."""
+        plugin = self.accelerator.state.dynamo_plugin
+        if plugin.backend != DynamoBackend.NO:
+            compile_layers(self.model, plugin)
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
     # What Trainer asks its subclasses
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        asked = parse_flag_from_env("ACCELERATE_USE_FSDP", bool(self.args.fsdp))
+        if asked and self.args.world_size > 1 and not self.is_fsdp_enabled:
+            raise InputError(
+                f"--fsdp: expected GPUs to shard over, got {self.args.world_size} ranks on "
+                f"{self.args.device}, which accelerate would train unsharded"
+            )
 
     def get_train_dataloader(self) -> DataLoader:
         """Step numbers of one epoch: they count the steps and let a resumed run skip."""
@@ -152,7 +213,9 @@ class SePOTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict) -> int:
         """Six FLOP a parameter and token read, the usual estimate; the head is counted whole."""
-        return 6 * self._step_counts["tokens/read"] * self.model.num_parameters()
+        # of this rank: Trainer adds the ranks up
+        tokens = self._step_counts["tokens/read"] // self.args.world_size
+        return 6 * tokens * self.model.num_parameters()
 
     @torch.no_grad()
     def evaluate(
@@ -162,20 +225,13 @@ class SePOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Mean loss and rewards over all pairs of all ranks, each pair counted once."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
+        given = self._prepared(eval_dataset, self.args)
+        pairs = self._eval_pairs if given is None else given
+        if pairs is None:
             raise InputError("evaluation needs eval_dataset")
-        pairs, means, model = PreparedPairs(dataset, self.args), RunningMeans(), self.model_wrapped
+        means, model = RunningMeans(), self.model_wrapped
         model.eval()
-        plan = plan_step(
-            pairs.lengths,
-            step=0,
-            pairs_per_step=len(pairs),
-            max_tokens=self.args.max_tokens_per_batch,
-            seed=0,
-            world_size=self.args.world_size,
-            shuffle=False,
-        )
+        plan = self._plan(pairs, len(pairs), shuffle=False)
         for part in plan.micro_batches[self.args.process_index]:
             self._losses(self._segments(model, pairs, part), means)
         metrics = means.pop(self.accelerator)
@@ -196,16 +252,17 @@ class SePOTrainer(Trainer):
         if self.is_world_process_zero():
             self._metrics_file.append({"step": self.state.global_step, **logs})
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train; `resume_from_checkpoint=True` takes the last complete checkpoint, if there is one.
-
-        A checkpoint that a kill left half-written is passed over for the one before.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        if self.is_world_process_zero():
-            self._metrics_file.rewind(completed_step(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, **kwargs)
+    def _describe_run(self, model: nn.Module, args: SePOConfig) -> dict | None:
+        if self.train_pairs is None:
+            return None
+        return describe_run(
+            model,
+            args,
+            lengths=self.train_pairs.lengths,
+            selected=self.train_pairs.selected,
+            seed=data_seed(args),
+            selects=self.method.positions in ("selected", "random"),
+        )
 
 
 def tokenised(data, args: SePOConfig, tokenizer) -> Sequence[TokenPair] | None:
@@ -218,41 +275,7 @@ def tokenised(data, args: SePOConfig, tokenizer) -> Sequence[TokenPair] | None:
     return read.pairs
 
 
-class PreparedPairs(Sequence):
-    """Pairs as a method reads them, with the lengths that the plan needs."""
-
-    def __init__(self, pairs: Sequence[TokenPair], args: SePOConfig):
-        if len(pairs) == 0:
-            raise InputError("expected at least one pair, got an empty data set")
-        self._pairs = [
-            make_segments(
-                pair,
-                METHODS[args.method].positions,
-                fraction=args.fraction,
-                rejected_fraction=args.rejected_fraction,
-                seed=data_seed(args),
-            )
-            for pair in pairs
-        ]
-        self.lengths = np.array([num_tokens(pair) for pair in self._pairs])  # (pairs,) read
-        self.selected = np.array([num_selected(pair) for pair in self._pairs])  # (pairs,) used
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, index):
-        return self._pairs[index]
-
-
-def data_seed(args: SePOConfig) -> int:
-    """Seed of the order of the pairs and of sepo-rand's draw."""
-    return args.seed if args.data_seed is None else args.data_seed
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to zero, attention's included."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+def attention_share(model: PreTrainedModel) -> float:
+    """`attention_cost` of a model; 0, so that tokens alone count, where shards hide its size."""
+    parameters = model.get_decoder().num_parameters(exclude_embeddings=True)
+    return attention_cost(model.config, trunk_parameters=parameters) if parameters else 0.0

@@ -1,10 +1,9 @@
 """Two ranks, models sharded with torch's own fully_shard: the step's gradients, saved by rank 0.
 
-torchrun --nproc-per-node 2 fsdp2_step.py OUT
+It shards the head on its own, which accelerate never does.
 """
 
 import os
-import sys
 
 import torch
 from tiny import random_scored_pairs, tiny_model
@@ -40,7 +39,3 @@ def step(args: SePOConfig, head: str) -> dict:
     torch.distributed.all_reduce(loss)
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     return {"loss": loss / args.world_size, "gradients": gradients}
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
