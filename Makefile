@@ -21,7 +21,7 @@ demo: .venv/.installed
 	$(BIN)/sepo demo --output_dir runs/demo
 
 test: .venv/.installed lint
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4 --dist loadscope -p no:benchmark
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -210,7 +210,11 @@ def test_tokens_outside_the_vocabulary(tmp_path):
         ("max_tokens_per_batch", 0, "--max_tokens_per_batch: expected a positive number"),
         ("label_smoothing", 0.5, "--label_smoothing"),
         ("method", "sepoo", r"--method: expected sft \| dpo .*, got sepoo"),
-        ("attn_impl", "fa9", r"--attn_impl: expected auto \| sdpa \| varlen \| flex, got fa9"),
+        (
+            "attn_impl",
+            "fa9",
+            r"--attn_impl: expected auto \| varlen \| flex \| native \| sdpa, got fa9",
+        ),
         ("dtype", "float8", r"--dtype: expected float32 \| bfloat16, got float8"),
         ("lora_r", 0, "--lora_r: expected a positive number, got 0"),
         ("load_in_4bit", True, "--load_in_4bit: expected --use_peft too"),
