@@ -105,7 +105,7 @@ def head(model: PreTrainedModel) -> Head:
 def prepare_model(
     model: PreTrainedModel,  # or a PeftModel around one, before or after it was prepared
     *,
-    attn_impl: str | None = None,  # auto | varlen | flex | sdpa; None: what it was, else auto
+    attn_impl: str | None = None,  # a name of attention.IMPLS; None: what it was, else auto
 ) -> PreTrainedModel:
     """Make `model(batch=PackedBatch)` return token_logprob, and refuse a model that it can't serve.
 
