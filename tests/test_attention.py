@@ -1,6 +1,7 @@
 """Every implementation of attention, alone, against its definition on random queries and keys."""
 
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from plain_attention import plain, plain_flash, visible_rows
 
 from sepo.attention import Layout, Terms, check_name, choose, explain, flex, layout, sdpa, varlen
+from sepo.config import AttnImpl
 from sepo.errors import InputError
 
 BUILDS = {"sdpa": sdpa.build, "varlen": partial(varlen.build, kernel=plain_flash)}
@@ -234,6 +236,11 @@ def test_unknown_names_and_what_the_machine_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="attn_impl=varlen cannot run here: it needs a CUDA"):
         check_name("varlen")
+
+
+def test_the_flag_knows_every_implementation():
+    names = {"auto", *(impl.name for impl in layout.IMPLS)}
+    assert set(get_args(AttnImpl)) == names
 
 
 def test_an_old_varlen_attn_is_no_varlen_attn(gpu, monkeypatch):

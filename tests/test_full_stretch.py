@@ -77,6 +77,16 @@ def test_bf16_keeps_the_weights_in_float32(tmp_path):
         )
 
 
+def test_bf16_trains_about_as_float32(tmp_path):
+    plain, other = make_trainer(tmp_path), make_trainer(tmp_path, bf16=True)
+    plain.train(), other.train()
+    at_first = dict(tiny_model().named_parameters())
+    for name, expected in weights(plain).items():
+        moved = (expected - at_first[name]).abs().max()
+        error = (weights(other)[name] - expected).abs().max()
+        assert 0 < moved and error <= 2e-2 * max(moved, 1), name
+
+
 def test_a_live_reference_computes_as_the_policy_does(tmp_path):
     """The same weights give the same numbers: under bf16 too, no reward before the first update."""
     args = dict(method="dpo", pairs=bare(PAIRS), eval_pairs=None, bf16=True)

@@ -6,8 +6,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
@@ -15,11 +13,11 @@
 #include <limits>
 #include <vector>
 
+#include "vectors.h"
+
 namespace sepo {
 
-using AttentionVec = at::vec::Vectorized<float>;
 constexpr int64_t TILE = 64;  // a float32 tile is 16 KiB: half of a first-level cache
-constexpr int64_t ATTENTION_LANES = AttentionVec::size();
 using Tile32 = float[TILE * TILE];       // (queries, keys)
 using Tile16 = at::BFloat16[TILE * TILE];
 
@@ -30,7 +28,7 @@ struct Sequence {
   int64_t row(int64_t position) const {
     return position < prompt ? start + position : response + position - prompt;
   }
-  int64_t tiles() const { return (length + TILE - 1) / TILE; }
+  int64_t tiles() const { return ceil_div(length, TILE); }
 };
 
 inline Sequence chosen_sequence(const int64_t* span) {  // (start, prefix_end, rejected_start, end)
@@ -98,7 +96,7 @@ struct QueryBlock {
       : first(first),
         last(std::min(first + TILE, s.length)),
         tile_begin(window ? std::max<int64_t>(0, first - window + 1) / TILE : 0),
-        tile_end((last + TILE - 1) / TILE),
+        tile_end(ceil_div(last, TILE)),
         window(window) {}
 
   int64_t count() const { return last - first; }
@@ -133,10 +131,10 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, con
 }
 
 inline void store_row(const float* from, float scale, int64_t d, at::BFloat16* to) {
-  const AttentionVec factor(scale);
-  for (int64_t j = 0; j < d; j += 2 * ATTENTION_LANES) {
-    const auto a = AttentionVec::loadu(from + j) * factor;
-    const auto b = AttentionVec::loadu(from + j + ATTENTION_LANES) * factor;
+  const Vec factor(scale);
+  for (int64_t j = 0; j < d; j += 2 * LANES) {
+    const auto a = Vec::loadu(from + j) * factor;
+    const auto b = Vec::loadu(from + j + LANES) * factor;
     at::vec::convert_float_bfloat16(a, b).store(to + j);
   }
 }

@@ -1,8 +1,6 @@
 // Logits of one or two language-model heads, finished (scale, bias, soft cap) tile by tile.
 #pragma once
 
-#include <ATen/cpu/vec/functional.h>
-
 #include <array>
 #include <cmath>
 #include <limits>
@@ -12,9 +10,6 @@
 
 namespace sepo {
 
-using Vec = at::vec::Vectorized<float>;
-using VecBf16 = at::vec::Vectorized<at::BFloat16>;
-constexpr int64_t LANES = Vec::size();
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LARGEST_SUM = 0x1p60f;  // beyond, 1 / sum times a row would leave bfloat16's range
 

@@ -40,19 +40,19 @@ void for_each_task(const Shape& shape, const int64_t* spans, const Work& work) {
 }
 
 // Largest score of each row, folded from a vector a row
-void row_maximum(const float* z, AttentionVec* largest) {
+void row_maximum(const float* z, Vec* largest) {
   for (int64_t i = 0; i < TILE; ++i)
-    for (int64_t j = 0; j < TILE; j += ATTENTION_LANES)
-      largest[i] = at::vec::maximum(largest[i], AttentionVec::loadu(z + i * TILE + j));
+    for (int64_t j = 0; j < TILE; j += LANES)
+      largest[i] = at::vec::maximum(largest[i], Vec::loadu(z + i * TILE + j));
 }
 
-float reduce_max(const AttentionVec& x) {
+float reduce_max(const Vec& x) {
   return at::vec::vec_reduce_all<float>(
-      [](AttentionVec& a, AttentionVec& b) { return at::vec::maximum(a, b); }, x);
+      [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
 }
 
-float reduce_sum(const AttentionVec& x) {
-  return at::vec::vec_reduce_all<float>([](AttentionVec& a, AttentionVec& b) { return a + b; }, x);
+float reduce_sum(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
 }
 
 class Forward {
@@ -78,9 +78,9 @@ class Forward {
     const QueryBlock queries(s, first, shape_.window);
     const int64_t d = shape_.d;
     queries.copy(s, HeadOf(q_, head), d, query_.data());
-    AttentionVec largest[TILE], total[TILE];
-    std::fill_n(largest, TILE, AttentionVec(-std::numeric_limits<float>::infinity()));
-    std::fill_n(total, TILE, AttentionVec(0.f));
+    Vec largest[TILE], total[TILE];
+    std::fill_n(largest, TILE, Vec(-std::numeric_limits<float>::infinity()));
+    std::fill_n(total, TILE, Vec(0.f));
     for (int64_t t = queries.tile_begin; t < queries.tile_end; ++t) {
       float* z = scores_.data() + t * TILE * TILE;
       multiply(TILE, TILE, d, query_.data(), keys_.tile(t), z, false);
@@ -92,14 +92,14 @@ class Forward {
     for (int64_t t = queries.tile_begin; t < queries.tile_end; ++t) {
       const float* z = scores_.data() + t * TILE * TILE;
       alignas(64) Tile16 weights;
-      const AttentionVec scale(shape_.scale);
+      const Vec scale(shape_.scale);
       for (int64_t i = 0; i < TILE; ++i) {
-        const AttentionVec shift(-top[i]);
-        for (int64_t j = 0; j < TILE; j += 2 * ATTENTION_LANES) {
+        const Vec shift(-top[i]);
+        for (int64_t j = 0; j < TILE; j += 2 * LANES) {
           const float* at = z + i * TILE + j;
-          const auto a = at::vec::fmadd(AttentionVec::loadu(at), scale, shift).exp_u20();
+          const auto a = at::vec::fmadd(Vec::loadu(at), scale, shift).exp_u20();
           const auto b =
-              at::vec::fmadd(AttentionVec::loadu(at + ATTENTION_LANES), scale, shift).exp_u20();
+              at::vec::fmadd(Vec::loadu(at + LANES), scale, shift).exp_u20();
           total[i] = total[i] + (a + b);
           at::vec::convert_float_bfloat16(a, b).store(weights + i * TILE + j);
         }
@@ -124,9 +124,9 @@ class Forward {
 };
 
 // Two rows as brgemm wants its right operand: the bfloat16 of `low` and `high` side by side
-void store_interleaved(const AttentionVec& low, const AttentionVec& high, at::BFloat16* to) {
+void store_interleaved(const Vec& low, const Vec& high, at::BFloat16* to) {
   using Int = at::vec::Vectorized<int32_t>;
-  const auto rounded = [](const AttentionVec& x) {  // to nearest even, in the upper half
+  const auto rounded = [](const Vec& x) {  // to nearest even, in the upper half
     const Int bits = at::vec::cast<int32_t>(x);
     return bits + Int(0x7fff) + ((bits >> Int(16)) & Int(1));
   };
@@ -224,22 +224,22 @@ class Backward {
   void slopes(const float* z, const float* grad_weight, const float* lse, const float* delta,
               at::BFloat16* grad_score, at::BFloat16* paired_weight,
               at::BFloat16* paired_grad_score) const {
-    const AttentionVec scale(shape_.scale);
+    const Vec scale(shape_.scale);
     for (int64_t i = 0; i < TILE; i += 2) {
-      for (int64_t j = 0; j < TILE; j += ATTENTION_LANES) {
-        AttentionVec weight[2], slope[2];
+      for (int64_t j = 0; j < TILE; j += LANES) {
+        Vec weight[2], slope[2];
         for (int64_t r = 0; r < 2; ++r) {
           const int64_t at = (i + r) * TILE + j;
           weight[r] =
-              at::vec::fmadd(AttentionVec::loadu(z + at), scale, AttentionVec(-lse[i + r])).exp_u20();
-          slope[r] = weight[r] * (AttentionVec::loadu(grad_weight + at) - AttentionVec(delta[i + r])) *
+              at::vec::fmadd(Vec::loadu(z + at), scale, Vec(-lse[i + r])).exp_u20();
+          slope[r] = weight[r] * (Vec::loadu(grad_weight + at) - Vec(delta[i + r])) *
                      scale;
         }
         store_interleaved(weight[0], weight[1], paired_weight + i * TILE + 2 * j);
         store_interleaved(slope[0], slope[1], paired_grad_score + i * TILE + 2 * j);
         for (int64_t r = 0; r < 2; ++r)
           at::vec::convert_float_bfloat16(slope[r], slope[r])
-              .store(grad_score + (i + r) * TILE + j, ATTENTION_LANES);
+              .store(grad_score + (i + r) * TILE + j, LANES);
       }
     }
   }

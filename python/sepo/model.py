@@ -146,7 +146,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    attn_impl: str = "auto",  # auto | varlen | flex | sdpa
+    attn_impl: str = "auto",  # or a name of attention.IMPLS
     quantization_config=None,  # transformers' BitsAndBytesConfig; then it chooses the device
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
