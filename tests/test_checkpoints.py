@@ -86,6 +86,8 @@ OTHER_RUNS = {
     "method": (["--method", "sepo-rand"], "--method sepo, got sepo-rand"),
     "pairs_per_step": (["--pairs_per_step", "3"], "--pairs_per_step 4, got 3"),
     "fraction": (["--fraction", "0.5"], "--fraction 0.3, got 0.5"),
+    "mass": (["--fraction", "mass"], "--fraction 0.3, got mass"),
+    "first_token": (["--first_token", "official"], "--first_token paper, got official"),
     "rejected_fraction": (["--rejected_fraction", "0.5"], "--rejected_fraction None, got 0.5"),
     "seed": (["--seed", "1"], r"seed of .* 42, got 1"),
     "data_seed": (["--data_seed", "1"], r"seed of .* 42, got 1"),

@@ -65,6 +65,13 @@ def test_unknown_key_in_the_yaml(home, tmp_path, refused):
         (["--no_such_flag", "1"], "unknown argument --no_such_flag"),
         (["--fraction", "0"], "--fraction: expected a number in (0, 1], got 0.0"),
         (["--fraction", "1.1"], "--fraction: expected a number in (0, 1], got 1.1"),
+        (["--fraction", "most"], "--fraction: expected a number or mass, got most"),
+        (["--rejected_fraction", "0"], "--rejected_fraction: expected a number in (0, 1], got 0.0"),
+        (["--fraction", "mass", "--mass", "0"], "--mass: expected a number in (0, 1], got 0.0"),
+        (
+            ["--method", "sepo-rand", "--rejected_fraction", "mass"],
+            "--rejected_fraction: expected a number for sepo-rand, which draws without scores",
+        ),
         (["--learning_rate", "fast"], "--learning_rate"),
         (["--attn_impl", "fa9"], "--attn_impl"),
         (["--attn_impl", "varlen"], "varlen cannot run here: it needs a CUDA device"),
@@ -180,6 +187,26 @@ def test_yaml_numbers_may_be_written_with_an_exponent(home, tmp_path):
     (tmp_path / "run.yaml").write_text((home / "run.yaml").read_text() + "weight_decay: 5e-6\n")
     args = parse(["--config", str(tmp_path / "run.yaml"), "--output_dir", "x"])
     assert args.weight_decay == 5e-6
+
+
+@pytest.mark.parametrize(
+    ("values", "argv", "expected"),
+    [
+        (dict(fraction="mass", mass=0.7), [], ("mass", None, 0.7)),
+        (dict(fraction=0.25, rejected_fraction="0.5"), [], (0.25, 0.5, 0.8)),
+        (dict(fraction="mass"), ["--fraction", "0.2"], (0.2, None, 0.8)),
+        ({}, ["--fraction", "1", "--rejected_fraction", "mass"], (1.0, "mass", 0.8)),
+    ],
+)
+def test_a_fraction_is_a_number_or_mass(tmp_path, values, argv, expected):
+    from sepo.train import parse
+
+    names = ("model_name_or_path", "dataset_name", "output_dir")
+    values |= dict.fromkeys(names, "x") | dict(use_cpu=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    args = parse(["--config", str(tmp_path / "run.yaml"), *argv])
+    found = (args.fraction, args.rejected_fraction, args.mass)
+    assert found == expected and [*map(type, found)] == [*map(type, expected)]
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

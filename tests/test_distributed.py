@@ -68,6 +68,7 @@ def runs(tmp_path_factory):
     jobs.append(dict(argv=refused, ranks=2, environment=fsdp2, code=1))
     (path / "step").mkdir()
     jobs.append(dict(argv=["--output_dir", str(path / "step")], ranks=2, step=True))
+    jobs += masked_jobs(path / "masked")
     run_jobs(path, jobs)
     return path
 
@@ -100,7 +101,37 @@ def jobs_of(path, model):
     ]
 
 
+def masked_jobs(path):
+    """SparsePO's mask among the parameters that ranks share; the reference is another model."""
+    # as drawn, a mask is about 0.001: only large rates move a weight by more than its rounding
+    rates = dict(learning_rate=5.0, mask_learning_rate=0.5)
+    arguments = make_run(path, **(RUN | rates | dict(method="sparsepo", beta=2.0)))
+    tiny_model(seed=1).save_pretrained(path / "reference")
+    arguments += ["--reference_model_name_or_path", str(path / "reference")]
+    out = lambda name: ["--output_dir", str(path / name)]
+    sharded = launch_environment("fsdp2") | {"SEPO_TESTS_SHARD_ON_A_CPU": "1"}
+    return [
+        dict(argv=[*arguments, *out("one")]),
+        dict(argv=[*arguments, *out("ddp")], ranks=2),
+        dict(argv=[*arguments, *out("fsdp2")], ranks=2, environment=sharded),
+    ]
+
+
 each_head = pytest.mark.parametrize("head", MODELS)
+
+
+@pytest.mark.parametrize("other", ["ddp", "fsdp2"])
+def test_a_learned_mask_equals_one_process(runs, other):
+    runs = runs / "masked"
+    assert_same_weights(runs / other, runs / "one", runs / "model")
+    found, expected = (
+        load_file(runs / name / "sparse_mask.safetensors") for name in (other, "one")
+    )
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=name)
+    for line, one in zip(read_log(runs / other), read_log(runs / "one"), strict=True):
+        assert line == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
 @each_head

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_trainer import PAIRS, bare, make_trainer, weights
 from tiny import random_scored_pairs, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_run import make_run
 
 from sepo import SePOConfig
@@ -95,6 +97,46 @@ def test_a_live_reference_computes_as_the_policy_does(tmp_path):
     first, *_, last = [line for line in trainer.state.log_history if "loss" in line]
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0
     assert last["rewards/margins"] != 0
+
+
+class Calls(TorchDispatchMode):
+    """How often each operator ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
+def test_cheap_things_are_made_again_and_products_are_not(tmp_path, arch, bf16):
+    def step(recompute):
+        trainer = make_trainer(tmp_path, arch=arch, recompute=recompute, bf16=bf16)
+        trainer.accelerator.prepare_model(trainer.model)
+        with Calls() as calls:
+            loss = trainer.training_step(trainer.model, {})
+        return loss, {n: p.grad for n, p in trainer.model.named_parameters()}, calls.count
+
+    loss, gradients, once = step("nothing")
+    again_loss, again_gradients, again = step("cheap")
+    assert torch.equal(loss, again_loss)
+    for name, expected in gradients.items():
+        assert torch.equal(again_gradients[name], expected), name
+    dear = [n for n in once if "mm.default" in n or "attention" in n]
+    assert len(dear) >= 2
+    assert {n: once[n] for n in dear} == {n: again[n] for n in dear}
+    act = "aten.silu.default" if arch == "llama" else "aten.gelu.default"
+    assert again[act] == 2 * once[act] > 0
+
+
+@pytest.mark.parametrize("flag", ["gradient_checkpointing", "torch_compile"])
+def test_one_way_to_recompute(tmp_path, flag):
+    with pytest.raises(InputError, match=f"--recompute cheap: expected without --{flag}"):
+        make_trainer(tmp_path, recompute="cheap", **{flag: True})
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor"])

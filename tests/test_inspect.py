@@ -1,4 +1,5 @@
 import argparse
+import csv
 import io
 import json
 
@@ -94,21 +95,61 @@ def test_the_users_own_weights_are_highlighted(tmp_path, model, capsys):
     assert "6 tokens padded, 4 packed, 2 packed and truncated" in out
 
 
-def test_a_scored_store_shows_what_is_selected(tmp_path, model, capsys):
+def write_store(path):
     tokenizer = plain_tokenizer()
     manifest = dict.fromkeys(IDENTITY, "x") | {"format": 1, "pairs": 1, "pairs_per_part": 1}
     manifest |= {"keep": ["score"], "tokenizer": tokenizer_hash(tokenizer)}
     manifest |= {"chat_template": template_hash(tokenizer)}
-    writer = StoreWriter(tmp_path / "store", manifest)
+    writer = StoreWriter(path, manifest)
     writer.write(0, [scored()])
     assert writer.finish()
+
+
+def test_a_scored_store_shows_what_is_selected(tmp_path, model, capsys):
+    write_store(tmp_path / "store")
     run(tmp_path / "store", "--model_name_or_path", model, "--fraction", 0.4)
     out = capsys.readouterr().out
     # two of five, the highest; one of three, the lowest; nothing is read after the one before
     assert "  chosen   a⟦b⟧┊⟦c⟧de|" in out
     assert "  rejected xy┊⟦z⟧|" in out
-    assert "3 of 8 response tokens selected (37.5%)" in out
+    assert "3 of 8 response tokens selected (37.5%): 2 of 5 chosen, 1 of 3 rejected\n" in out
     assert "12 tokens padded, 9 packed, 5 packed and truncated" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen", "rejected"),
+    [
+        (["--fraction", "mass"], "a⟦b⟧┊⟦c⟧de|", "xy┊⟦z⟧|"),
+        (["--fraction", "mass", "--mass", 0.5], "a┊⟦b⟧cde|", "xy┊⟦z⟧|"),
+        (["--fraction", 0.2, "--rejected_fraction", 1], "a┊⟦b⟧cde|", "⟦xy⟧┊⟦z⟧|"),
+        (["--fraction", 1, "--first_token", "official"], "a⟦bcd⟧┊⟦e⟧|", "x⟦y⟧┊⟦z⟧|"),
+    ],
+)
+def test_other_selections(tmp_path, model, capsys, flags, chosen, rejected):
+    write_store(tmp_path / "store")
+    run(tmp_path / "store", "--model_name_or_path", model, *flags)
+    out = capsys.readouterr().out
+    assert f"  chosen   {chosen}" in out and f"  rejected {rejected}" in out
+
+
+def test_the_csv_of_the_released_code(tmp_path, capsys):
+    tokenizer = llama2_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    ids = [tokenizer(f"[INST] Tell me [/INST]{text}</s>")["input_ids"] for text in ("ab", "xyz")]
+    row = {"prompt": "Tell me", "chosen_response": "ab</s>", "rejected_response": "xyz</s>"}
+    row |= {"chosen_selected_args": "0", "chosen_selected_ids": str(ids[0][-3])}
+    row |= {
+        "rejected_unselected_args": "0,2",
+        "rejected_unselected_ids": f"{ids[1][-4]},{ids[1][-2]}",
+    }
+    with (tmp_path / "top.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow(row)
+    run(tmp_path / "top.csv", "--model_name_or_path", tmp_path / "model")
+    out = capsys.readouterr().out
+    assert "  chosen   a┊⟦b⟧</s>|" in out and "  rejected x⟦y⟧z┊⟦</s>⟧|" in out
+    assert "3 of 7 response tokens selected (42.9%): 1 of 3 chosen, 2 of 4 rejected\n" in out
 
 
 def test_colours_only_on_a_terminal_and_not_with_no_color(monkeypatch):
@@ -157,5 +198,8 @@ def test_messages(tmp_path, model):
         run("rows.jsonl", "--model_name_or_path", tmp_path / "nothing")
     with pytest.raises(InputError, match="no such file or directory: rows.jsonl"):
         run("rows.jsonl", "--model_name_or_path", model)
+    with pytest.raises(InputError, match="row r, chosen: expected 0 < mass <= 1, got 0.0"):
+        write_store(tmp_path / "store")
+        run(tmp_path / "store", "--model_name_or_path", model, "--fraction", "mass", "--mass", 0)
     with pytest.raises(InputError, match="expected --rows >= 0, got -1"):
         run("rows.jsonl", "--model_name_or_path", model, "--rows", -1)

@@ -1,71 +1,150 @@
-"""The losses against golden numbers of the original implementations, and their identities."""
+"""The losses against golden numbers of the original implementations."""
 
 import json
-import math
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
-from sepo.losses import dpo_loss, sepo_loss, simpo_loss
-from sepo.ops import segment_mean, segment_sum, selected_logprob
+from sepo.losses import (
+    dpo_loss,
+    dpop_loss,
+    ipo_loss,
+    positive,
+    rrhf_loss,
+    sepo_loss,
+    simpo_loss,
+    sparsepo_loss,
+    tdpo_loss,
+)
+from sepo.ops import segment_mean, segment_sum, selected_logprob, selected_logprob_kl
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "fixture_g.json").read_text())
 V, PROMPT = 5, 2
 IDS = [[0, 1, 2, 3, 4, 1], [0, 1, 3, 3, 2]]
 SELECTED = [[0, 3], [0]]  # SePO at k = 0.5
 ALL = [[0, 1, 2, 3], [0, 1, 2]]
+F64 = dict(dtype=torch.float64)
+REWARD_MASK = torch.tensor([0.2, 0.4, 0.6, 0.8, 0.6, 0.5, 0.4], **F64)  # chosen, then rejected
+KL_MASK = torch.tensor([0.4, 0.5, 0.6, 0.7, 0.2, 0.35, 0.5], **F64)
+ONES = torch.ones(7, **F64)
+FORWARD, REVERSE = "ref||policy", "policy||ref"
 
 
-def logits(b: int, *, policy: bool) -> torch.Tensor:  # (T, V) float64
-    t = torch.arange(len(IDS[b]), dtype=torch.float64)[:, None]
-    v = torch.arange(V, dtype=torch.float64)
+def logits(b: int, *, policy: bool) -> Tensor:  # (T, V) float64
+    t = torch.arange(len(IDS[b]), **F64)[:, None]
+    v = torch.arange(V, **F64)
     if policy:
         return 2 * torch.sin(0.7 * b + 0.9 * t + 1.3 * v)
     return 2 * torch.cos(0.5 * b + 0.6 * t + 1.1 * v)
 
 
-def plain_logp(both, positions):
-    """logp of the given response positions through log_softmax, and their offsets."""
+class Tokens(NamedTuple):
+    """What is read of the response tokens, those of the chosen response first."""
+
+    logp: Tensor
+    ref_logp: Tensor
+    kl: Tensor | None  # None: no direction was asked for
+    cu_rows: Tensor
+
+
+def plain(both, positions=ALL, *, direction=None) -> Tokens:
+    """Through log_softmax of all logits of both models."""
     found = []
     for b, z in enumerate(both):
-        logp = z[:-1].log_softmax(-1).gather(-1, torch.tensor(IDS[b])[1:, None])[:, 0]
-        found.append(logp[torch.tensor(positions[b]) + PROMPT - 1])
-    return torch.cat(found), offsets(positions)
+        at = torch.tensor(positions[b]) + PROMPT
+        p, q = (x[at - 1].log_softmax(-1) for x in (z, logits(b, policy=False)))
+        kl = (p.exp() * (p - q) if direction == REVERSE else q.exp() * (q - p)).sum(-1)
+        targets = torch.tensor(IDS[b])[at, None]
+        found.append((p.gather(-1, targets)[:, 0], q.gather(-1, targets)[:, 0], kl))
+    logp, ref_logp, kl = map(torch.cat, zip(*found, strict=True))
+    return Tokens(logp, ref_logp, None if direction is None else kl, offsets(positions))
 
 
-def fused_logp(both, positions):
-    """The same through the fused head: the logits are the hidden states of an identity head."""
+def fused(both, positions=ALL, *, direction=None) -> Tokens:
+    """Through the fused heads: the logits are the hidden states of an identity head."""
     rows, targets = [], []
     for b, at in enumerate(positions):
         rows += [b * len(IDS[0]) + PROMPT + t - 1 for t in at]
         targets += [IDS[b][PROMPT + t] for t in at]
-    head = torch.eye(V, dtype=torch.float64)
-    logp = selected_logprob(
-        torch.cat(both), head, torch.tensor(rows, dtype=torch.int32), torch.tensor(targets)
-    )
-    return logp, offsets(positions)
+    where = torch.tensor(rows, dtype=torch.int32), torch.tensor(targets)
+    head = torch.eye(V, **F64)
+    policy, reference = torch.cat(both), torch.cat([logits(b, policy=False) for b in (0, 1)])
+    if direction is None:
+        values = *(selected_logprob(z, head, *where) for z in (policy, reference)), None
+    else:
+        values = selected_logprob_kl(policy, head, reference, head, *where, direction=direction)
+    return Tokens(*values, offsets(positions))
 
 
-def offsets(positions):
-    return torch.tensor([0, *(len(at) for at in positions)]).cumsum(0).int()
+def offsets(positions) -> Tensor:
+    return torch.tensor([0, *map(len, positions)]).cumsum(0).int()
 
 
-def logratio(read, both):
-    logp, cu = read(both, ALL)
-    reference, _ = read([logits(b, policy=False) for b in (0, 1)], ALL)
-    return segment_sum(logp - reference, cu)
+def ratio(read, z, reduce=segment_sum, mask=ONES):
+    tokens = read(z)
+    return reduce(mask * (tokens.logp - tokens.ref_logp), tokens.cu_rows)
 
 
-def mean(read, both, positions=ALL):
-    return segment_mean(*read(both, positions))
+def kl(read, z, direction=FORWARD, mask=ONES):
+    tokens = read(z, direction=direction)
+    return segment_sum(mask * tokens.kl, tokens.cu_rows)
 
 
+def mean(read, z, positions=ALL):
+    tokens = read(z, positions)
+    return segment_mean(tokens.logp, tokens.cu_rows)
+
+
+def rrhf(read, z, *, swapped=False, reduce=segment_sum, **options):
+    tokens = read(z)
+    means, totals = (f(tokens.logp, tokens.cu_rows) for f in (segment_mean, reduce))
+    if swapped:
+        means, totals = means.flip(0), totals.flip(0)
+    return rrhf_loss(means, -totals[0::2], **options)
+
+
+def tdpo(read, z, **options):
+    return tdpo_loss(ratio(read, z), kl(read, z), beta=0.1, **options)
+
+
+def sparsepo(read, z, *, form, masks, l1=0.0):
+    """Through reward and KL of both models at once, as the trainer reads them."""
+    tokens = read(z, direction=FORWARD if form == "code" else REVERSE)
+    reward_mask, kl_mask = masks
+    u = segment_sum(reward_mask * (tokens.logp - tokens.ref_logp), tokens.cu_rows)
+    d = segment_sum(kl_mask * tokens.kl, tokens.cu_rows)
+    norms = reward_mask.sum() + kl_mask.sum()
+    return sparsepo_loss(u, d, beta=0.1, form=form) + l1 * norms
+
+
+COMMON, INDEPENDENT = (REWARD_MASK, REWARD_MASK), (REWARD_MASK, KL_MASK)
 CASES = {
-    "dpo_beta0.1": lambda f, z: dpo_loss(logratio(f, z), beta=0.1),
-    "cdpo_beta0.1_ls0.1": lambda f, z: dpo_loss(logratio(f, z), beta=0.1, label_smoothing=0.1),
+    "dpo_beta0.1": lambda f, z: dpo_loss(ratio(f, z), beta=0.1),
+    "cdpo_beta0.1_ls0.1": lambda f, z: dpo_loss(ratio(f, z), beta=0.1, label_smoothing=0.1),
+    "ipo_sum_tau0.1": lambda f, z: ipo_loss(ratio(f, z), beta=0.1),
+    "ipo_mean_tau0.1": lambda f, z: ipo_loss(ratio(f, z, segment_mean), beta=0.1),
     "simpo_beta2.0_ratio0.5": lambda f, z: simpo_loss(mean(f, z), beta=2.0, margin=1.0),
     "simpo_beta2.5_ratio0.55": lambda f, z: simpo_loss(mean(f, z), beta=2.5, margin=2.5 * 0.55),
+    "tdpo1_beta0.1": lambda f, z: tdpo(f, z, variant=1),
+    "tdpo2_beta0.1_alpha0.5": lambda f, z: tdpo(f, z, variant=2, alpha=0.5),
+    "dpop_beta0.1_lambda50": lambda f, z: dpop_loss(ratio(f, z), beta=0.1, penalty=50.0),
+    "dpop_beta0.3_lambda5": lambda f, z: dpop_loss(ratio(f, z), beta=0.3, penalty=5.0),
+    "rrhf_rank_correct": lambda f, z: rrhf(f, z, sft_weight=0.0),
+    "rrhf_rank_correct_swapped_pair": lambda f, z: rrhf(f, z, swapped=True, sft_weight=0.0),
+    "rrhf_paper_total_sumNLL": lambda f, z: rrhf(f, z),
+    "rrhf_meanNLL_total": lambda f, z: rrhf(f, z, reduce=segment_mean),
+    "sparsepo_code_common_beta0.1": lambda f, z: sparsepo(f, z, form="code", masks=COMMON),
+    "sparsepo_code_indep_beta0.1": lambda f, z: sparsepo(f, z, form="code", masks=INDEPENDENT),
+    "sparsepo_code_indep_beta0.1_l1_0.001": lambda f, z: sparsepo(
+        f, z, form="code", masks=INDEPENDENT, l1=0.001
+    ),
+    "sparsepo_code_ones_beta0.1": lambda f, z: sparsepo(f, z, form="code", masks=(ONES, ONES)),
+    "sparsepo_paper_common_beta0.1": lambda f, z: sparsepo(f, z, form="paper", masks=COMMON),
+    "sparsepo_paper_indep_beta0.1": lambda f, z: sparsepo(f, z, form="paper", masks=INDEPENDENT),
+    "sparsepo_paper_ones_beta0.1": lambda f, z: sparsepo(f, z, form="paper", masks=(ONES, ONES)),
     "sepo_k0.5_gamma1_lambda0": lambda f, z: sepo_loss(mean(f, z, SELECTED), gamma=1.0),
     "sepo_k0.5_gamma2_lambda0.5": lambda f, z: sepo_loss(
         mean(f, z, SELECTED), gamma=2.0, margin=0.5
@@ -73,92 +152,121 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("read", [plain_logp, fused_logp])
+def test_no_golden_number_is_left_out():
+    assert CASES.keys() == GOLDEN["loss"].keys() == GOLDEN["grad_wrt_policy_logits"].keys()
+
+
+@pytest.mark.parametrize("read", [plain, fused])
 @pytest.mark.parametrize("case", CASES)
 def test_golden_value_and_gradients(case, read):
     both = [logits(b, policy=True).requires_grad_() for b in (0, 1)]
     loss = CASES[case](read, both)
     assert loss.shape == (1,)
     assert loss.item() == pytest.approx(GOLDEN["loss"][case], abs=1e-10, rel=0)
-    chosen, rejected = torch.autograd.grad(loss.sum(), both)
+    assert_golden_gradients(case, *torch.autograd.grad(loss.sum(), both))
+
+
+def assert_golden_gradients(case, chosen, rejected):  # (T, V): of the logits of each sequence
     expected = GOLDEN["grad_wrt_policy_logits"][case]
-    assert (chosen.abs().sum() + rejected.abs().sum()).item() == pytest.approx(
-        expected["l1"], abs=1e-10, rel=0
-    )
+    total = chosen.abs().sum() + rejected.abs().sum()
+    assert total.item() == pytest.approx(expected["l1"], abs=1e-10, rel=0)
     # row 1 is the last of the prompt: it predicts the first response token
     assert chosen[1].tolist() == pytest.approx(expected["chosen_t1"], abs=1e-10, rel=0)
     assert rejected[1].tolist() == pytest.approx(expected["rejected_t1"], abs=1e-10, rel=0)
 
 
-@pytest.mark.parametrize("read", [plain_logp, fused_logp])
-def test_golden_token_logp(read):
-    logp, _ = read([logits(b, policy=True) for b in (0, 1)], ALL)
-    expected = GOLDEN["policy_token_logp"][0] + GOLDEN["policy_token_logp"][1]
-    assert logp.tolist() == pytest.approx(expected, abs=1e-12, rel=0)
+@pytest.mark.parametrize("read", [plain, fused])
+def test_golden_token_values(read):
+    close = lambda found, name: (
+        found.tolist() == pytest.approx(sum(GOLDEN[name], []), abs=1e-12, rel=0)
+    )
+    both = [logits(b, policy=True) for b in (0, 1)]
+    for direction, name in ((FORWARD, "kl_ref_policy"), (REVERSE, "kl_policy_ref")):
+        tokens = read(both, direction=direction)
+        assert close(tokens.logp, "policy_token_logp") and close(tokens.ref_logp, "ref_token_logp")
+        assert close(tokens.kl, name)
+    assert close(tokens.logp - tokens.ref_logp, "token_score")
 
 
-def values_and_gradients(loss, x):
-    x = x.clone().requires_grad_()
-    out = loss(x)
-    return out.detach(), torch.autograd.grad(out.sum(), x)[0]
+# Every loss, as a function of one vector of segment values
+KL = torch.rand(14, generator=torch.Generator().manual_seed(1), **F64) * 3
+LOSSES = {
+    "sepo": lambda s: sepo_loss(s, gamma=2.0, margin=0.5),
+    "simpo": lambda s: simpo_loss(s, beta=2.0, margin=0.5),
+    "dpo": lambda s: dpo_loss(s, beta=0.1, label_smoothing=0.1),
+    "ipo": lambda s: ipo_loss(s, beta=0.1),
+    "rrhf": lambda s: rrhf_loss(s, -s[0::2], sft_weight=0.5),
+    "dpop": lambda s: dpop_loss(s, beta=0.3, penalty=5.0),
+    "tdpo1": lambda s: tdpo_loss(s, KL[: len(s)].to(s), beta=0.1, variant=1),
+    "tdpo2": lambda s: tdpo_loss(s, KL[: len(s)].to(s), beta=0.1, variant=2),
+    "sparsepo": lambda s: sparsepo_loss(s, KL[: len(s)].to(s), beta=0.1),
+    "sparsepo paper": lambda s: sparsepo_loss(s, KL[: len(s)].to(s), beta=0.1, form="paper"),
+}
 
 
 @pytest.fixture
 def score():
-    return torch.randn(14, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    return torch.randn(14, generator=torch.Generator().manual_seed(0), **F64) * 3
 
 
-def test_sepo_with_every_token_is_simpo(score):
-    sepo = values_and_gradients(lambda s: sepo_loss(s, gamma=2.3, margin=0.4), score)
-    simpo = values_and_gradients(lambda s: simpo_loss(s, beta=2.3, margin=0.4), score)
-    assert all(torch.equal(a, b) for a, b in zip(sepo, simpo, strict=True))
+@pytest.mark.parametrize("name", LOSSES)
+def test_pairs_do_not_see_each_other(name, score):
+    loss = LOSSES[name]
+    score = score.requires_grad_()
+    assert torch.autograd.gradcheck(loss, (score,))
+    assert loss(score[:0]).shape == (0,)
+    for p, one in enumerate(loss(score)):
+        (grad,) = torch.autograd.grad(one, score, retain_graph=True)
+        others = grad.view(-1, 2)[[q for q in range(7) if q != p]]
+        assert grad.view(-1, 2)[p].any() and not others.any()
 
 
-def test_policy_equal_to_reference_gives_ln_2():
-    for smoothing in (0.0, 0.2):
-        loss = dpo_loss(torch.zeros(6).double(), beta=0.1, label_smoothing=smoothing)
-        assert loss.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-15)
+@pytest.mark.parametrize("name", LOSSES)
+def test_extreme_scores_stay_finite(name):
+    """A margin of 20 000 nats, right and wrong: sigmoid is 0 or 1, its logarithm is not."""
+    far = torch.tensor([-1e4, 1e4, 1e4, -1e4], requires_grad=True)
+    loss = LOSSES[name](far)
+    loss.sum().backward()
+    assert loss.isfinite().all() and far.grad.isfinite().all()
+    assert loss[0] > 500 and far.grad[:2].abs().min() > 0  # wrong, and there is a way out
 
 
-def test_swapping_the_pair_negates_the_logit_of_dpo(score):
-    swapped = score.view(-1, 2).flip(1).reshape(-1)
-    logit = lambda loss: -torch.log(torch.expm1(loss))  # of -log sigmoid(logit)
-    torch.testing.assert_close(
-        logit(dpo_loss(score, beta=0.3)), -logit(dpo_loss(swapped, beta=0.3))
-    )
-    # a wrong label with certainty is the swapped pair
-    torch.testing.assert_close(
-        dpo_loss(score, beta=0.3, label_smoothing=1.0), dpo_loss(swapped, beta=0.3)
-    )
-
-
-def test_pairs_do_not_see_each_other(score):
-    for fn in (
-        lambda s: sepo_loss(s, gamma=2.0, margin=0.5),
-        lambda s: simpo_loss(s, beta=2.0, margin=0.5),
-        lambda s: dpo_loss(s, beta=0.1, label_smoothing=0.1),
-    ):
-        alone = torch.cat([fn(score[i : i + 2]) for i in range(0, 14, 2)])
-        # vectorised and scalar logarithms differ in the last bit
-        torch.testing.assert_close(fn(score), alone, rtol=1e-15, atol=1e-15)
-        assert torch.autograd.gradcheck(fn, (score.clone().requires_grad_(),))
-        assert fn(score[:0]).shape == (0,)
-
-
-def test_extreme_scores_stay_finite():
-    far = torch.tensor([-1e4, 1e4, 1e4, -1e4])
-    loss, grad = values_and_gradients(lambda s: sepo_loss(s, gamma=2.0), far)
+def test_far_from_the_boundary_the_losses_are_linear():
+    far = torch.tensor([-1e4, 1e4, 1e4, -1e4], requires_grad=True)
+    loss = sepo_loss(far, gamma=2.0)
+    (grad,) = torch.autograd.grad(loss.sum(), far)
     assert loss.tolist() == [4e4, 0.0] and grad.tolist() == [-2.0, 2.0, 0.0, 0.0]
-    loss, grad = values_and_gradients(lambda s: dpo_loss(s, beta=1.0, label_smoothing=0.1), far)
-    assert loss.tolist() == pytest.approx([1.8e4, 2e3]) and grad.isfinite().all()
+    smoothed = dpo_loss(far, beta=1.0, label_smoothing=0.1)
+    assert smoothed.tolist() == pytest.approx([1.8e4, 2e3])
+
+
+def test_positive_is_what_dpop_compares(score):
+    """A chosen response below its reference counts 1 + penalty times; others as they are."""
+    expected = [6 * s if i % 2 == 0 and s < 0 else s for i, s in enumerate(score.tolist())]
+    assert positive(score, 5.0).tolist() == pytest.approx(expected, abs=1e-12)
+    assert 0 < sum(a != b for a, b in zip(expected, score.tolist(), strict=True)) < 7
+
+
+def test_tdpo2_stops_the_gradient_of_the_chosen_divergence_alone(score):
+    kl = KL.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(tdpo_loss(score, kl, beta=0.1, variant=2).sum(), kl)
+    assert not grad[0::2].any() and (grad[1::2] > 0).all()
+    (grad,) = torch.autograd.grad(tdpo_loss(score, kl, beta=0.1, variant=1).sum(), kl)
+    assert (grad[0::2] < 0).all() and (grad[1::2] > 0).all()
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(2, 2)], ids=["odd", "rank"])
-def test_refuses_what_is_not_pairs(wrong):
-    for fn in (
-        lambda s: sepo_loss(s, gamma=1.0),
-        lambda s: simpo_loss(s, beta=1.0, margin=0.0),
-        lambda s: dpo_loss(s, beta=1.0),
-    ):
-        with pytest.raises(ValueError, match=r"one value a segment, \(2 P,\), got \((3,|2, 2)\)"):
-            fn(wrong)
+@pytest.mark.parametrize("name", LOSSES)
+def test_refuses_what_is_not_pairs(name, wrong):
+    with pytest.raises(ValueError, match=r"one value a segment, \(2 P,\), got \((3,|2, 2)\)"):
+        LOSSES[name](wrong)
+
+
+def test_refuses_other_choices():
+    zeros = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"expected one chosen_nll a pair, \(2,\), got \(4,\)"):
+        rrhf_loss(zeros, zeros)
+    with pytest.raises(ValueError, match="expected variant 1 or 2, got 3"):
+        tdpo_loss(zeros, zeros, beta=0.1, variant=3)
+    with pytest.raises(ValueError, match='expected form "code" or "paper", got "both"'):
+        sparsepo_loss(zeros, zeros, beta=0.1, form="both")

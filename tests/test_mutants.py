@@ -14,6 +14,7 @@ from processes import ENVIRONMENT, ROOT
 pytestmark = pytest.mark.slow
 
 LOGPROB = "sepo_kernels/selected_logprob/chunked.py"
+STEPS = "tests/test_pipeline.py::test_a_step_equals_the_formula"
 MUTANTS = {
     "assign instead of add for repeated rows": (
         "sepo_kernels/products.py",
@@ -75,6 +76,37 @@ MUTANTS = {
         "heapreplace(loads, (load + dearest, rank))",
         "heapreplace(loads, (load + 1, rank))",
         "tests/data/test_plan.py",
+    ),
+    "TDPO2's stop-gradient on the other response": (
+        "python/sepo/losses.py",
+        "torch.stack([chosen.detach(), rejected], 1)",
+        "torch.stack([chosen, rejected.detach()], 1)",
+        "tests/test_losses.py",
+    ),
+    "DPOP's penalty outside beta": (
+        "python/sepo/losses.py",
+        "-F.logsigmoid(beta * _chosen_minus_rejected(positive(logratio, penalty)))",
+        "-F.logsigmoid(beta * _chosen_minus_rejected(logratio) "
+        "- penalty * F.relu(-logratio[0::2]))",
+        "tests/test_losses.py",
+    ),
+    "a mask read one row late": (
+        "python/sepo/masks/readers.py",
+        "gather = lambda output: output.index_select(0, batch.rows)",
+        "gather = lambda output: output.index_select(0, (batch.rows + 1) % len(output))",
+        STEPS,
+    ),
+    "the divergence of the paper's form the other way round": (
+        "python/sepo/methods.py",
+        '_FORWARD if a.form == "code" else _REVERSE',
+        "_FORWARD",
+        "tests/test_golden_steps.py",
+    ),
+    "the reward's mask on the divergence": (
+        "python/sepo/methods.py",
+        "kl=total(tokens.kl, tokens.kl_mask)",
+        "kl=total(tokens.kl, tokens.reward_mask)",
+        "tests/test_golden_steps.py",
     ),
     "a flipped bit in a checkpoint": (
         "python/sepo/checkpoints.py",

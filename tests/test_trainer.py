@@ -34,6 +34,8 @@ def make_trainer(
     )
     model = tiny_model(arch, dtype=dtype) if model is None else model
     config = SePOConfig(**{**defaults, **args})
+    if METHODS[config.method].direction and reference_model is None and peft_config is None:
+        reference_model = tiny_model(arch, dtype=dtype, seed=1)
     more = dict(reference_model=reference_model, peft_config=peft_config)
     return SePOTrainer(model, config, pairs, eval_pairs, **more)
 
@@ -61,7 +63,7 @@ def test_the_budget_changes_nothing(tmp_path, method, budget):
         torch.testing.assert_close(weights(split)[name], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ["dpo", "sepo", "sepo-rand", "sft", "simpo"])
 def test_a_step_descends_the_dense_loss(tmp_path, method):
     """Plain gradient descent by hand on the definition, against the trainer's first step."""
     pairs = scored_pairs(3)
@@ -97,8 +99,7 @@ def test_a_live_reference_equals_the_cached_one(tmp_path):
     cached = make_trainer(
         tmp_path, pairs=score_pairs(bare(PAIRS), reference, keep=["logp"]), method="dpo"
     )
-    live = make_trainer(tmp_path, pairs=bare(PAIRS), method="dpo")
-    live.reference_model = reference
+    live = make_trainer(tmp_path, pairs=bare(PAIRS), method="dpo", reference_model=reference)
     cached.train(), live.train()
     for name, expected in weights(cached).items():
         torch.testing.assert_close(weights(live)[name], expected, rtol=0, atol=1e-6)
@@ -190,7 +191,7 @@ def test_dpo_without_a_reference_says_so(tmp_path):
         id="0", prompt=PAIRS[0].prompt, chosen=PAIRS[0].chosen, rejected=PAIRS[1].chosen
     )
     with pytest.raises(InputError, match="--method dpo needs a reference"):
-        make_trainer(tmp_path, pairs=[pair], method="dpo").train()
+        make_trainer(tmp_path, pairs=[pair], method="dpo")
 
 
 def test_tokens_outside_the_vocabulary(tmp_path):

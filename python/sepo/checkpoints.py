@@ -12,13 +12,15 @@ from sepo.data.files import Atomic
 from sepo.errors import InputError
 
 MARK = "sepo_checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 RUN = {  # what a run is, so that "continue at step n" means something -> how a message calls it
     "method": "--method",
     "pairs": "number of pairs",
     "pairs_per_step": "--pairs_per_step",
     "fraction": "--fraction",
     "rejected_fraction": "--rejected_fraction",
+    "mass": "--mass",
+    "first_token": "--first_token",
     "seed": "seed of the pairs' order (--data_seed, else --seed)",
     "lengths": "data (hash of the lengths of its pairs)",
     "trained": "number of trained parameters",

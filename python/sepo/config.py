@@ -7,10 +7,36 @@ from transformers import TrainingArguments
 
 from sepo.errors import InputError
 
-MethodName = Literal["sft", "dpo", "simpo", "sepo", "sepo-rand"]
+MethodName = Literal[
+    "sft", "dpo", "ipo", "dpop", "tdpo1", "tdpo2", "sparsepo", "mapo", "simpo", "rrhf", "sepo",
+    "sepo-rand",
+]  # fmt: skip
 AttnImpl = Literal["auto", "varlen", "flex", "native", "sdpa"]
 DTypeName = Literal["float32", "bfloat16"]
-DEFAULT_BETA = {"dpo": 0.1, "simpo": 2.0}
+Reduce = Literal["mean", "sum"]
+Form = Literal["code", "paper"]
+MaskKind = Literal["learned", "binary", "random"]
+MaskNorm = Literal["minmax", "zscore"]
+Recompute = Literal["nothing", "cheap"]
+FirstToken = Literal["paper", "official"]
+DEFAULT_BETA = dict.fromkeys(("dpo", "ipo", "tdpo1", "tdpo2", "sparsepo", "mapo"), 0.1)
+DEFAULT_BETA |= {"dpop": 0.3, "simpo": 2.0}
+CHOICES = {
+    "method": MethodName,
+    "dtype": DTypeName,
+    "attn_impl": AttnImpl,
+    "ipo_reduce": Reduce,
+    "sft_reduce": Reduce,
+    "form": Form,
+    "mask": MaskKind,
+    "mask_norm": MaskNorm,
+    "first_token": FirstToken,
+    "recompute": Recompute,
+}
+NOT_NEGATIVE = (
+    "penalty", "alpha", "sft_weight", "mask_l1", "kl_mask_l1", "mask_weight_decay",
+    "mask_learning_rate",
+)  # fmt: skip
 LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # of its own, instead of ours
 
 
@@ -28,7 +54,7 @@ class SePOConfig(TrainingArguments):
     method: MethodName = _help("What to train.", "sepo")
     model_name_or_path: str | None = _help("Hub id or local directory of the policy.")
     reference_model_name_or_path: str | None = _help(
-        "dpo: the reference, if the data has no cached reference log-probabilities. "
+        "The reference of the methods that have one, if the data keeps nothing of it. "
         "Default: the policy as it was before training."
     )
     dataset_name: str | None = _help(
@@ -52,13 +78,48 @@ class SePOConfig(TrainingArguments):
     )
     attn_impl: AttnImpl = _help("Attention for packed pairs; auto: the first that can run.", "auto")
 
-    fraction: float = _help("sepo: share of a response's tokens that the loss uses.", 0.3)
-    rejected_fraction: float | None = _help("sepo: the same for rejected responses, if different.")
+    # str | None: what else HfArgumentParser would hand over as a float
+    fraction: float | str | None = _help(
+        "sepo: share of a response's tokens that the loss uses, or mass: see --mass.", 0.3
+    )
+    rejected_fraction: float | str | None = _help(
+        "sepo: the same for rejected responses, if different."
+    )
+    mass: float = _help(
+        "sepo, with --fraction mass: use the fewest tokens that hold this share of a chosen "
+        "response's positive scores, of a rejected one's negative scores.",
+        0.8,
+    )
+    first_token: FirstToken = _help(
+        "sepo: official selects as the released code does, which can't select the first token of "
+        "a response and counts without it.",
+        "paper",
+    )
     gamma: float = _help("sepo: scale of the score difference, per nat.", 2.0)
     margin: float = _help("sepo: the paper's lambda; 0.5 for 1B, 0.9 for 7B, 1.3 for 13B.", 0.5)
-    beta: float | None = _help("dpo (default 0.1) and simpo (2): scale of the reward, per nat.")
+    beta: float | None = _help(
+        "All but sft, rrhf, sepo and sepo-rand: scale of the reward, per nat. Default: simpo 2, "
+        "dpop 0.3, others 0.1."
+    )
     gamma_beta_ratio: float = _help("simpo: target margin in units of beta.", 0.5)
     label_smoothing: float = _help("dpo: probability that a pair is labelled wrongly.", 0.0)
+    ipo_reduce: Reduce = _help("ipo: a response counts by its mean or sum over tokens.", "mean")
+    penalty: float = _help("dpop: weight of a chosen response below its reference.", 50.0)
+    alpha: float = _help("tdpo2: weight of the KL divergence.", 0.5)
+    sft_weight: float = _help("rrhf: weight of the chosen response's own loss.", 1.0)
+    sft_reduce: Reduce = _help("rrhf: that loss is a sum (the paper) or mean over tokens.", "sum")
+
+    form: Form = _help("sparsepo, mapo: as its authors ran it, or eq. 6-8 of the paper.", "code")
+    mask: MaskKind = _help(
+        "sparsepo: what the masks are; binary and random are ablations.", "learned"
+    )
+    independent_masks: bool = _help("sparsepo: one mask for rewards and one for the KL.", False)
+    mask_layernorm: bool = _help("sparsepo: normalise the reference's states first.", True)
+    mask_learning_rate: float | None = _help("sparsepo: of the mask; default: --learning_rate.")
+    mask_weight_decay: float = _help("sparsepo: of the mask's weights, not its biases.", 0.01)
+    mask_l1: float = _help("sparsepo: weight of the reward mask's L1 norm in the loss.", 0.001)
+    kl_mask_l1: float | None = _help("sparsepo: of the KL mask's; default: --mask_l1.")
+    mask_norm: MaskNorm = _help("mapo: how activations become weights, a response each.", "minmax")
 
     pairs_per_step: int = _help("Pairs of one optimiser step, over all ranks.", 128)
     max_tokens_per_batch: int | None = _help(
@@ -67,6 +128,12 @@ class SePOConfig(TrainingArguments):
         8192,
     )
     head_budget: int | None = _help("Bytes for logits or probabilities at once.")
+    recompute: Recompute = _help(
+        "cheap: keep what products and attention put out, and make the rest of a layer again in "
+        "backward; about half the memory, nearly the same time. --gradient_checkpointing makes "
+        "everything again.",
+        "nothing",
+    )
     disable_dropout: bool = _help("Train without the model's own dropout.", True)
 
     use_peft: bool = _help("Train LoRA adapters, the model itself frozen. Needs peft.", False)
@@ -97,12 +164,16 @@ class SePOConfig(TrainingArguments):
             self.ddp_find_unused_parameters = False
         if self.beta is None:
             self.beta = DEFAULT_BETA.get(self.method)
+        if self.kl_mask_l1 is None:
+            self.kl_mask_l1 = self.mask_l1
 
 
 def _translate(args: SePOConfig) -> None:
     """Users' usual flags into what this version of transformers expects of them."""
     if args.gradient_checkpointing and hasattr(args, "activation_checkpointing"):
         args.activation_checkpointing = True  # the new name; the old one alone is a warning
+    elif hasattr(args, "activation_checkpointing"):
+        args.gradient_checkpointing = None  # False, the old default, is a warning too
     if args.use_liger_kernel:
         asked = dict(args.liger_kernel_config or {})
         for loss in LIGER_LOSSES:
@@ -121,17 +192,28 @@ def _check(args: SePOConfig) -> None:
                 f"--{name} has no meaning here: a step is --pairs_per_step pairs, split into "
                 "micro-batches of at most --max_tokens_per_batch tokens"
             )
-    for name, kind in (("method", MethodName), ("dtype", DTypeName), ("attn_impl", AttnImpl)):
+    for name, kind in CHOICES.items():
         if (value := getattr(args, name)) not in get_args(kind):
             raise InputError(f"--{name}: expected {' | '.join(get_args(kind))}, got {value}")
-    for name in ("fraction", "rejected_fraction"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value <= 1:
-            raise InputError(f"--{name}: expected a number in (0, 1], got {value}")
+    _check_selection(args)
     for name in ("pairs_per_step", "max_tokens_per_batch", "max_length", "head_budget", "lora_r"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name}: expected a positive number, got {value}")
+    if args.beta is not None and not args.beta > 0:
+        raise InputError(f"--beta: expected a positive number, got {args.beta}")
+    for name in NOT_NEGATIVE:
+        value = getattr(args, name)
+        if value is not None and not value >= 0:
+            raise InputError(f"--{name}: expected at least 0, got {value}")
+    if args.mask == "random" and args.independent_masks:
+        raise InputError(
+            "--mask random draws one mask: expected --independent_masks false, got true"
+        )
+    for other in ("gradient_checkpointing", "torch_compile"):
+        # compiled parts hide their products from whoever would keep them
+        if args.recompute == "cheap" and getattr(args, other):
+            raise InputError(f"--recompute cheap: expected without --{other}, got both")
     if not 0 <= args.label_smoothing < 0.5:
         raise InputError(
             f"--label_smoothing: expected a number in [0, 0.5), got {args.label_smoothing}"
@@ -154,6 +236,26 @@ def _check(args: SePOConfig) -> None:
             f"{args.n_gpu} GPUs in one process: start with "
             f"torchrun --nproc-per-node {args.n_gpu} -m sepo.train"
         )
+
+
+def _check_selection(args: SePOConfig) -> None:
+    for name in ("fraction", "rejected_fraction"):
+        value = getattr(args, name)
+        if value is None and name == "rejected_fraction":
+            continue
+        try:
+            value = value if value == "mass" else float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"--{name}: expected a number or mass, got {value}") from None
+        if value == "mass" and args.method == "sepo-rand":
+            raise InputError(
+                f"--{name}: expected a number for sepo-rand, which draws without scores, got mass"
+            )
+        if value != "mass" and not 0 < value <= 1:
+            raise InputError(f"--{name}: expected a number in (0, 1], got {value}")
+        setattr(args, name, value)
+    if not 0 < args.mass <= 1:
+        raise InputError(f"--mass: expected a number in (0, 1], got {args.mass}")
 
 
 def _has_gpu(args: SePOConfig) -> bool:

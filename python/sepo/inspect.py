@@ -29,7 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("data", metavar="DATA", help="preference data (a file or hub id), or a scored store")
     add("--model_name_or_path", required=True, help="whose tokenizer reads the data")
     add("--rows", type=int, default=3, metavar="n", help="rows to show")
-    add("--fraction", type=float, default=0.3, help="of the tokens selected, for a scored store")
+    share = dict(type=number_or_mass, metavar="NUMBER|mass")
+    add("--fraction", **share, default=0.3, help="of the tokens selected, for a scored store")
+    add("--rejected_fraction", **share, help="the same for rejected responses, if different")
+    add("--mass", type=float, default=0.8, help="share of the score that --fraction mass selects")
+    add(
+        "--first_token",
+        choices=("paper", "official"),
+        default="paper",
+        help="official: as the released code, which never selects the first token of a response",
+    )
     add("--max_length", type=int, help="tokens of the prompt and one response")
     add("--split", default="train")
     add("--dataset_config", help="configuration of a hub data set")
@@ -38,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{field}_key", metavar="COLUMN", help=f"the data's own name for `{field}`")
     add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
     add("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
+
+
+def number_or_mass(text: str) -> float | str:
+    return text if text == "mass" else float(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     if args.rows < 0:
         raise InputError(f"expected --rows >= 0, got {args.rows}")
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    show = Show(tokenizer, sys.stdout, fraction=args.fraction)
+    selection = ("fraction", "rejected_fraction", "mass", "first_token")
+    show = Show(tokenizer, sys.stdout, **{name: getattr(args, name) for name in selection})
     if (Path(args.data) / "manifest.json").is_file():
         from sepo.data.store import ScoredStore
 
@@ -81,8 +95,8 @@ def run(args: argparse.Namespace) -> None:
 class Show:
     """Writes pairs as text: colours on a terminal, brackets elsewhere."""
 
-    def __init__(self, tokenizer: Any, out: TextIO, *, fraction: float = 0.3):
-        self.tokenizer, self.out, self.fraction = tokenizer, out, fraction
+    def __init__(self, tokenizer: Any, out: TextIO, **selection):  # of make_segments
+        self.tokenizer, self.out, self.selection = tokenizer, out, selection
         is_plain = not out.isatty() or "NO_COLOR" in os.environ
         # around a selected token; around what is there for context only
         self.mark = ("⟦", "⟧") if is_plain else ("\x1b[7m", "\x1b[0m")
@@ -117,8 +131,14 @@ class Show:
             segments = [(p.prompt, *s) for p, s in selects]
             rows = count_rows([p for p, _ in selects], segments)
             share = rows["selected"] / rows["response"]
+            sides = ", ".join(
+                f"{sum(len(s[i].positions) for _, s in selects)}"
+                f" of {sum(len(getattr(p, side)) for p, _ in selects)} {side}"
+                for i, side in enumerate(SIDES)
+            )
             self.line(
-                f"{rows['selected']} of {rows['response']} response tokens selected ({share:.1%})"
+                f"{rows['selected']} of {rows['response']} response tokens selected ({share:.1%}): "
+                f"{sides}"
             )
             if len(selects) == len(pairs):
                 read += (
@@ -137,7 +157,7 @@ class Show:
             if getattr(pair, f"{side}_weight") is None:
                 if getattr(pair, f"{side}_score", None) is None:
                     return None
-        return list(make_segments(pair, "selected", fraction=self.fraction)[1:])
+        return list(make_segments(pair, "selected", **self.selection)[1:])
 
     def _part(self, name: str, text: str) -> None:
         self.line(f"  {name:9}{text}|".replace("\n", "\n" + " " * 11))

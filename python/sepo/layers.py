@@ -1,8 +1,27 @@
 """What is done to the layers of a model before it is trained."""
 
+from functools import partial
+
+import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+DEAR = {  # by namespace: matrix products, and every attention that a packed batch may take
+    "aten": (
+        "mm",
+        "addmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ),
+    "sepo": ("native_packed_attention",),
+    "torch_attn": ("_varlen_attn",),
+    "flash_attn": ("_flash_attn_varlen_forward",),
+}
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -12,6 +31,27 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def recompute_cheap(model: PreTrainedModel) -> None:
+    """Keep what products and attention put out, and make everything between them again in backward.
+
+    Norms, activations, rotations and casts take most of a layer's memory and little of its time.
+    The gradient is the same, bit for bit.
+    """
+    keep = [
+        operator.default
+        for namespace, names in DEAR.items()
+        for name in names
+        if (operator := getattr(getattr(torch.ops, namespace), name, None)) is not None
+    ]
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)(  # its name before transformers 5.20
+        {
+            "use_reentrant": False,
+            "context_fn": partial(create_selective_checkpoint_contexts, keep),
+        }
+    )
 
 
 def compile_layers(model: nn.Module, plugin: TorchDynamoPlugin) -> None:

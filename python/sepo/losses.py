@@ -4,6 +4,9 @@ Every loss maps segment values (S,) to per-pair losses (P,); the caller reduces.
 pair p's chosen response and segment 2p + 1 its rejected one. All log-probabilities in nats.
 """
 
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,8 +53,113 @@ def dpo_loss(
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
 
+def ipo_loss(
+    logratio: Tensor,  # (S,) mean over each response of logp - ref_logp; sum, as first published
+    *,
+    beta: float,  # the paper's tau, per nat
+) -> Tensor:  # (P,)
+    """IPO (arXiv 2310.12036) eq. 17: (h - 1 / (2 beta))^2, h = chosen - rejected.
+
+    Means are what its authors confirmed; sums make the target depend on the responses' lengths.
+    Raises ValueError for a logratio that is not (2 P,).
+    """
+    return (_chosen_minus_rejected(logratio) - 1 / (2 * beta)).square()
+
+
+def rrhf_loss(
+    score: Tensor,  # (S,) mean logp of each response over its own length
+    chosen_nll: Tensor,  # (P,) -sum (the paper) or -mean of the chosen response's logp
+    *,
+    sft_weight: float = 1.0,
+) -> Tensor:  # (P,)
+    """RRHF (arXiv 2304.05302) eq. 3-5, two responses: max(0, rejected - chosen) + w chosen_nll.
+
+    Raises ValueError for a score that is not (2 P,), or a chosen_nll that is not (P,).
+    """
+    ranking = F.relu(-_chosen_minus_rejected(score))
+    if chosen_nll.shape != ranking.shape:
+        raise ValueError(
+            f"expected one chosen_nll a pair, ({len(ranking)},), got {tuple(chosen_nll.shape)}"
+        )
+    return ranking + sft_weight * chosen_nll
+
+
+def dpop_loss(
+    logratio: Tensor,  # (S,) sum over each response of logp - ref_logp
+    *,
+    beta: float,  # per nat
+    penalty: float,  # the paper's lambda, on a chosen response below its reference
+) -> Tensor:  # (P,)
+    """DPO-Positive (arXiv 2402.13228) eq. 3: -log sigmoid(beta (h - lambda max(0, -chosen))).
+
+    The penalty is inside beta. Raises ValueError for a logratio that is not (2 P,).
+    """
+    return -F.logsigmoid(beta * _chosen_minus_rejected(positive(logratio, penalty)))
+
+
+def positive(
+    logratio: Tensor,  # (S,) sum over each response of logp - ref_logp
+    penalty: float,
+) -> Tensor:  # (S,)
+    """What DPOP compares: a chosen response below its reference counts 1 + penalty times."""
+    chosen, rejected = _pairs(logratio)
+    return torch.stack([chosen - penalty * F.relu(-chosen), rejected], 1).flatten()
+
+
+def tdpo_loss(
+    logratio: Tensor,  # (S,) sum over each response of logp - ref_logp
+    kl: Tensor,  # (S,) sum over each response of KL(ref || policy)
+    *,
+    beta: float,  # per nat
+    variant: Literal[1, 2],
+    alpha: float = 0.5,  # weight of the KL, variant 2
+) -> Tensor:  # (P,)
+    """TDPO (arXiv 2404.11999), with h = chosen - rejected of logratio, F = kl:
+
+    variant 1, eq. 16: -log sigmoid(beta (h - (F_rejected - F_chosen)));
+    variant 2, eq. 17: -log sigmoid(beta (h - alpha (F_rejected - stop_gradient(F_chosen)))).
+
+    Raises ValueError for values that are not (2 P,), or another variant.
+    """
+    if variant not in (1, 2):
+        raise ValueError(f"expected variant 1 or 2, got {variant}")
+    if variant == 2:
+        chosen, rejected = _pairs(kl)
+        kl = alpha * torch.stack([chosen.detach(), rejected], 1).flatten()
+    return -F.logsigmoid(beta * _chosen_minus_rejected(logratio + kl))
+
+
+def sparsepo_loss(
+    logratio: Tensor,  # (S,) sum over each response of m_u (logp - ref_logp)
+    kl: Tensor,  # (S,) sum over each response of m_d KL: of ref || policy for "code"
+    *,
+    beta: float,  # per nat
+    form: Literal["code", "paper"] = "code",
+) -> Tensor:  # (P,)
+    """SparsePO (arXiv 2410.05102), with u and d = chosen - rejected of logratio and kl:
+
+    "code", what its authors ran: -log sigmoid(beta (u + d)); with masks of 1 it is TDPO1;
+    "paper", eq. 6-8, with KL(policy || ref): -log sigmoid(beta (u - d)).
+
+    The L1 norms of the masks are added by the caller. Raises ValueError for values that are not
+    (2 P,), or another form.
+    """
+    return -F.logsigmoid(beta * _chosen_minus_rejected(logratio + _sign(form) * kl))
+
+
+def _sign(form: str) -> int:
+    """Of the KL in SparsePO's margin: paper and code disagree."""
+    if form not in ("code", "paper"):
+        raise ValueError(f'expected form "code" or "paper", got "{form}"')
+    return 1 if form == "code" else -1
+
+
 def _chosen_minus_rejected(values: Tensor) -> Tensor:  # (S,) -> (P,)
+    chosen, rejected = _pairs(values)
+    return chosen - rejected
+
+
+def _pairs(values: Tensor) -> tuple[Tensor, Tensor]:  # (S,) -> (P,), (P,)
     if values.ndim != 1 or values.shape[0] % 2:
         raise ValueError(f"expected one value a segment, (2 P,), got {tuple(values.shape)}")
-    chosen, rejected = values.view(-1, 2).unbind(1)
-    return chosen - rejected
+    return values.view(-1, 2).unbind(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sepo.methods import Segments
+from sepo.methods import Segments, TokenValues
 
 
 def pair_metrics(
@@ -31,41 +31,53 @@ def pair_metrics(
     }
 
 
+def token_metrics(tokens: TokenValues) -> dict[str, Tensor]:
+    """Sums over the used tokens: their KL, and of each mask its values, zeros and the rest."""
+    sums = {} if tokens.kl is None else {"kl": tokens.kl.sum()}
+    for name in ("reward", "kl"):
+        mask = getattr(tokens, f"{name}_mask")
+        if mask is not None:
+            zeros = (mask == 0).sum()
+            sums[f"mask/{name}/mean"] = mask.sum()
+            sums[f"mask/{name}/sparsity"] = zeros
+            sums[f"mask/{name}/density"] = len(mask) - zeros
+    return sums
+
+
 class RunningMeans:
     """Sums kept on the device; one all-reduce and one transfer when they are read."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
 
     def add(self, sums: dict[str, Tensor], count: int) -> None:
+        """Sums of `count` values each: of pairs, or of tokens."""
         for name, value in sums.items():
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += count
+            self._counts[name] = self._counts.get(name, 0) + count
 
     def pop(self, accelerator) -> dict[str, float]:
-        """Means over every rank's pairs since the last call. Every rank must call it."""
+        """Means over what every rank added since the last call. Every rank must call it."""
         names = sorted(self._sums)  # not in the order of arrival, which ranks may differ in
         if not names:
             return {}
         values = torch.stack([self._sums[name].to(accelerator.device) for name in names])
-        packed = torch.cat([values, values.new_tensor([self._count])])
-        *sums, count = accelerator.reduce(packed, "sum").tolist()
+        counts = values.new_tensor([self._counts[name] for name in names])
+        sums, counts = accelerator.reduce(torch.stack([values, counts]), "sum").tolist()
         self.__init__()
-        return {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)}
+        return {n: s / max(c, 1) for n, s, c in zip(names, sums, counts, strict=True)}
 
-    def state(self) -> list:
-        """This rank's part, for JSON: [[sums by name, count]], [] if there is none."""
-        sums = {name: value.item() for name, value in self._sums.items()}
-        return [[sums, self._count]] if sums else []
+    def state(self) -> dict:
+        """This rank's part, for JSON: name -> [sum, count]."""
+        return {name: [value.item(), self._counts[name]] for name, value in self._sums.items()}
 
-    def restore(self, states: list) -> None:
+    def restore(self, states: list[dict]) -> None:
         """Add what `state` returned, of as many ranks as there were."""
-        for sums, count in states:
-            self.add(
-                {name: torch.tensor(v, dtype=torch.float64) for name, v in sums.items()}, count
-            )
+        for state in states:
+            for name, (value, count) in state.items():
+                self.add({name: torch.tensor(value, dtype=torch.float64)}, count)
 
 
 class MetricsFile:

@@ -31,10 +31,15 @@ class PreparedPairs(Sequence):
         if len(pairs) == 0:
             raise InputError("expected at least one pair, got an empty data set")
         self._pairs = pairs
+        method = METHODS[args.method]
+        draws_mask = method.mask == "learned" and args.mask == "random"
         self._how = dict(
-            positions=METHODS[args.method].positions,
+            positions=method.positions,
             fraction=args.fraction,
             rejected_fraction=args.rejected_fraction,
+            mass=args.mass,
+            first_token=args.first_token,
+            mask="random" if draws_mask else None,
             seed=data_seed(args),
         )
         counts = np.empty((len(pairs), 4), np.int64)
@@ -64,5 +69,5 @@ class PreparedPairs(Sequence):
 
 
 def data_seed(args: SePOConfig) -> int:
-    """Seed of the order of the pairs and of sepo-rand's draw."""
+    """Seed of the order of the pairs, and of what is drawn for each: sepo-rand, random masks."""
     return args.seed if args.data_seed is None else args.data_seed

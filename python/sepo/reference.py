@@ -4,13 +4,14 @@ Cached means that neither its trunk nor its checkpoint is loaded: the store carr
 needs of it, and its files on disk say whether it is the right one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sepo.data.hidden import StoredHead
@@ -18,10 +19,12 @@ from sepo.data.store import ScoredStore, template_hash, tokenizer_hash
 from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError
 from sepo.fingerprint import checkpoint_hash
-from sepo.model import Head, head, hidden_states, load_model
+from sepo.model import Head, head, hidden_states, load_model, token_logprob
 from sepo.ops import selected_logprob_kl
 
-Keep = Literal["logp", "hidden"]  # what a method reads of its reference
+Keep = Literal[
+    "logp", "hidden", "layers"
+]  # what a method reads of its reference; none keeps layers
 WORDS = {"logp": "log-probabilities", "hidden": "hidden rows"}
 
 
@@ -29,23 +32,23 @@ class CachedReference:
     """What a scored store keeps of a reference; pairs carry the rest of it into the batch."""
 
     def __init__(self, stored: StoredHead | None):  # None: only log-probabilities are kept
-        self._stored, self._head = stored, None
+        self.stored, self._head = stored, None
 
     def head(self, like: Tensor) -> Head:
         """The head in `like`'s dtype and on its device; moved there once."""
-        if self._stored is None:
+        if self.stored is None:
             raise InputError(
                 "expected a store with the reference's hidden rows (`sepo score --keep hidden`), "
                 "got one with log-probabilities alone"
             )
         if self._head is None or _kind(self._head.weight) != _kind(like):
-            weight, bias, scale, softcap = self._stored
+            weight, bias, scale, softcap = self.stored
             self._head = Head(_as(weight, like), _as(bias, like), scale, softcap)
         return self._head
 
     def hidden(self, batch: PackedBatch, like: Tensor) -> Tensor:  # (N, D_ref)
         """The cached rows where the batch reads them; the other rows hold anything."""
-        width = self._stored.weight.shape[1]
+        width = self.stored.weight.shape[1]
         rows = like.new_empty(len(batch.tokens), width)
         if batch.ref_hidden is not None:
             # a row that is read twice is the prompt's last: both responses cached the same state
@@ -59,16 +62,30 @@ class CachedReference:
 class LiveReference:
     """A prepared model that runs beside the policy, without gradients."""
 
-    model: PreTrainedModel
+    model: nn.Module  # a PreTrainedModel, or a PeftModel
+    without_adapters: bool = False  # the policy itself, as it was before LoRA
 
-    @torch.no_grad()
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """The model as the reference, for the time of one reading."""
+        with (
+            torch.no_grad(),
+            self.model.disable_adapter() if self.without_adapters else nullcontext(),
+        ):
+            yield self.model
+
+    def logp(self, batch: PackedBatch, *, budget: int | None = None) -> Tensor:  # (M,) float32
+        with self.frozen() as model:
+            return token_logprob(model, batch, budget=budget)
+
     def head(self, like: Tensor) -> Head:
-        weight, bias, scale, softcap = head(self.model)
-        return Head(_as(weight, like), _as(bias, like), scale, softcap)
+        with self.frozen() as model:
+            weight, bias, scale, softcap = head(model)
+            return Head(_as(weight, like), _as(bias, like), scale, softcap)
 
-    @torch.no_grad()
     def hidden(self, batch: PackedBatch, like: Tensor) -> Tensor:  # (N, D_ref)
-        return _as(hidden_states(self.model, batch), like)
+        with self.frozen() as model:
+            return _as(hidden_states(model, batch), like)
 
 
 Reference = CachedReference | LiveReference
@@ -79,6 +96,7 @@ def token_logprob_kl(
     batch: PackedBatch,
     reference: Reference,
     *,
+    ref_hidden: Tensor | None = None,  # (N, D_ref) its states, where they were read already
     direction: str = "ref||policy",  # or "policy||ref"
     budget: int | None = None,  # bytes, see selected_logprob_kl
     impl: str = "auto",
@@ -94,11 +112,12 @@ def token_logprob_kl(
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         own = own._replace(weight=_as(own.weight, hidden), bias=_as(own.bias, hidden))
     ref = reference.head(hidden)
-    _check_heads(own, ref)
+    check_heads(own, ref)
+    ref_hidden = reference.hidden(batch, hidden) if ref_hidden is None else _as(ref_hidden, hidden)
     return selected_logprob_kl(
         hidden,
         own.weight,
-        reference.hidden(batch, hidden),
+        ref_hidden,
         ref.weight,
         batch.rows,
         batch.targets,
@@ -207,7 +226,8 @@ def _check_key(where: str, manifest: dict, wanted: _Key, keep: Keep, dtype: torc
             )
 
 
-def _check_heads(own: Head, ref: Head) -> None:
+def check_heads(own: Head, ref: Head) -> None:
+    """Raise InputError for a reference whose logits can't be compared with the policy's."""
     vocabulary = len(own.weight), len(ref.weight)
     pairs = {
         "vocabulary": vocabulary,

@@ -112,11 +112,12 @@ class ResumableTrainer(Trainer):
             mine = ranks[me]
         else:  # the loss is averaged over ranks, the means are summed
             loss = sum(rank["loss"] for rank in ranks) / len(ranks)
-            means = [rank["means"] for rank in ranks] if me == 0 else []
-            mine = ranks[0] | {"loss": loss, "means": [entry for m in means for entry in m]}
+            mine = ranks[0] | {"loss": loss, "means": {}}
+            if me == 0:
+                self._means.restore([rank["means"] for rank in ranks])
         self._tr_loss += mine["loss"]
         self._globalstep_last_logged -= mine["steps"]
-        self._means.restore(mine["means"])
+        self._means.restore([mine["means"]])
 
 
 def describe_run(
@@ -130,12 +131,15 @@ def describe_run(
 ) -> dict:
     """What must be the same for a checkpoint to be continued, whatever the number of ranks."""
     digest = hashlib.sha256(np.stack([lengths, selected]).astype("<i8").tobytes())
+    fractions = (args.fraction, args.rejected_fraction)
     return {
         "method": args.method,
         "pairs": len(lengths),
         "pairs_per_step": args.pairs_per_step,
         "fraction": args.fraction if selects else None,
         "rejected_fraction": args.rejected_fraction if selects else None,
+        "mass": args.mass if selects and "mass" in fractions else None,
+        "first_token": args.first_token if selects else None,
         "seed": seed,
         "lengths": digest.hexdigest()[:16],
         "trained": get_model_param_count(model, trainable_only=True),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from sepo.adapters import lora_config, quantization_config
 from sepo.checkpoints import completed_step
@@ -20,7 +20,7 @@ from sepo.data.types import TokenPair
 from sepo.errors import InputError, exit_with_one_line
 from sepo.methods import METHODS
 from sepo.model import explain_attention, load_model, load_tokenizer
-from sepo.reference import cached_reference, load_reference
+from sepo.reference import Reference, cached_reference, load_reference
 from sepo.trainer import SePOTrainer
 
 
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         data[f"{name} (to evaluate)"] = load_pairs(name, split, tokenizer, args)
     pairs, *eval_pairs = data.values()
     reference = None
-    if METHODS[args.method].needs_reference:
-        reference = find_reference(args, data, tokenizer)
+    if METHODS[args.method].reference is not None:
+        reference = reference_of(args, data, tokenizer)
     model = load_model(
         args.model_name_or_path,
         dtype=getattr(torch, args.dtype),
@@ -105,22 +105,20 @@ def load_pairs(
     return read.pairs
 
 
-def find_reference(
+def reference_of(
     args: SePOConfig, data: dict[str, Sequence[TokenPair]], tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel | None:
-    """None where all data carries its log-probabilities, or the policy without adapters is it."""
+) -> Reference | None:
+    """Cached if all data keeps what the method reads, else live; None: the policy without adapters."""
     path = args.reference_model_name_or_path or args.model_name_or_path
     how = dict(
-        keep="logp",
+        keep=METHODS[args.method].reference,
         dtype=compute_dtype(args),
         trust_remote_code=args.trust_remote_code,
     )
     if args.use_peft and args.reference_model_name_or_path is None:
-        cached_reference(path, data, tokenizer, **how)  # raises for the cache of another model
-        return None
+        return cached_reference(path, data, tokenizer, **how)
     like_policy = dict(weights_dtype=getattr(torch, args.dtype), attn_impl=args.attn_impl)
-    reference = load_reference(path, data, tokenizer, **how, **like_policy)
-    return getattr(reference, "model", None)
+    return load_reference(path, data, tokenizer, **how, **like_policy)
 
 
 def compute_dtype(args: SePOConfig) -> torch.dtype:

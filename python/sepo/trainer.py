@@ -16,23 +16,26 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sepo.adapters import add_adapters, has_adapters
+from sepo.adapters import add_adapters
 from sepo.config import SePOConfig
 from sepo.data.cost import attention_cost
 from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.read import read_pairs
-from sepo.data.types import PackedBatch, TokenPair
+from sepo.data.types import TokenPair
 from sepo.errors import InputError
-from sepo.layers import compile_layers, disable_dropout
-from sepo.methods import METHODS, Segments, reduce_segments
-from sepo.metrics import RunningMeans, pair_metrics
+from sepo.layers import compile_layers, disable_dropout, recompute_cheap
+from sepo.masked import MaskedTrainer, add_mask
+from sepo.methods import METHODS, reduce_segments
+from sepo.metrics import RunningMeans, pair_metrics, token_metrics
 from sepo.model import prepare_model
 from sepo.prepared import PreparedPairs, data_seed
-from sepo.resumable import ResumableTrainer, describe_run
+from sepo.reference import LiveReference, Reference
+from sepo.resumable import describe_run
+from sepo.tokens import TokenStep, find_reference
 
 
-class SePOTrainer(ResumableTrainer):
+class SePOTrainer(MaskedTrainer):
     """Train `model` by `args.method`. Raises InputError for data it can't use.
 
     Data sets are token pairs (a ScoredStore, or a list of TokenPair), or rows of any preference
@@ -49,7 +52,8 @@ class SePOTrainer(ResumableTrainer):
         eval_dataset: Sequence[TokenPair] | Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        reference_model: PreTrainedModel | None = None,  # dpo: unless the pairs carry its logp
+        # unless the pairs carry what the method reads of it; with what a store keeps of it, no model
+        reference_model: PreTrainedModel | Reference | None = None,
         peft_config=None,  # peft.PeftConfig
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
@@ -64,7 +68,9 @@ class SePOTrainer(ResumableTrainer):
             set_seed(args.seed)  # Trainer does so later, when the adapters are drawn
             model = add_adapters(model, peft_config)
         prepare_model(model, attn_impl=args.attn_impl)
-        if reference_model is not None and is_deepspeed_zero3_enabled():
+        if isinstance(reference_model, LiveReference):
+            reference_model = reference_model.model
+        if isinstance(reference_model, nn.Module) and is_deepspeed_zero3_enabled():
             raise InputError(
                 "ZeRO-3 shards every model that is loaded, but trains one: expected the reference's "
                 "log-probabilities in the data (`sepo score --keep logp`), got a live reference"
@@ -73,6 +79,13 @@ class SePOTrainer(ResumableTrainer):
         self._attention = attention_share(model)
         self.train_pairs = self._prepared(train_dataset, args)
         self._eval_pairs = self._prepared(eval_dataset, args)
+        if isinstance(reference_model, nn.Module):
+            reference_model = reference_model.eval().requires_grad_(False)
+            prepare_model(reference_model, attn_impl=args.attn_impl)
+        reference = find_reference(self.method, args.method, model, reference_model, train_dataset)
+        self.reference = reference
+        if self.method.mask == "learned" and args.mask != "random":
+            add_mask(model, reference.model, args)
         super().__init__(
             model,
             args,
@@ -83,12 +96,12 @@ class SePOTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.recompute == "cheap":
+            recompute_cheap(model)
         prepare_model(model)  # once more where it runs now
         self._compile()
-        self.reference_model = None
-        if reference_model is not None:
-            reference_model = reference_model.eval().requires_grad_(False).to(args.device)
-            self.reference_model = prepare_model(reference_model, attn_impl=args.attn_impl)
+        if isinstance(reference_model, nn.Module):
+            prepare_model(reference_model.to(args.device))
         # not its weight's shape: ZeRO-3 leaves that empty
         self._vocab_size = model.get_output_embeddings().out_features
 
@@ -106,9 +119,9 @@ class SePOTrainer(ResumableTrainer):
         step_loss = torch.zeros((), device=self.args.device)
         for number, part in enumerate(parts, start=1):
             with nullcontext() if number == len(parts) else self._unsynchronised(model):
-                segments = self._segments(model, pairs, part)
+                losses = self._losses(model, pairs, part, self._means)
                 # DDP and FSDP average over ranks; the loss is a sum over them
-                loss = self._losses(segments, self._means).sum() * (world_size / count)
+                loss = losses.sum() * (world_size / count)
                 self.accelerator.backward(loss)
             step_loss += loss.detach()
         self._step_counts = {
@@ -141,41 +154,24 @@ class SePOTrainer(ResumableTrainer):
             costs=pairs.costs,
         )
 
-    def _segments(self, model: nn.Module, pairs: PreparedPairs, part: Sequence[int]) -> Segments:
-        """Log-probabilities of one micro-batch, a number a segment."""
+    def _losses(
+        self, model: nn.Module, pairs: PreparedPairs, part: Sequence[int], means: RunningMeans
+    ) -> Tensor:  # (P,) of one micro-batch
         batch = pack([pairs[i] for i in part], vocab_size=self._vocab_size).to(self.args.device)
-        # accelerate casts in the policy's forward alone: a reference in float32 beside it would make
-        # rewards of the rounding
+        # accelerate casts in the policy's forward alone, but the reference runs in there too
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            logp = model(batch=batch, budget=self.args.head_budget)
-            ref_logp = batch.ref_logp
-            if self.method.needs_reference and ref_logp is None:
-                ref_logp = self._reference_logprob(batch)
-        return reduce_segments(logp, batch.weights, ref_logp, batch.cu_rows)
-
-    def _losses(self, segments: Segments, means: RunningMeans) -> Tensor:  # (P,)
+            tokens = model(batch=batch, compute=TokenStep(self.method, self.args, self.reference))
+        segments = reduce_segments(tokens, batch.weights, batch.cu_rows)
         losses = self.method.loss(segments, self.args)
         reward = self.method.reward
         rewards = None if reward is None else reward(segments, self.args)
         means.add(pair_metrics(segments, losses, rewards), len(losses))
+        means.add(token_metrics(tokens), len(batch.rows))
         return losses
 
     def _loss_count(self, pairs: PreparedPairs, indices: np.ndarray) -> int:
         """What the step's sum of losses is divided by, the same on every rank."""
         return int(pairs.selected[indices].sum()) if self.method.per == "token" else len(indices)
-
-    @torch.no_grad()
-    def _reference_logprob(self, batch: PackedBatch) -> Tensor:  # (M,)
-        reference, adapters_off = self.reference_model, nullcontext()
-        if reference is None and has_adapters(self.model):
-            reference, adapters_off = self.model, self.model.disable_adapter()
-        if reference is None:
-            raise InputError(
-                f"--method {self.args.method} needs a reference: pairs with cached log-"
-                "probabilities (`sepo score --keep logp`), or reference_model="
-            )
-        with adapters_off:
-            return reference(batch=batch, budget=self.args.head_budget)
 
     def _prepared(self, data: Sequence[TokenPair] | None, args: SePOConfig) -> PreparedPairs | None:
         return None if data is None else PreparedPairs(data, args, attention=self._attention)
@@ -233,7 +229,7 @@ class SePOTrainer(ResumableTrainer):
         model.eval()
         plan = self._plan(pairs, len(pairs), shuffle=False)
         for part in plan.micro_batches[self.args.process_index]:
-            self._losses(self._segments(model, pairs, part), means)
+            self._losses(model, pairs, part, means)
         metrics = means.pop(self.accelerator)
         metrics["loss"] *= len(pairs) / self._loss_count(pairs, plan.pairs)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -248,6 +244,7 @@ class SePOTrainer(ResumableTrainer):
             means = self._means.pop(self.accelerator)
             means.pop("loss", None)  # Trainer's own, which weighs uneven steps as training did
             logs = {**logs, **means, **self._step_counts}
+            self.warn_of_shut_masks(means)
         super().log(logs, start_time)
         if self.is_world_process_zero():
             self._metrics_file.append({"step": self.state.global_step, **logs})

@@ -215,9 +215,24 @@ def test_a_tool_call_is_an_answer_without_content():
         (IDS | {"chosen_ids": [[1], [2, 3]]}, "row 7: expected chosen_ids to be one flat list"),
         (IDS | {"chosen_ids": [-100, 3]}, "row 7: expected chosen_ids to be token ids, got -100"),
         (IDS | {"chosen_mask": [1]}, "row 7: expected chosen_mask to hold 2 numbers.*got 1"),
-        (IDS | {"chosen_mask": [1, 2]}, "chosen_mask to be 0 or 1"),
+        (
+            IDS | {"rejected_weights": [1, 1]},
+            "row 7: expected rejected_weights to hold 1 numb.*got 2",
+        ),
+        (IDS | {"chosen_mask": [1, 2]}, "chosen_mask to be 0 or 1 .*, got 2"),
+        (IDS | {"chosen_mask": [0.5, 1]}, "chosen_mask to be 0 or 1 .*, got 0.5"),
+        (IDS | {"rejected_mask": [-1]}, "rejected_mask to be finite and >= 0, got -1"),
+        (
+            IDS | {"chosen_weights": "[1, Infinity]"},
+            "chosen_weights to be finite and >= 0, got inf",
+        ),
+        (IDS | {"chosen_weights": [1, None]}, "chosen_weights to hold 2 numbers.*None"),
+        (IDS | {"chosen_weights": "1, 0"}, "chosen_weights to be JSON, got '1, 0'"),
         (IDS | {"chosen_weights": [1, -2]}, "chosen_weights to be finite and >= 0, got -2"),
-        (IDS | {"chosen_weights": [1, float("nan")]}, "chosen_weights to be finite"),
+        (
+            IDS | {"chosen_weights": [1, float("nan")]},
+            "chosen_weights to be finite and >= 0, got nan",
+        ),
         (IDS | {"chosen_mask": [1, 1], "chosen_weights": [1, 1]}, "got both"),
     ],
 )

@@ -78,10 +78,20 @@ def test_weights_and_reference_travel_with_their_token():
     assert batch.ref_logp.tolist() == [-2, -3, -2, -3]
 
 
+def test_a_mask_travels_with_its_token_if_every_segment_has_one():
+    segment = truncate(ids(3, 4, 5), ids(0, 2), mask=np.array([0.1, 0.2, 0.3], "f4"))
+    empty = truncate(ids(3), ids(), mask=np.array([0.9], "f4"))
+    batch = pack([(ids(1), segment, empty), (ids(2), segment, segment)])
+    assert batch.mask.tolist() == np.array([0.1, 0.3] * 3, "f4").tolist()
+    assert batch.weights.tolist() == [1.0] * 6
+    assert pack([(ids(1), segment, truncate(ids(3), ids(0)))]).mask is None
+
+
 def test_no_pairs_leave_one_row_to_run_the_model_on():
     batch = pack([])
     assert batch.tokens.shape == (1,) and batch.num_pairs == 0
     assert batch.rows.shape == batch.targets.shape == batch.ref_logp.shape == (0,)
+    assert batch.mask.shape == (0,)
     assert batch.cu_rows.tolist() == [0]
 
 

@@ -56,6 +56,47 @@ def test_fractions_may_differ():
     assert (len(chosen.positions), len(rejected.positions)) == (1, 3)
 
 
+def test_one_side_may_go_by_mass():
+    # chosen 0.1 0.9 0.2 0.3: 0.9 of 1.5 is 60 %; rejected 0.5 -0.5 0.1: -0.5 holds all
+    count = lambda **how: [len(s.positions) for s in make_segments(PAIR, "selected", **how)[1:]]
+    assert count(fraction="mass", mass=0.6) == [1, 1]
+    assert count(fraction="mass", mass=0.9, rejected_fraction=1.0) == [3, 3]
+    assert count(fraction=1.0, rejected_fraction="mass") == [4, 1]
+
+
+def test_official_leaves_the_first_token_out_on_both_sides():
+    how = dict(fraction=1.0, first_token="official")
+    for positions in ("selected", "random"):
+        _, chosen, rejected = make_segments(PAIR, positions, **how)
+        assert chosen.positions.tolist() == [1, 2, 3] and rejected.positions.tolist() == [1, 2]
+    assert len(make_segments(PAIR, "all", first_token="official")[1].positions) == 4
+
+
+@pytest.mark.parametrize("positions", ["selected", "random"])
+@pytest.mark.parametrize(
+    ("how", "side"), [(dict(rejected_fraction=0), "rejected"), (dict(fraction=0), "chosen")]
+)
+def test_no_token_of_one_side_names_it(positions, how, side):
+    with pytest.raises(InputError, match=f"row row-3, {side}: expected 0 < fraction <= 1, got 0"):
+        make_segments(PAIR, positions, **{"rejected_fraction": 0.5, **how})
+
+
+def test_sepo_rand_is_fixed_by_seed_and_id_alone():
+    """Not by the row's place, its tokens' values, its scores or what was drawn before."""
+    draw = lambda pair: [
+        s.positions.tolist() for s in make_segments(pair, "random", fraction=0.5, seed=7)[1:]
+    ]
+    alone = draw(PAIR)
+    pairs = [replace(PAIR, id=str(i)) for i in range(20)]
+    forward = {pair.id: draw(pair) for pair in pairs}
+    assert {pair.id: draw(pair) for pair in reversed(pairs)} == forward
+    assert draw(PAIR) == alone
+    other = replace(PAIR, prompt=ids(9), chosen=PAIR.chosen + 5, chosen_score=-PAIR.chosen_score)
+    assert draw(other) == alone
+    # fixed values: another process or machine must draw the same
+    assert alone == [[1, 2], [1]]
+
+
 def test_all_and_chosen():
     _, chosen, rejected = make_segments(PAIR, "all")
     assert (len(chosen.positions), len(rejected.positions)) == (4, 3)
@@ -73,11 +114,55 @@ def test_random_has_the_count_of_selected_and_ignores_scores():
     assert len(draws) == 6  # every pair of the four positions turns up
 
 
-@pytest.mark.parametrize("positions", ["selected", "all"])
+def test_a_random_mask_is_of_the_token_whatever_is_selected():
+    draw = lambda *how, **more: make_segments(PAIR, *how, mask="random", **more)
+    _, chosen, rejected = draw("all", seed=3)
+    assert chosen.mask.shape == (4,) and rejected.mask.shape == (3,)
+    assert len({*chosen.mask.tolist(), *rejected.mask.tolist()}) == 7
+    _, some, _ = draw("selected", fraction=0.5, seed=3)
+    assert some.mask.tolist() == chosen.mask[[1, 3]].tolist()
+    assert draw("all", seed=4)[1].mask.tolist() != chosen.mask.tolist()
+    other = make_segments(replace(PAIR, id="row-4"), "all", mask="random", seed=3)
+    assert other[1].mask.tolist() != chosen.mask.tolist()
+    # SePO-rand's draw is another one: the selected tokens are not those of a high mask
+    _, drawn, _ = draw("random", fraction=0.5, seed=3)
+    assert drawn.mask.tolist() == chosen.mask[drawn.positions].tolist()
+    assert (
+        drawn.positions.tolist()
+        == make_segments(PAIR, "random", fraction=0.5, seed=3)[1].positions.tolist()
+    )
+    assert make_segments(PAIR, "all")[1].mask is None
+
+
+@pytest.mark.parametrize("positions", ["selected", "all", "chosen"])
 def test_the_users_weights_replace_the_selection(positions):
     _, chosen, rejected = make_segments(WEIGHTED, positions)
     assert chosen.positions.tolist() == [1] and chosen.weights.tolist() == [2.0]
-    assert rejected.positions.tolist() == [0]
+    assert rejected.positions.tolist() == ([] if positions == "chosen" else [0])
+
+
+def test_the_users_weights_on_one_side_leave_the_other_to_its_scores():
+    half = replace(PAIR, chosen_weight=f4(0, 0, 0.5, 0))
+    _, chosen, rejected = make_segments(half, "selected", fraction=0.4)
+    assert chosen.positions.tolist() == [2] and chosen.weights.tolist() == [0.5]
+    assert rejected.positions.tolist() == [1] and rejected.weights is None
+    assert len(make_segments(half, "all")[2].positions) == 3
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (f4(0, 1), "to hold 3 numbers, one a token, got 2"),
+        (f4(0, -1, 2), "to be finite and >= 0, got -1.0"),
+        (f4(0, np.nan, 2), "to be finite and >= 0, got nan"),
+        (f4(0, 1, np.inf), "to be finite and >= 0, got inf"),
+        (f4(0, 0, 0), "to select a token, got zeros alone"),
+    ],
+)
+@pytest.mark.parametrize("positions", ["selected", "all", "chosen"])
+def test_weights_that_cannot_be_used_name_the_row(positions, weight, message):
+    with pytest.raises(InputError, match=f"row w: expected chosen_weight {message}"):
+        make_segments(replace(WEIGHTED, chosen_weight=weight), positions)
 
 
 def test_random_with_the_users_weights_is_refused():

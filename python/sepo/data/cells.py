@@ -113,11 +113,11 @@ def weight(row: dict, id: str, side: str, count: int) -> np.ndarray | None:  # (
             f"row {id}: expected {field} to hold {count} numbers, one for each token of "
             f"{side}_ids, got {len(array)}: {short(row[field])}"
         )
-    if not np.isfinite(array).all() or (array < 0).any():
-        raise InputError(f"row {id}: expected {field} to be finite and >= 0, got {array.min()}")
-    if field.endswith("mask") and not np.isin(array, (0, 1)).all():
+    if not (good := np.isfinite(array) & (array >= 0)).all():
+        raise InputError(f"row {id}: expected {field} to be finite and >= 0, got {array[~good][0]}")
+    if field.endswith("mask") and not (good := np.isin(array, (0, 1))).all():
         raise InputError(
-            f"row {id}: expected {field} to be 0 or 1 (else: weights), got {array.max()}"
+            f"row {id}: expected {field} to be 0 or 1 (else: weights), got {array[~good][0]}"
         )
     return array.astype(np.float32)
 

@@ -5,13 +5,13 @@ in `sepo.data.tokenise`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
-from sepo.data import cells
+from sepo.data import cells, official
 from sepo.errors import InputError
 
 
@@ -29,6 +29,7 @@ class Why(StrEnum):
     OFFSETS = "the tokenizer's offsets do not cover the text"
     NO_ROOM = "the prompt fills max_length"
     SAME = "the two responses are the same"
+    OTHER_IDS = "its token ids are those of another tokenizer or chat template"
     SAME_CUT = "the two responses are the same once cut"
 
 
@@ -43,7 +44,10 @@ class Drop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
-    """One row before tokenising: all three texts are messages, or strings, or token ids."""
+    """One row before tokenising: all three texts are messages, or strings, or token ids.
+
+    Messages and two strings, as SePO's released code has them, are text after the generation prompt.
+    """
 
     id: str
     prompt: list[dict] | str | np.ndarray  # turns, a string, or (T0,) int32
@@ -52,6 +56,7 @@ class Preference:
     chosen_weight: np.ndarray | None = None  # (T1,) float32 >= 0, token ids only
     rejected_weight: np.ndarray | None = None  # (T2,) float32 >= 0, token ids only
     tools: list | None = None  # what the chat template calls tools, messages only
+    selected: tuple[official.Selected, official.Selected] | None = None  # of chosen and rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +203,21 @@ def _read_implicit(row: dict, id: str) -> Preference | Drop:
     return Drop(id, Why.PROMPTS_DIFFER) if prompt != other else _texts(id, prompt, chosen, rejected)
 
 
+def _read_official(row: dict, id: str) -> Preference | Drop:
+    """The CSV of SePO's released code: a user's message, two texts with their end tokens, indices."""
+    fields = ("prompt", *(f"{side}_response" for side in SIDES))
+    prompt, chosen, rejected = (official.read_text(row[field], id, field) for field in fields)
+    if not prompt.strip():
+        return Drop(id, Why.NO_PROMPT)
+    texts = _texts(id, prompt, chosen, rejected)
+    if isinstance(texts, Drop):
+        return texts
+    selected = tuple(official.read_selected(row, id, side) for side in SIDES)
+    if any(len(one.before) == 0 for one in selected):
+        return Drop(id, Why.ZERO_WEIGHT)
+    return replace(texts, prompt=[{"role": "user", "content": prompt}], selected=selected)
+
+
 FORMATS = (
     Format("token ids", ("prompt_ids", "chosen_ids", "rejected_ids"), _read_ids),
     Format("ShareGPT ranking", ("conversations", "chosen", "rejected"), _read_sharegpt),
@@ -206,6 +226,7 @@ FORMATS = (
     Format("Alpaca ranking", ("instruction", "chosen", "rejected"), _read_question),
     Format("Orca", ("input", "chosen", "rejected"), _read_question),
     Format("messages, or hh-rlhf transcripts", ("chosen", "rejected"), _read_implicit),
+    Format("SePO's released code", official.COLUMNS, _read_official),
 )
 FIELDS = {name for form in FORMATS for name in form.columns} | WEIGHTS | {"id", "system", "tools"}
 

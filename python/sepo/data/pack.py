@@ -24,7 +24,7 @@ def pack(
     downstream checks again, because on a device that would wait.
     """
     tokens, position_ids, rows, targets, weights = [], [], [], [], []
-    ref_logp, ref_hidden = [], []
+    ref_logp, ref_hidden, mask = [], [], []
     spans, cu_rows = [], [0]
     start = 0  # buffer index of this pair's first token
     for prompt, chosen, rejected in pairs:
@@ -46,6 +46,7 @@ def pack(
             weights.append(_or_ones(segment))
             ref_logp.append(segment.ref_logp)
             ref_hidden.append((segment.ref_hidden, segment.positions))
+            mask.append(segment.mask)
             cu_rows.append(cu_rows[-1] + len(segment.positions))
         start = end
     if not pairs:
@@ -53,7 +54,6 @@ def pack(
     if vocab_size is not None:
         _check_vocabulary([*tokens, *targets], vocab_size)
 
-    has_reference = all(part is not None for part in ref_logp)
     _, prefix_end, rejected_start, pair_end = zip(*spans, strict=True) if spans else [()] * 4
     int32 = dict(dtype=torch.int32)
     return PackedBatch(
@@ -66,8 +66,9 @@ def pack(
         targets=_flat(targets, torch.int64),
         cu_rows=torch.tensor(cu_rows, **int32),
         weights=_flat(weights, torch.float32),
-        ref_logp=_flat(ref_logp, torch.float32) if has_reference else None,
+        ref_logp=_flat_if_all(ref_logp),
         ref_hidden=_read_hidden(ref_hidden),
+        mask=_flat_if_all(mask),
         spans=tuple(spans),
     )
 
@@ -107,6 +108,10 @@ def _read_hidden(
     if not segments or any(rows is None for rows, _ in segments):
         return None
     return torch.cat([rows.read(positions) for rows, positions in segments])
+
+
+def _flat_if_all(parts: list[np.ndarray | None]) -> torch.Tensor | None:  # (M,) float32
+    return None if any(part is None for part in parts) else _flat(parts, torch.float32)
 
 
 def _flat(parts: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:

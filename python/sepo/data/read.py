@@ -1,12 +1,13 @@
 """A data set, on disk or on the hub, as tokenised pairs and a report of what became of its rows."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sepo.data.formats import Drop, Preference, find_format, read_row
+from sepo.data.formats import Drop, Format, Preference, find_format, read_row
 from sepo.data.load import load_rows
 from sepo.data.tokenise import tokenise
 from sepo.data.types import TokenPair
@@ -106,15 +107,12 @@ def read_pairs(
     name = str(source) if isinstance(source, str | Path) else "the data set"
     report = Report(name, form.name, read=len(rows))
     result = PairSet([], [], report)
-    ids: set[str] = set()
-    for start in _starts(len(rows), progress):
+    named = named_rows(rows, form, first=skip, fields=fields)
+    for _ in _starts(len(rows), progress):
         batch: list[Preference] = []
-        for number, row in enumerate(rows.select(range(start, min(start + BATCH, len(rows))))):
-            one = read_row(row, skip + start + number, form, fields=fields)
-            if one.id in ids:  # two rows of one name could not be told apart in a store
-                report.note(REPEATED_ID, one.id)
-                one = replace(one, id=f"{one.id}#{skip + start + number}")
-            ids.add(one.id)
+        for one, own_id in islice(named, BATCH):
+            if one.id != own_id:
+                report.note(REPEATED_ID, own_id)
             if isinstance(one, Drop):
                 report.drop(one)
             else:
@@ -129,9 +127,30 @@ def read_pairs(
             for what in done.notes:
                 report.note(what, done.pair.id)
     if not result.pairs:
-        why = "; ".join(f"{count} {why}" for why, count in report.dropped.most_common())
+        why = "; ".join(
+            f"{count} {why}" + (f" [{report.details[why]}]" if why in report.details else "")
+            for why, count in report.dropped.most_common()
+        )
         raise InputError(f"no row of {name} can be used: {why}")
     return result
+
+
+def named_rows(
+    rows: Iterable[Mapping[str, Any]],
+    form: Format,
+    *,
+    first: int = 0,  # number of the first row
+    fields: Mapping[str, str] | None = None,
+) -> Iterator[tuple[Preference | Drop, str]]:
+    """Each row read, under an id that no other has, and the id that the data gave it."""
+    ids: set[str] = set()
+    for number, row in enumerate(rows, start=first):
+        one = read_row(row, number, form, fields=fields)
+        own_id = one.id
+        if own_id in ids:  # two rows of one name could not be told apart in a store
+            one = replace(one, id=f"{own_id}#{number}")
+        ids.add(one.id)
+        yield one, own_id
 
 
 def _starts(count: int, progress: bool) -> Iterable[int]:

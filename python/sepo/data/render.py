@@ -25,19 +25,13 @@ def spans(
     """The whole text of the chosen and of the rejected side, or why there is none.
 
     Messages are rendered by the chat template, prompt and response in one; plain text is the
-    prompt followed by the response. Raises InputError for messages without a chat template.
+    prompt, which the template may have rendered, followed by the response. Raises InputError for
+    messages without a chat template.
     """
     if preference.chosen == preference.rejected:
         return Drop(preference.id, Why.SAME)
     if isinstance(preference.prompt, str):
-        start = len(preference.prompt)
-        chosen, rejected = (
-            preference.prompt + response for response in (preference.chosen, preference.rejected)
-        )
-        return (
-            Span(chosen, start, len(chosen), is_chat=False),
-            Span(rejected, start, len(rejected), is_chat=False),
-        )
+        return _plain_spans(preference.prompt, preference)
     if tokenizer.chat_template is None:
         raise InputError(
             f"row {preference.id}: expected a tokenizer with a chat template for messages, got "
@@ -47,11 +41,21 @@ def spans(
     return _chat_spans(preference, tokenizer)
 
 
+def _plain_spans(prompt: str, p: Preference) -> tuple[Span, Span]:
+    chosen, rejected = (
+        Span(prompt + response, len(prompt), len(prompt + response), is_chat=False)
+        for response in (p.chosen, p.rejected)
+    )
+    return chosen, rejected
+
+
 def _chat_spans(p: Preference, tokenizer: Any) -> tuple[Span, Span] | Drop:
     from jinja2 import TemplateError
 
     render = partial(tokenizer.apply_chat_template, tools=p.tools, tokenize=False)
     try:
+        if isinstance(p.chosen, str):
+            return _plain_spans(render(p.prompt, add_generation_prompt=True), p)
         frame = _frame(p.prompt, render)
         sides = [
             _locate(render([*p.prompt, answer]), frame, p.prompt, render)

@@ -1,12 +1,16 @@
 """From a pair to what a method reads of it: select, then truncate."""
 
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from sepo.data.pack import PackablePair
 from sepo.data.select import (
+    FirstToken,
+    Fraction,
     all_positions,
+    random_mask,
     random_positions,
     select_positions,
     weighted_positions,
@@ -22,9 +26,12 @@ def make_segments(
     pair: TokenPair,  # a ScoredPair where positions are "selected"
     positions: Positions,
     *,
-    fraction: float = 0.3,  # of a response's tokens, for "selected" and "random"
-    rejected_fraction: float | None = None,  # None: as `fraction`
-    seed: int = 0,  # of "random"
+    fraction: Fraction = 0.3,  # of a response's tokens, for "selected" and "random"
+    rejected_fraction: Fraction | None = None,  # None: as `fraction`
+    mass: float = 0.8,  # of the score, where a fraction is "mass"
+    first_token: FirstToken = "paper",
+    mask: Literal["random"] | None = None,  # a number in [0, 1) a used token, beside the weights
+    seed: int = 0,  # of both "random"
 ) -> PackablePair:
     """The prompt and both responses, cut after their last used token.
 
@@ -33,10 +40,14 @@ def make_segments(
     that the user's weights, if any, leave in; "chosen": the same, and nothing of the rejected
     response. Raises InputError naming the row if what is asked for is not there.
     """
+    if rejected_fraction is None:
+        rejected_fraction = fraction
+    how = dict(mass=mass, first_token=first_token, mask=mask, seed=seed)
+    segment = partial(_segment, pair, positions=positions, **how)
     return (
         pair.prompt,
-        _segment(pair, "chosen", positions, fraction, seed),
-        _segment(pair, "rejected", positions, rejected_fraction or fraction, seed),
+        segment("chosen", fraction=fraction),
+        segment("rejected", fraction=rejected_fraction),
     )
 
 
@@ -52,34 +63,70 @@ def num_selected(pair: PackablePair) -> int:
 
 
 def _segment(
-    pair: TokenPair, side: str, positions: Positions, fraction: float, seed: int
+    pair: TokenPair,
+    side: str,
+    *,
+    positions: Positions,
+    fraction: Fraction,
+    mass: float,
+    first_token: FirstToken,
+    mask: str | None,
+    seed: int,
 ) -> Segment:
     response: np.ndarray = getattr(pair, side)
     weight = getattr(pair, f"{side}_weight")
     kept = {name: getattr(pair, f"{side}_{name}", None) for name in ("ref_logp", "ref_hidden")}
     if positions == "chosen" and side == "rejected":
         where = np.empty(0, np.int32)
-    elif positions == "random":
-        if weight is not None:
-            raise InputError(f"row {pair.id}: it brings its own {side} weights, nothing to draw")
-        where = random_positions(len(response), fraction, seed=seed, key=f"{pair.id}/{side}")
     elif weight is not None:
+        if positions == "random":
+            raise InputError(f"row {pair.id}: it brings its own {side} weights, nothing to draw")
+        _check_weight(weight, pair, side)
         where = weighted_positions(weight)
-    elif positions == "selected":
-        where = _by_score(pair, side, fraction)
-    else:
+    elif positions in ("all", "chosen"):
         where = all_positions(len(response))
+    else:
+        how = dict(fraction=fraction, mass=mass, first_token=first_token, seed=seed)
+        where = _some_positions(pair, side, positions, **how)
+    if mask == "random":
+        kept["mask"] = random_mask(len(response), seed=seed, key=f"{pair.id}/{side}/mask")
     return truncate(response, where, weight=weight, **kept)
 
 
-def _by_score(pair: TokenPair, side: str, fraction: float) -> np.ndarray:
+def _some_positions(
+    pair: TokenPair,
+    side: str,
+    positions: Positions,
+    *,
+    fraction: Fraction,
+    mass: float,
+    first_token: FirstToken,
+    seed: int,
+) -> np.ndarray:  # (K,) int32
     score = getattr(pair, f"{side}_score", None)
-    if score is None:
+    if positions == "selected" and score is None:
         raise InputError(
             f"row {pair.id}: expected a score per {side} token (`sepo score` writes them) "
             "or the user's own masks or weights"
         )
     try:
-        return select_positions(score, fraction, "highest" if side == "chosen" else "lowest")
+        if positions == "random":
+            how = dict(seed=seed, key=f"{pair.id}/{side}", first_token=first_token)
+            return random_positions(len(getattr(pair, side)), fraction, **how)
+        best = "highest" if side == "chosen" else "lowest"
+        return select_positions(score, fraction, best, mass=mass, first_token=first_token)
     except InputError as error:
         raise InputError(f"row {pair.id}, {side}: {error}") from error
+
+
+def _check_weight(weight: np.ndarray, pair: TokenPair, side: str) -> None:
+    """Columns are checked as they are read; pairs made by hand come here unread."""
+    name = f"row {pair.id}: expected {side}_weight"
+    if len(weight) != len(getattr(pair, side)):
+        raise InputError(
+            f"{name} to hold {len(getattr(pair, side))} numbers, one a token, got {len(weight)}"
+        )
+    if not (good := np.isfinite(weight) & (weight >= 0)).all():
+        raise InputError(f"{name} to be finite and >= 0, got {weight[~good][0]}")
+    if not weight.any():
+        raise InputError(f"{name} to select a token, got zeros alone")

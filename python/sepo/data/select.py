@@ -7,24 +7,36 @@ import numpy as np
 
 from sepo.errors import InputError
 
+Fraction = float | Literal["mass"]  # how many: a share of the tokens, or of the score they hold
+FirstToken = Literal["paper", "official"]
+
 
 def select_positions(
     score: np.ndarray,  # (T,) float32, one score per response token, finite
-    fraction: float,  # 0 < fraction <= 1
+    fraction: Fraction,  # 0 < fraction <= 1, or "mass"
     side: Literal["highest", "lowest"],
     *,
+    mass: float = 0.8,  # 0 < mass <= 1, of "mass"
+    first_token: FirstToken = "paper",  # "official": as the released code, never the first of many
     min_tokens: int = 1,
 ) -> np.ndarray:  # (K,) int32 ascending
     """Positions of the K highest (chosen) or lowest (rejected) scores; ties go to the earlier.
 
-    K = max(min_tokens, floor(fraction * T + 1e-9)), at most T. Raises InputError for a NaN score
-    or a fraction outside (0, 1].
+    K is `count_selected`'s; for "mass" the fewest tokens that hold that share of the sum of the
+    positive (lowest: negative) scores, and one, the best, where there are none. Raises InputError
+    for a NaN score, or a fraction or mass outside (0, 1].
     """
     if np.isnan(score).any():
         raise InputError(f"expected finite scores, got NaN at position {np.isnan(score).argmax()}")
-    count = count_selected(len(score), fraction, min_tokens=min_tokens)
-    order = np.argsort(-score if side == "highest" else score, kind="stable")
-    return np.sort(order[:count]).astype(np.int32)
+    skip = _first_candidate(len(score), first_token)
+    gain = score[skip:] if side == "highest" else -score[skip:]
+    best_first = np.argsort(-gain, kind="stable")
+    if fraction == "mass":
+        count = max(min_tokens, _count_of_mass(gain[best_first], mass))
+    else:
+        how = dict(first_token=first_token, min_tokens=min_tokens)
+        count = count_selected(len(score), fraction, **how)
+    return np.sort(skip + best_first[:count]).astype(np.int32)
 
 
 def random_positions(
@@ -33,13 +45,24 @@ def random_positions(
     *,
     seed: int,
     key: str,  # names the response, e.g. "<pair id>/chosen"; the same key draws the same positions
+    first_token: FirstToken = "paper",  # the candidates and the count are those of the scores
     min_tokens: int = 1,
 ) -> np.ndarray:  # (K,) int32 ascending
     """SePO-rand: K positions uniformly at random, fixed by (seed, key) and nothing else."""
-    count = count_selected(num_tokens, fraction, min_tokens=min_tokens)
-    # crc32, not hash(): Python salts string hashes anew in every process
-    rng = np.random.default_rng((seed, zlib.crc32(key.encode())))
-    return np.sort(rng.choice(num_tokens, count, replace=False)).astype(np.int32)
+    count = count_selected(num_tokens, fraction, first_token=first_token, min_tokens=min_tokens)
+    skip = _first_candidate(num_tokens, first_token)
+    drawn = _rng(seed, key).choice(num_tokens - skip, count, replace=False)
+    return np.sort(skip + drawn).astype(np.int32)
+
+
+def random_mask(
+    num_tokens: int,  # T
+    *,
+    seed: int,
+    key: str,  # as in `random_positions`
+) -> np.ndarray:  # (T,) float32 in [0, 1)
+    """SparsePO's ablation: a number a token, uniform, fixed by (seed, key) and nothing else."""
+    return _rng(seed, key).random(num_tokens, dtype=np.float32)
 
 
 def all_positions(num_tokens: int) -> np.ndarray:  # (T,) int32
@@ -52,9 +75,39 @@ def weighted_positions(weight: np.ndarray) -> np.ndarray:  # (T,) float32 >= 0 -
     return np.flatnonzero(weight > 0).astype(np.int32)
 
 
-def count_selected(num_tokens: int, fraction: float, *, min_tokens: int = 1) -> int:
-    """K = max(min_tokens, floor(fraction * T + 1e-9)), never more than T."""
-    if not 0 < fraction <= 1:
+def count_selected(
+    num_tokens: int,  # T
+    fraction: float,  # 0 < fraction <= 1
+    *,
+    first_token: FirstToken = "paper",
+    min_tokens: int = 1,
+) -> int:
+    """K = max(min_tokens, floor(fraction * T + 1e-9)), never more than T.
+
+    "official": T - 1 in place of T and no 1e-9, but a response of one token keeps it: the released
+    code selects nothing of a short response and divides by zero.
+    """
+    if fraction == "mass" or not 0 < fraction <= 1:
         raise InputError(f"expected 0 < fraction <= 1, got {fraction}")
+    candidates = num_tokens - _first_candidate(num_tokens, first_token)
     # 1e-9: 0.29 * 100 is 28.999999999999996 in floating point and means 29
-    return min(num_tokens, max(min_tokens, int(fraction * num_tokens + 1e-9)))
+    count = int(fraction * candidates + (1e-9 if first_token == "paper" else 0))
+    return min(candidates, max(min_tokens, count))
+
+
+def _first_candidate(num_tokens: int, first_token: FirstToken) -> int:
+    return 1 if first_token == "official" and num_tokens > 1 else 0
+
+
+def _count_of_mass(gain: np.ndarray, mass: float) -> int:  # (T,) float32 descending
+    if not 0 < mass <= 1:
+        raise InputError(f"expected 0 < mass <= 1, got {mass}")
+    held = np.cumsum(np.maximum(gain, 0), dtype=np.float64)  # (T,) by the first t + 1 tokens
+    # scores are float32: 0.7 of 0.7 + 0.1 + 0.1 + 0.1 must be one token, though 0.7 was rounded
+    enough = mass * held[-1] * (1 - np.finfo(np.float32).eps)
+    return int(np.searchsorted(held, enough)) + 1
+
+
+def _rng(seed: int, key: str) -> np.random.Generator:
+    # crc32, not hash(): Python salts string hashes anew in every process
+    return np.random.default_rng((seed, zlib.crc32(key.encode())))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sepo.data.formats import Drop, Preference, Why
+from sepo.data.official import Selected
 from sepo.data.render import Span, spans
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
@@ -59,7 +60,7 @@ def tokenise(
     if max_length is not None and max_length < 2:
         raise InputError(f"expected max_length >= 2, got {max_length}")
     rules = None if all(map(_has_ids, preferences)) else _rules(tokenizer)
-    has_plain = any(isinstance(p.prompt, str) for p in preferences)
+    has_plain = any(isinstance(p.chosen, str) for p in preferences)
     if has_plain and append_eos and rules.eos is None:
         raise InputError("expected a tokenizer with an eos_token, or append_eos=False; got none")
     sides = [None if _has_ids(p) else spans(p, tokenizer) for p in preferences]
@@ -75,6 +76,8 @@ def tokenise(
         else:
             cut = [_cut_out(span, next(encoded), rules, append_eos) for span in pair]
             whole, notes = _pair_of_text(preference.id, *cut)
+            if preference.selected is not None and not isinstance(whole, Drop):
+                whole = _with_selected(whole, preference.selected)
         results.append(whole if isinstance(whole, Drop) else _finish(whole, notes, max_length))
     return results
 
@@ -235,6 +238,18 @@ def _pair_of_text(
     prompt = chosen.ids[:start]
     pair = TokenPair(id=id, prompt=prompt, chosen=chosen.ids[start:], rejected=rejected.ids[start:])
     return pair, notes
+
+
+def _with_selected(pair: TokenPair, selected: Sequence[Selected]) -> TokenPair | Drop:
+    weights = {}
+    for side, one in zip(("chosen", "rejected"), selected, strict=True):
+        weight = one.weight(getattr(pair, side))
+        if isinstance(weight, str):
+            return Drop(pair.id, Why.OTHER_IDS, f"row {pair.id}, {side} {weight}")
+        if not weight.any():
+            return Drop(pair.id, Why.ZERO_WEIGHT)
+        weights[f"{side}_weight"] = weight
+    return replace(pair, **weights)
 
 
 def _has_ids(preference: Preference) -> bool:

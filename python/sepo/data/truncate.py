@@ -17,6 +17,7 @@ def truncate(
     weight: np.ndarray | None = None,  # (T,) float32, the user's weights
     ref_logp: np.ndarray | None = None,  # (T,) float32, the cached reference
     ref_hidden: HiddenRows | None = None,  # T rows, the same; none is read here
+    mask: np.ndarray | None = None,  # (T,) float32, drawn at random
 ) -> Segment:
     """Keep response[:last selected position] and what belongs to the selected positions."""
     last = int(positions[-1]) if len(positions) else 0
@@ -27,4 +28,5 @@ def truncate(
         weights=None if weight is None else weight[positions],
         ref_logp=None if ref_logp is None else ref_logp[positions],
         ref_hidden=ref_hidden,
+        mask=None if mask is None else mask[positions],
     )

@@ -46,6 +46,7 @@ class Segment:
     weights: np.ndarray | None = None  # (K,) float32, None: all ones
     ref_logp: np.ndarray | None = None  # (K,) float32, None: no cached reference
     ref_hidden: HiddenRows | None = None  # of the whole response; `positions` says which are read
+    mask: np.ndarray | None = None  # (K,) float32, drawn at random; None: no such mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class PackedBatch:
     weights: Tensor  # (M,) float32, ones unless the user brought weights
     ref_logp: Tensor | None  # (M,) float32, the cached reference, if every segment has one
     ref_hidden: Tensor | None  # (M, D_ref) bfloat16, its states that predict the targets, likewise
+    mask: Tensor | None  # (M,) float32, SparsePO's random mask, if every segment has one
     spans: tuple[tuple[int, int, int, int], ...]  # P x (start, prefix_end, rejected_start,
     # pair_end) once more as plain integers: attention slices by them without asking the device
 

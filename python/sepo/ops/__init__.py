@@ -1,6 +1,15 @@
 """The operations of the training step, usable on their own in any PyTorch program."""
 
-from sepo.losses import dpo_loss, sepo_loss, simpo_loss
+from sepo.losses import (
+    dpo_loss,
+    dpop_loss,
+    ipo_loss,
+    rrhf_loss,
+    sepo_loss,
+    simpo_loss,
+    sparsepo_loss,
+    tdpo_loss,
+)
 from sepo.ops import flops  # noqa: F401  registers the FLOP formulas
 from sepo.ops.segment_reduce import segment_mean, segment_sum
 from sepo.ops.segment_topk import segment_topk
@@ -9,8 +18,11 @@ from sepo.ops.selected_logprob_kl import explain_selected_logprob_kl, selected_l
 
 __all__ = [
     "dpo_loss",
+    "dpop_loss",
     "explain_selected_logprob",
     "explain_selected_logprob_kl",
+    "ipo_loss",
+    "rrhf_loss",
     "segment_mean",
     "segment_sum",
     "segment_topk",
@@ -18,4 +30,6 @@ __all__ = [
     "selected_logprob_kl",
     "sepo_loss",
     "simpo_loss",
+    "sparsepo_loss",
+    "tdpo_loss",
 ]
