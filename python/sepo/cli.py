@@ -36,6 +36,7 @@ def run(argv: list[str] | None = None) -> None:
 COMMANDS = (
     ("demo", "sepo.demo.run", "the whole method on a small real model, on this machine"),
     ("score", "sepo.score", "oracle minus reference log-probability of every response token"),
+    ("transfer", "sepo.transfer", "an oracle's scores in the tokens of another tokenizer"),
     ("inspect", "sepo.inspect", "look at rows as the trainer will see them, and count what drops"),
 )
 
