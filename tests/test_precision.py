@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from scoring_for_tests import QUIET, make_pairs, save_models, tiny_in
+from tiny import random_scored_pairs, tiny_model
 
 from sepo.data.store import ScoredStore
-from sepo.model import load_model
+from sepo.model import load_model, prepare_model
 from sepo.precision import compare_scores, describe
+from sepo.response_logp import response_logp
 from sepo.score import score_dataset, score_pairs
 
 
@@ -86,3 +88,20 @@ def test_precision_in_words(jaccard, words):
     result["overlap"]["0.3"] = jaccard
     text = describe(result, "bfloat16")
     assert words in text and f"{jaccard:.2f} at 30%" in text
+
+
+def test_scores_are_made_without_tf32():
+    """transformers switches it on for the whole process under --tf32 or --torch_compile."""
+    matmul = torch.backends.cuda.matmul
+    before, seen = matmul.fp32_precision, []
+    model = prepare_model(tiny_model())
+    handle = model.model.layers[0].register_forward_pre_hook(
+        lambda *_: seen.append((matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+    )
+    matmul.fp32_precision = "tf32"
+    try:
+        response_logp(model, random_scored_pairs(2), "reference", 100)
+        assert seen == [("ieee", "ieee")] and matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+        handle.remove()

@@ -1,5 +1,8 @@
 """What a model says of every response token, in batches under a token budget."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,10 +38,11 @@ def response_logp(
         batch = [pairs[i] for i in members]
         packed = pack([(p.prompt, whole(p.chosen), whole(p.rejected)) for p in batch])
         packed = packed.to(model.device)
-        states = hidden_states(model, packed)
-        flat = selected_logprob(
-            states, weight, packed.rows, packed.targets, bias=bias, scale=scale, softcap=softcap
-        )
+        with _exact_float32():
+            states = hidden_states(model, packed)
+            flat = selected_logprob(
+                states, weight, packed.rows, packed.targets, bias=bias, scale=scale, softcap=softcap
+            )
         cuts = packed.cu_rows.tolist()
         segments = np.split(flat.cpu().numpy(), cuts[1:-1])
         for slot, i in enumerate(members):
@@ -59,6 +63,23 @@ def check_budget(pairs: list[TokenPair], max_tokens: int) -> None:
                 f"row {pair.id}: {len(pair)} tokens, expected at most --max_tokens_per_batch "
                 f"{max_tokens}; the longest pair has {max(map(len, pairs))}"
             )
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """float32 products in float32: TF32 keeps 10 bits, and transformers may have switched it on.
+
+    A score is a small difference of two large numbers: see docs/precision.md.
+    """
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def _check_finite(row: str, responses: tuple[np.ndarray, ...], model, role: str) -> None:

@@ -1,0 +1,142 @@
+"""Log-probabilities in one arithmetic or another, and what selections made of them share."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from examples.precision.arithmetic import Float64Only, tf32
+from sepo.data.select import random_positions, select_positions
+from sepo.data.types import TokenPair
+from sepo.demo import evaluate
+from sepo.model import load_model
+from sepo.response_logp import response_logp
+
+MAX_TOKENS = 1024  # of a batch
+# what a user may do: the arithmetic of the oracle's pass, that of the reference's
+VARIANTS = {
+    "float32": ("float32", "float32"),
+    "tf32": ("tf32", "tf32"),
+    "float16": ("float16", "float16"),
+    "bfloat16": ("bfloat16", "bfloat16"),
+    "bfloat16 logits": ("bfloat16 logits", "bfloat16 logits"),  # and softmax of rounded logits
+    "bfloat16 weights": ("bfloat16 weights", "bfloat16 weights"),  # arithmetic in float32
+    "bfloat16 oracle checkpoint": ("bfloat16 weights", "float32"),  # the reference's is exact
+}
+
+Responses = list[tuple[np.ndarray, np.ndarray]]  # P x chosen (T1,), rejected (T2,), in nats
+Positions = list[tuple[np.ndarray, np.ndarray]]  # P x chosen (K1,), rejected (K2,)
+
+
+def measure(
+    variant: str,  # of VARIANTS, or "random"
+    pairs: list[TokenPair],
+    oracle: Path,
+    reference: Path,
+    cache: Path,  # directory of log-probabilities
+    fraction: float,
+) -> dict:
+    """What `variant` keeps of the selection made in float64, and its scores' error."""
+    exact = token_scores(("float64", "float64"), pairs, oracle, reference, cache)
+    true = select(exact, fraction)
+    flat = np.concatenate([side for pair in exact for side in pair])
+    result = {"pairs": len(pairs), "tokens": len(flat), "spread": float(flat.std())}
+    if variant == "random":
+        return result | compare(true, select_at_random(pairs, fraction))
+    found = token_scores(VARIANTS[variant], pairs, oracle, reference, cache)
+    error = np.abs(np.concatenate([side for pair in found for side in pair]) - flat)
+    result |= {"error_mean": float(error.mean()), "error_max": float(error.max())}
+    return result | compare(true, select(found, fraction))
+
+
+def compare(true: Positions, found: Positions) -> dict:
+    """Shares of the tokens selected in truth and in fact, with 95 % intervals over pairs.
+
+    "kept": of a pair's true selection, the share that is found; "jaccard": of all tokens that
+    either selects, the share that both do. Means over pairs.
+    """
+    kept, jaccard = [], []
+    for a, b in zip(true, found, strict=True):
+        shared = sum(len(np.intersect1d(x, y)) for x, y in zip(a, b, strict=True))
+        size = sum(map(len, a))
+        kept.append(shared / size)
+        jaccard.append(shared / (size + sum(map(len, b)) - shared))
+    result = {}
+    for name, values in (("kept", kept), ("jaccard", jaccard)):
+        mean = evaluate.clustered_mean(values, range(len(values)))
+        result |= {name: mean.mean, f"{name}_ci95": [mean.low, mean.high]}
+    return result
+
+
+def select(scores: Responses, fraction: float) -> Positions:
+    """SePO's selection: the highest of a chosen response, the lowest of a rejected one."""
+    return [
+        (
+            select_positions(chosen, fraction, "highest"),
+            select_positions(rejected, fraction, "lowest"),
+        )
+        for chosen, rejected in scores
+    ]
+
+
+def select_at_random(pairs: list[TokenPair], fraction: float) -> Positions:
+    draw = lambda pair, side: random_positions(
+        len(getattr(pair, side)), fraction, seed=0, key=f"{pair.id}/{side}"
+    )
+    return [(draw(pair, "chosen"), draw(pair, "rejected")) for pair in pairs]
+
+
+def token_scores(
+    arithmetics: tuple[str, str],  # of the oracle's pass and of the reference's
+    pairs: list[TokenPair],
+    oracle: Path,
+    reference: Path,
+    cache: Path,
+) -> Responses:
+    """Oracle minus reference log-probability of each response token."""
+    logps = [
+        cached_logp(model, arithmetic, pairs, cache / f"{model.name}, {arithmetic}.npy")
+        for model, arithmetic in zip((oracle, reference), arithmetics, strict=True)
+    ]
+    ends = np.cumsum([n for p in pairs for n in (len(p.chosen), len(p.rejected))])
+    sides = np.split(logps[0] - logps[1], ends[:-1])
+    return list(zip(sides[::2], sides[1::2], strict=True))
+
+
+def cached_logp(model: Path, arithmetic: str, pairs: list[TokenPair], path: Path) -> np.ndarray:
+    """log p of every response token, chosen and rejected of each pair in order; made once."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flat = np.concatenate([side for pair in logp(model, arithmetic, pairs) for side in pair])
+        unfinished = path.with_suffix(".unfinished.npy")
+        np.save(unfinished, flat)
+        os.replace(unfinished, path)
+    return np.load(path)
+
+
+def logp(path: Path, arithmetic: str, pairs: list[TokenPair]) -> Responses:
+    """log p of every response token in nats; float64 for "float64", else float32."""
+    if arithmetic == "float64":
+        with Float64Only():  # the definition
+            return _transformers_logp(path, pairs, torch.float64)
+    if arithmetic == "bfloat16 logits":
+        return _transformers_logp(path, pairs, torch.bfloat16)
+    dtype = getattr(torch, arithmetic, torch.float32)  # of weights and arithmetic alike
+    model = load_model(str(path), dtype=dtype)
+    if arithmetic == "bfloat16 weights":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+    with tf32() if arithmetic == "tf32" else nullcontext():
+        return response_logp(model, pairs, "model", MAX_TOKENS)
+
+
+def _transformers_logp(path: Path, pairs: list[TokenPair], dtype: torch.dtype) -> Responses:
+    """transformers' own forward and logits, each response a sequence of its own."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    sequences = [(p.prompt.tolist(), r.tolist()) for p in pairs for r in (p.chosen, p.rejected)]
+    values = [v.numpy() for v in evaluate.response_logp(model, sequences, batch_size=4)]
+    return list(zip(values[::2], values[1::2], strict=True))
