@@ -6,4 +6,5 @@ trl.py        TRL's trainers, as users run them   ours.py     SePOTrainer
 savings.py    each saving switched on in turn     objectives.py  what they minimise
 race.py       gate, then memory, then rounds      gate.py     right in float32, or not timed
 table.py      tables, bars and JSON lines         flops.py    what a model has to compute
+arguments.py  what bench.kl_steps asks for too
 """

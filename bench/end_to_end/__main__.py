@@ -1,21 +1,14 @@
 """Seconds and memory of a training step a pair: TRL, this project, and each saving by itself."""
 
 import argparse
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-import transformers
-from datasets import disable_progress_bars
-
-from bench import report
 from bench.end_to_end import models, ours, savings, table, trl
+from bench.end_to_end.arguments import add_arguments, be_quiet, say, setting
 from bench.end_to_end.contender import Contender
 from bench.end_to_end.race import Row, race
 from bench.end_to_end.rows import deal, default_source, texts, with_scores
 from bench.end_to_end.weights import Weights
-from bench.harness import device_here
 from sepo.data.types import TokenPair
 
 ATTENTION = {"cpu": (None,), "cuda": ("varlen", "flex", "sdpa")}
@@ -30,17 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="bench.end_to_end", description=__doc__)
+    add_arguments(found, rounds=7)
     add = found.add_argument
-    add("--model", help=f"smollm2, {', '.join(models.SHAPES)}, a directory or a hub id")
-    add("--data", type=Path, help="preference pairs; default dpo_en_demo.json, else examples/")
-    add("--pairs", type=int, default=4, help="of one step")
-    add("--rounds", type=int, default=7)
     add("--saving_rounds", type=int, default=3, help="of each saving")
-    add("--max_length", type=int, default=512)
     add("--only", nargs="+", default=GROUPS, choices=GROUPS, help="groups of contenders")
-    add("--device", default=device_here(), choices=("cpu", "cuda"))
-    add("--float32", action="store_true", help="no autocast")
-    add("--json", type=Path, help="append rows to this file; default bench/results")
     return found
 
 
@@ -52,16 +38,17 @@ def run(args: argparse.Namespace) -> list[Row]:
     weights = Weights(model)
     pairs, about = same_pairs(args, weights, tokenizer)
     say(f"{name}: {about}\n{args.rounds} rounds of {args.pairs}, at most {args.max_length} tokens")
-    say(*setting(args))
+    conditions = setting(args, trl.version())
+    say(*conditions)
     rounds = deal([with_scores(pair) for pair in pairs], args.rounds, args.pairs)
     rounds, seconds = cached(weights, rounds)
     everybody = contenders(args, weights, rounds, tokenizer)
-    rows = race(everybody, weights, rounds, saving_rounds=args.saving_rounds, tell=say)
-    say("", table.LEGEND, "", table.table(rows), "", table.bars(rows))
+    rows = race(everybody, weights, rounds, tell=say)
+    say("", table.legend(), "", table.table(rows), "", table.bars(rows))
     say(f"the cached reference costs {seconds:.3f} s a pair, once")
     path = args.json or table.default_path(args.device)
     more = dict(model=name, pairs=args.pairs, rounds=args.rounds, reference_seconds=seconds)
-    table.append(rows, path, args.device, more | {"setting": setting(args)})
+    table.append(rows, path, args.device, more | {"setting": conditions})
     say(f"appended to {path}")
     return rows
 
@@ -78,15 +65,6 @@ def same_pairs(
     return pairs, about
 
 
-def setting(args: argparse.Namespace) -> tuple[str, str, str]:
-    """What is the same for all."""
-    return (
-        f"weights float32, {'no' if args.float32 else 'bfloat16'} autocast, fused AdamW in float32",
-        f"{report.machine(args.device)}, {torch.get_num_threads()} threads",
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {trl.version()}",
-    )
-
-
 def contenders(args: argparse.Namespace, weights: Weights, rounds, tokenizer) -> list[Contender]:
     bf16, found = not args.float32, []
     if "trl" in args.only:
@@ -94,7 +72,7 @@ def contenders(args: argparse.Namespace, weights: Weights, rounds, tokenizer) ->
     if "sepo" in args.only:
         found += ours.contenders(weights, rounds, bf16=bf16, attn_impls=ATTENTION[args.device])
     if "savings" in args.only:
-        found += savings.contenders(weights, rounds, bf16=bf16)
+        found += savings.contenders(weights, rounds, bf16=bf16, turns=args.saving_rounds)
     return found
 
 
@@ -104,17 +82,6 @@ def cached(weights: Weights, rounds: list[list]) -> tuple[list[list], float]:
     done, seconds = ours.reference_logp(weights, list(flat.values()))
     flat = {pair.id: pair for pair in done}
     return [[flat[pair.id] for pair in pairs] for pairs in rounds], seconds
-
-
-def be_quiet() -> None:
-    disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-
-
-def say(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)  # a run that is stopped has said where
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ class Contender:
     """`step` adds gradients to the shared weights; the end of the step is common to all."""
 
     name: str
-    group: str  # "trl" | "sepo" | "savings"
-    objective: str  # a key of objectives.OBJECTIVES
+    group: str  # "trl" | "dense" | "sepo" | "savings"
+    objective: str  # a method of sepo.methods.METHODS
     step: Callable[[int], Tensor] | None  # round -> loss; None: it can't run here
     work: Callable[[int], Work] | None
     absent: str = ""  # why it can't run
@@ -29,6 +29,7 @@ class Contender:
     lower: Callable[[], None] = lambda: None  # from float32, where the gate compares, to bfloat16
     float32: bool = True  # it can be compared in float32
     keeps_bytes: int = 0  # beside the policy: a reference model
+    turns: int | None = None  # timed rounds at most; None: all; 0: its memory alone is asked for
     note: str = ""
 
     @property

@@ -16,6 +16,7 @@ def training(
     *,
     prompt_once: bool,
     forwards: int = 0,  # further passes without a backward: a live reference
+    heads: int = 0,  # further products with the head alone: a reference's cached rows
 ) -> float:
     """Two FLOP a weight and token forward, twice that backward; attention over its causal half.
 
@@ -34,7 +35,7 @@ def training(
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * width * seen
     head = 2 * rows * config.hidden_size * config.vocab_size
-    return (3 + forwards) * float(2 * weights * tokens + attention + head)
+    return (3 + forwards) * float(2 * weights * tokens + attention + head) + heads * head
 
 
 def peak() -> float | None:

@@ -40,6 +40,12 @@ def load(
     return model.to(device), AutoTokenizer.from_pretrained(path)
 
 
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Recompute each layer in backward, as Trainer's loop would switch it on."""
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)()  # the name depends on the version
+
+
 def smollm2_here() -> str:
     """The real one where its package is, else its shape."""
     try:

@@ -5,21 +5,26 @@ import time
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bench.end_to_end import flops
 from bench.end_to_end.contender import Contender, Work
+from bench.end_to_end.models import checkpoint_layers
 from bench.end_to_end.objectives import SETTINGS, segments
 from bench.end_to_end.rows import with_reference
-from bench.end_to_end.weights import Weights, twin
+from bench.end_to_end.weights import Weights, num_bytes, twin
 from sepo.config import SePOConfig
 from sepo.data.segments import num_selected
-from sepo.data.types import ScoredPair
+from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.model import explain_attention, prepare_model
+from sepo.reference import CachedReference
 from sepo.response_logp import response_logp
+from sepo.tokens import MASK
 from sepo.trainer import SePOTrainer
 
+RECOMPUTED = {"recompute": "cheap again", "checkpointing": "checkpointing"}
 NAMES = {"dpo": "dpo, cached reference", "simpo": "simpo", "sepo": "sepo 30 %"}
 
 
@@ -39,23 +44,40 @@ def contenders(
     bf16: bool,
     attn_impls: tuple[str | None, ...] = (None,),  # None: what the trainer takes by itself
 ) -> list[Contender]:
-    variants = [(objective, impl, False) for impl in attn_impls for objective in NAMES]
-    variants.append(("sepo", attn_impls[0], True))
-    return [_contender(weights, rounds, bf16, *variant) for variant in variants]
+    variants = [(objective, impl, {}) for impl in attn_impls for objective in NAMES]
+    variants.append(("sepo", attn_impls[0], dict(recompute="cheap")))
+    variants.append(("sepo", attn_impls[0], dict(checkpointing=True)))
+    return [
+        contender(
+            NAMES[objective] + "".join(f", {RECOMPUTED[key]}" for key in options),
+            objective,
+            weights,
+            rounds,
+            SETTINGS[objective],
+            bf16=bf16,
+            impl=impl,
+            **options,
+        )
+        for objective, impl, options in variants
+    ]
 
 
-def _contender(
-    weights: Weights,
-    rounds: list[list[ScoredPair]],
-    bf16: bool,
+def contender(
+    name: str,
     objective: str,
-    impl: str | None,
-    checkpointing: bool,
+    weights: Weights,
+    rounds: list[list[TokenPair]],  # with what the objective reads of a cached reference
+    settings: dict,  # as SePOConfig takes them
+    *,
+    bf16: bool,
+    reference: PreTrainedModel | CachedReference | None = None,
+    impl: str | None = None,
+    checkpointing: bool = False,
+    recompute: str = "nothing",  # as SePOConfig takes it
 ) -> Contender:
-    name = NAMES[objective] + (", checkpointing" if checkpointing else "")
     found = Contender(name, "sepo", objective, None, None, attention=impl or "")
     on_cpu = weights.model.device.type == "cpu"
-    arguments = SETTINGS[objective] | ({"attn_impl": impl} if impl else {})
+    arguments = settings | ({"attn_impl": impl} if impl else {})
     folder = tempfile.TemporaryDirectory()
     config = lambda pairs: SePOConfig(
         output_dir=folder.name,
@@ -63,7 +85,8 @@ def _contender(
         pairs_per_step=len(pairs),
         max_tokens_per_batch=None,  # the step in one micro-batch, as TRL's
         bf16=bf16,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=checkpointing or None,  # False is deprecated as well
+        recompute=recompute,
         use_cpu=on_cpu,
         report_to="none",
         disable_tqdm=True,
@@ -71,25 +94,33 @@ def _contender(
     )
     model = weights.twin()
     try:
-        trainers = [SePOTrainer(model, config(pairs), train_dataset=pairs) for pairs in rounds]
+        trainers = [
+            SePOTrainer(model, config(pairs), train_dataset=pairs, reference_model=reference)
+            for pairs in rounds
+        ]
     except InputError as error:
         found.absent = str(error)
         return found
+    if hasattr(model, MASK):  # each trainer has drawn a mask of its own
+        setattr(model, MASK, getattr(weights.twin(), MASK))
     how = explain_attention(model, dtype=torch.bfloat16 if bf16 else None)
     found.note = "attention: " + how.partition(";")[0]
-    if checkpointing:  # Trainer's loop does it
-        model.gradient_checkpointing_enable()
+    if checkpointing:
+        checkpoint_layers(model)
 
     def step(number: int) -> Tensor:
         assert folder  # lives as long as the trainers that may write to it
         return trainers[number].training_step(model, {"step": 0})
+
+    live, cached = isinstance(reference, nn.Module), isinstance(reference, CachedReference)
 
     def work(number: int) -> Work:
         cut = segments(objective, rounds[number])
         sizes = [(len(p), len(c.response), len(r.response)) for p, c, r in cut]
         rows = sum(map(num_selected, cut))
         tokens = sum(map(sum, sizes))
-        return Work(tokens, rows, flops.training(model, sizes, rows, prompt_once=True))
+        more = dict(forwards=int(live), heads=int(cached))
+        return Work(tokens, rows, flops.training(model, sizes, rows, prompt_once=True, **more))
 
     # the gate asks for float32 first: of round 0 alone, with neither of accelerate's two autocasts
     accelerator = trainers[0].accelerator
@@ -102,4 +133,8 @@ def _contender(
     found.step, found.work, found.lower = step, work, lower
     # the kernels of these take 16-bit inputs only
     found.float32 = impl not in ("varlen", "flex")
+    if live:
+        found.keeps_bytes = num_bytes(reference)
+    if cached:
+        found.keeps_bytes = reference.stored.weight.nbytes
     return found

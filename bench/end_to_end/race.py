@@ -42,14 +42,14 @@ def race(
     weights: Weights,
     rounds: list[list[ScoredPair]],  # round 0 is the gate's
     *,
-    saving_rounds: int | None = None,  # of each saving; None: as many as of the others
+    truth: Callable[[str, Weights, list], gate.Truth] = gate.truth,  # objective, weights, pairs
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
     """A row a contender, in their order; one that is wrong or missing has no speed."""
     rows = {
         c.label: Row(c.name, c.attention, c.group, c.objective, reason=c.absent) for c in contenders
     }
-    _gate([c for c in contenders if c.step], weights, rounds[0], rows)
+    _gate([c for c in contenders if c.step], weights, rounds[0], rows, truth)
     running = [c for c in contenders if rows[c.label].status == "measured"]
     tell(f"gate: {len(running)} of {len(contenders)} contenders may run")
     device, calls, turns = weights.model.device.type, {}, {}
@@ -58,17 +58,23 @@ def race(
         _memory(row, contender, weights, rounds)
         tell(f"memory: {name} {row.peak_bytes / 2**20:.0f} MiB a pair")
         calls[name] = _turns(contender, weights, rounds)
-        few = saving_rounds if contender.group == "savings" else None
-        turns[name] = min(len(rounds) - 1, few or len(rounds))
+        most = len(rounds) - 1
+        turns[name] = most if contender.turns is None else min(most, contender.turns)
     times = measure.interleaved(calls, turns, device)
     for contender in running:
         _describe(rows[contender.label], contender, times[contender.label], rounds)
     return list(rows.values())
 
 
-def _gate(contenders: list[Contender], weights: Weights, pairs: list, rows: dict[str, Row]) -> None:
+def _gate(
+    contenders: list[Contender],
+    weights: Weights,
+    pairs: list,
+    rows: dict[str, Row],
+    truth: Callable,
+) -> None:
     for objective in dict.fromkeys(c.objective for c in contenders):
-        expected = gate.truth(objective, weights, pairs)
+        expected = truth(objective, weights, pairs)
         for contender in (c for c in contenders if c.objective == objective):
             row, reason = rows[contender.label], ""
             if contender.float32:
@@ -105,9 +111,10 @@ def _describe(row: Row, contender: Contender, seconds: list[float], rounds: list
     """What was measured, and the work it took: of all rounds, so that all rows have the same."""
     row.note = contender.note
     row.seconds = [t / len(pairs) for t, pairs in zip(seconds, rounds[1:], strict=False)]
-    low, row.median, high = measure.quartiles(row.seconds)
-    row.quartiles = low, high
+    if row.seconds:
+        low, row.median, high = measure.quartiles(row.seconds)
+        row.quartiles = low, high
     work, pairs = [contender.work(n) for n in range(1, len(rounds))], sum(map(len, rounds[1:]))
     row.tokens, row.rows = sum(w.tokens for w in work) / pairs, sum(w.rows for w in work) / pairs
-    if peak := flops.peak():
+    if seconds and (peak := flops.peak()):
         row.mfu = sum(w.flops for w in work[: len(seconds)]) / sum(seconds) / peak

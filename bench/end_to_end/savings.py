@@ -24,7 +24,7 @@ from bench.end_to_end.objectives import loss, segments
 from bench.end_to_end.weights import Weights
 from sepo.data.pack import PackablePair, pack
 from sepo.data.segments import num_selected
-from sepo.data.types import PackedBatch, ScoredPair, Segment
+from sepo.data.types import PackedBatch, ScoredPair, Segment, TokenPair
 from sepo.model import head, hidden_states, prepare_model, token_logprob
 
 # logp (M,), the reference's or None, cu_rows (S + 1,)
@@ -34,16 +34,8 @@ EMPTY = Segment(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int
 
 def unpacked(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
     device = model.device
-    sequences = [
-        np.concatenate([pair.prompt, y]) for pair in pairs for y in (pair.chosen, pair.rejected)
-    ]
-    longest = max(map(len, sequences))
-    padded = np.stack([np.pad(x, (0, longest - len(x))) for x in sequences]).astype(np.int64)
-    mask = np.stack([np.arange(longest) < len(x) for x in sequences]).astype(np.int64)
-    ids = torch.from_numpy(padded).to(device)  # (2P, L)
-    logits = model(
-        input_ids=ids, attention_mask=torch.from_numpy(mask).to(device), use_cache=False
-    ).logits  # (2P, L, V)
+    ids, mask = padded(pairs, device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (2P, L, V)
     logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     batch = pack(cut).to(device)  # only for what it says of the selected tokens
     count = [len(segment.positions) for _, *two in cut for segment in two]
@@ -51,6 +43,19 @@ def unpacked(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
     where = torch.from_numpy(np.repeat(np.arange(len(count)), count)).to(device)
     found = logp[where, torch.from_numpy(np.concatenate(place)).to(device)]
     return found, batch.ref_logp, batch.cu_rows
+
+
+def padded(
+    pairs: list[TokenPair], device: torch.device
+) -> tuple[Tensor, Tensor]:  # tokens and attention mask, (2P, L) int64
+    """Each response after its prompt, filled up to the longest of all; chosen, rejected, chosen, ..."""
+    sequences = [
+        np.concatenate([pair.prompt, y]) for pair in pairs for y in (pair.chosen, pair.rejected)
+    ]
+    longest = max(map(len, sequences))
+    ids = np.stack([np.pad(x, (0, longest - len(x))) for x in sequences]).astype(np.int64)
+    mask = np.stack([np.arange(longest) < len(x) for x in sequences]).astype(np.int64)
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
 def packed(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
@@ -107,14 +112,20 @@ def selected_rows(model, batch: PackedBatch) -> Tensor:  # (M,)
 
 
 def contenders(
-    weights: Weights, rounds: list[list[ScoredPair]], *, bf16: bool, objectives=("simpo", "sepo")
+    weights: Weights,
+    rounds: list[list[ScoredPair]],
+    *,
+    bf16: bool,
+    objectives: tuple[str, ...] = ("simpo", "sepo"),
+    turns: int | None = None,
 ) -> list[Contender]:
     plain, ours = weights.twin(), prepare_model(weights.twin())
-    return [
+    found = [
         _contender(saving, objective, plain if saving is unpacked else ours, rounds, bf16)
         for objective in objectives
         for saving in SAVINGS
     ]
+    return [replace(contender, turns=turns) for contender in found]
 
 
 def _contender(saving: Callable, objective: str, model, rounds: list, bf16: bool) -> Contender:

@@ -10,18 +10,19 @@ from bench import report
 from bench.end_to_end.race import Row
 
 HEADER = (
-    f"{'':28}{'tokens':>8}{'rows':>7}{'s a pair':>10}{'q1':>8}{'q3':>8}{'x sepo':>8}"
+    f"{'':32}{'tokens':>8}{'rows':>7}{'s a pair':>10}{'q1':>8}{'q3':>8}{'x sepo':>8}"
     f"{'MiB a pair':>12}{'total GiB':>11}{'MFU':>7}  {'loss':<9}{'gradient':<9}"
 )
 LEGEND = """\
 Of each pair: tokens through the policy's trunk (padding included), rows through the head, seconds of
 a whole step (batch, forward, backward, clipping, AdamW): median and quartiles of the rounds, in which
-all take turns on the same pairs. x sepo: median over rounds of the time over that of "sepo 30 %".
+all take turns on the same pairs. x sepo: median over rounds of the time over that of {base}.
 MiB a pair: the allocator's peak beyond weights, gradients, AdamW's moments and a reference; total: with
 them, for the step. MFU: FLOP that the model needs (no padding, no recomputation) over the GPU's peak.
 loss, gradient: errors of what is timed, against float32 and plain PyTorch (the gradient's over its
 length). Nothing is timed whose float32 answer is wrong by 1e-4 in the loss, 1e-3 in the gradient."""
 
+Bars = tuple[tuple[str, str, float], ...]
 SEPO, TRL_DPO, TRL_SIMPO = "sepo 30 %", "TRL DPO", "TRL SimPO"
 BARS = (  # quick, slow, how many times at least
     (SEPO, TRL_DPO, 6.0),
@@ -35,34 +36,45 @@ MEMORY_BARS = (
 )
 
 
-def table(rows: list[Row]) -> str:
-    lines, base = [HEADER], quickest(rows, SEPO)
+def legend(base: str = f'"{SEPO}"') -> str:  # what "x sepo" divides by
+    return LEGEND.format(base=base)
+
+
+def table(rows: list[Row], base: str = SEPO) -> str:  # the contender that "x sepo" divides by
+    lines, divisor = [HEADER], quickest(rows, base)
     for group in dict.fromkeys(row.group for row in rows):
         lines.append("")
-        lines += [_line(row, base) for row in rows if row.group == group]
+        lines += [_line(row, divisor) for row in rows if row.group == group]
     return "\n".join(lines)
 
 
 def _line(row: Row, base: Row | None) -> str:
     if row.status != "measured":
-        return f"  {row.label:26}{row.status}: {row.reason}"
+        return f"  {row.label:30}{row.status}: {row.reason}"
     times = ratio(row, base)
     mfu = "" if row.mfu is None else f"{row.mfu:.1%}"
-    text = f"  {row.label:26}{row.tokens:8.0f}{row.rows:7.0f}{row.median:10.3f}"
-    text += "".join(f"{x:8.3f}" for x in row.quartiles)
+    text = f"  {row.label:30}{row.tokens:8.0f}{row.rows:7.0f}"
+    if row.seconds:
+        text += f"{row.median:10.3f}" + "".join(f"{x:8.3f}" for x in row.quartiles)
+    else:
+        text += f"{'':26}"
     text += f"{times:8.2f}" if times is not None else f"{'':8}"
     text += f"{row.peak_bytes / 2**20:12.0f}{row.total_bytes / 2**30:11.2f}{mfu:>7}"
     return f"{text}  {row.errors['loss']:<9.0e}{row.errors['gradient']:<9.0e}{row.note}".rstrip()
 
 
-def bars(rows: list[Row]) -> str:
+def bars(
+    rows: list[Row],
+    faster: Bars = BARS,
+    smaller: Bars = MEMORY_BARS,
+) -> str:
     """Each bar with what was found; nothing of those that were not measured."""
     lines = []
-    for quick, slow, least in BARS:
+    for quick, slow, least in faster:
         times = ratio(quickest(rows, slow), quickest(rows, quick))
         if times is not None:
             lines.append(_bar(f"{quick} is {times:.2f} x as fast as {slow}", times, least))
-    for name, other, least in MEMORY_BARS:
+    for name, other, least in smaller:
         small, large = quickest(rows, name), quickest(rows, other)
         if small and large:
             times = large.peak_bytes / small.peak_bytes
@@ -96,6 +108,6 @@ def append(rows: list[Row], path: Path, device: str, setting: dict) -> None:
             file.write(json.dumps(about | dataclasses.asdict(row)) + "\n")
 
 
-def default_path(device: str) -> Path:
+def default_path(device: str, race: str = "end-to-end") -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", report.machine(device).lower()).strip("-")
-    return report.ROOT / "bench" / "results" / f"end-to-end-{slug}.jsonl"
+    return report.ROOT / "bench" / "results" / f"{race}-{slug}.jsonl"

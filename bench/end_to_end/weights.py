@@ -27,6 +27,12 @@ class Weights:
         """A module of its own (its attention, its forward, its config) on the same parameters."""
         return twin(self.model)
 
+    def add(self, name: str, module: nn.Module) -> None:
+        """A further submodule that is trained, as a method's mask is; later twins have it too."""
+        setattr(self.model, name, module)
+        self.parameters = list(self.model.parameters())
+        self.optimizer.add_param_group({"params": list(module.parameters())})
+
     def finish(self) -> None:
         """What transformers' Trainer does after the gradients: clip, AdamW, clear."""
         nn.utils.clip_grad_norm_(self.parameters, 1.0)

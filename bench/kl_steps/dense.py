@@ -1,0 +1,147 @@
+"""TDPO2 and SparsePO written straightforwardly, as their released code does it, without its slips.
+
+Chosen and rejected responses are one batch, each after its prompt, padded to the longest. Policy and
+reference (no_grad) run the model's own forward with sdpa attention and put out all logits (2P, L, V);
+both are made float32 and log-softmaxed; the target's entry is gathered and the KL divergence summed
+over the vocabulary. SparsePO's mask reads all layers by output_hidden_states. What is no longer
+needed is let go of at once, and the last position, which predicts nothing, is left out.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.end_to_end import flops
+from bench.end_to_end.contender import Contender, Work
+from bench.end_to_end.gate import Truth
+from bench.end_to_end.models import checkpoint_layers
+from bench.end_to_end.savings import padded
+from bench.end_to_end.weights import Weights, num_bytes, twin
+from bench.kl_steps.settings import MASK_L1, SETTINGS
+from sepo.data.types import TokenPair
+from sepo.tokens import MASK
+
+
+def step_loss(objective: str, policy: nn.Module, reference: nn.Module, pairs: list[TokenPair]):
+    """Mean over the pairs, with a gradient."""
+    ids, attention = padded(pairs, policy.device)
+    used = responses(pairs, ids)  # (2P, L - 1)
+    targets = ids[:, 1:, None]
+    masked = objective == "sparsepo"
+    with torch.no_grad():
+        ref_all, states = vocabulary_logp(reference, ids, attention, output_hidden_states=masked)
+    all_logp, _ = vocabulary_logp(policy, ids, attention)
+    kl = (ref_all.exp() * (ref_all - all_logp)).sum(-1)  # (2P, L - 1)
+    ratio = (all_logp.gather(-1, targets) - ref_all.gather(-1, targets))[..., 0]
+    total = lambda values: (
+        (values * used).sum(1).view(-1, 2).unbind(1)
+    )  # (P,) chosen, (P,) rejected
+    if masked:
+        mask = learned_mask(getattr(policy, MASK).reward, [state[:, :-1] for state in states])
+        return sparsepo(total(mask * ratio), total(mask * kl), total(mask)).mean()
+    return tdpo2(total(ratio), total(kl)).mean()
+
+
+def responses(pairs: list[TokenPair], ids: Tensor) -> Tensor:  # (2P, L - 1) float32
+    """1 where the next token is one of the response, 0 in prompt and padding."""
+    used = torch.zeros(len(ids), ids.shape[1] - 1)
+    for number, (pair, response) in enumerate(
+        (p, y) for p in pairs for y in (p.chosen, p.rejected)
+    ):
+        start = len(pair.prompt) - 1
+        used[number, start : start + len(response)] = 1
+    return used.to(ids.device)
+
+
+def vocabulary_logp(
+    model: nn.Module, ids: Tensor, attention: Tensor, **options
+) -> tuple[Tensor, tuple | None]:  # (2P, L - 1, V) float32; L + 1 states, if asked for
+    output = model(input_ids=ids, attention_mask=attention, use_cache=False, **options)
+    return output.logits[:, :-1].float().log_softmax(-1), output.hidden_states
+
+
+def learned_mask(mask: nn.Module, states: list[Tensor]) -> Tensor:  # -> (2P, L - 1) float32
+    """A score a layer, mixed: of all positions, as everything here; embeddings are no layer."""
+    norm = mask.norm
+    layers = [
+        F.linear(norm(state), weight[None], bias[None]).relu()
+        for state, weight, bias in zip(states[1:], mask.weight, mask.bias, strict=True)
+    ]
+    return F.linear(torch.cat(layers, -1), mask.mixer[None]).relu()[..., 0].float()
+
+
+def tdpo2(ratio: tuple[Tensor, Tensor], kl: tuple[Tensor, Tensor]) -> Tensor:  # (P,)
+    """eq. 17 of arXiv 2404.11999; chosen and rejected are (P,) each."""
+    beta, alpha = SETTINGS["tdpo2"]["beta"], SETTINGS["tdpo2"]["alpha"]
+    margin = (ratio[0] - ratio[1]) - alpha * (kl[1] - kl[0].detach())
+    return -F.logsigmoid(beta * margin)
+
+
+def sparsepo(
+    ratio: tuple[Tensor, Tensor], kl: tuple[Tensor, Tensor], norm: tuple[Tensor, Tensor]
+) -> Tensor:  # (P,)
+    """The code of arXiv 2410.05102 with one mask: it pays its L1 norm as a reward's and as a KL's."""
+    margin = (ratio[0] - ratio[1]) + (kl[0] - kl[1])
+    return -F.logsigmoid(SETTINGS["sparsepo"]["beta"] * margin) + 2 * MASK_L1 * (norm[0] + norm[1])
+
+
+def truth(objective: str, weights: Weights, pairs: list[TokenPair]) -> Truth:
+    """The same in float32, a pair at a time: no pair sees the padding of another."""
+    model, reference, value = weights.twin(), twin(weights.reference), 0.0
+    for pair in pairs:
+        loss = step_loss(objective, model, reference, [pair]) / len(pairs)
+        loss.backward()
+        value += loss.item()
+    return Truth(value, weights.take_gradients())
+
+
+def contenders(
+    objective: str, weights: Weights, rounds: list[list[TokenPair]], *, bf16: bool
+) -> list[Contender]:
+    return [_contender(objective, weights, rounds, bf16, again) for again in (False, True)]
+
+
+def _contender(
+    objective: str,
+    weights: Weights,
+    rounds: list[list[TokenPair]],
+    bf16: bool,
+    checkpointing: bool,  # then its memory alone is asked for
+) -> Contender:
+    policy, reference = weights.twin(), twin(weights.reference)
+    if checkpointing:
+        checkpoint_layers(policy)
+    state: dict[str, Callable] = {"autocast": nullcontext}
+
+    def step(number: int) -> Tensor:
+        with state["autocast"]():
+            value = step_loss(objective, policy, reference, rounds[number])
+        value.backward()
+        return value.detach()
+
+    def lower() -> None:
+        if bf16:
+            state["autocast"] = partial(torch.autocast, policy.device.type, torch.bfloat16)
+
+    def work(number: int) -> Work:
+        sizes = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in rounds[number]]
+        tokens = 2 * len(sizes) * max(p + max(c, r) for p, c, r in sizes)
+        used = sum(c + r for _, c, r in sizes)
+        flop = flops.training(policy, sizes, used, prompt_once=False, forwards=1)
+        return Work(tokens, tokens, flop)
+
+    return Contender(
+        name=f"dense {objective}" + (", checkpointing" if checkpointing else ""),
+        group="dense",
+        objective=objective,
+        step=step,
+        work=work,
+        lower=lower,
+        keeps_bytes=num_bytes(reference),
+        turns=0 if checkpointing else None,
+        note="tokens and rows once more by the reference",
+    )
