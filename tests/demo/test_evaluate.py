@@ -13,6 +13,7 @@ from sepo.demo.evaluate import (
     mean_sentiment,
     pair_accuracy,
     response_logp,
+    token_kl,
 )
 from sepo.demo.sample import Completion
 
@@ -95,6 +96,17 @@ def test_kl_is_the_whole_distributions():
     assert found.mean == pytest.approx(fmean(means), rel=1e-5)
     assert found.mean > 0.1
     assert found.low == pytest.approx(fmean(means) - 1.959964 * stdev(means) / 3**0.5, rel=1e-4)
+
+
+def test_kl_of_each_token_comes_in_the_order_given():
+    policy, reference = tiny_model("llama"), tiny_model("llama", seed=1)
+    sequences = random_sequences(7, seed=5)
+    completions = [Completion(0, *ids, "") for ids in sequences]
+    found = token_kl(policy, reference, completions, batch_size=3)
+    for (prompt, response), kl in zip(sequences, found, strict=True):
+        log_p, log_q = (dense_log_softmax(m, prompt, response) for m in (policy, reference))
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+        torch.testing.assert_close(kl, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_kl_to_itself_is_zero():

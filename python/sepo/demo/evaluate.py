@@ -79,13 +79,37 @@ def kl_per_token(
     Each term is summed over the whole vocabulary rather than estimated from the sampled token;
     only the prefixes are samples. The estimate and its clusters are over openings.
     """
+    taken = first_of_each(completions, per_opening)
+    kl = token_kl(policy, reference, taken, batch_size=batch_size)
+    return clustered_mean(
+        [value for values in kl for value in values.tolist()],
+        [c.opening for c, values in zip(taken, kl, strict=True) for _ in values],
+    )
+
+
+def first_of_each(
+    completions: Sequence[Completion],
+    per_opening: int,
+) -> list[Completion]:
+    """The first completions of every opening; an empty one has no tokens and is passed over."""
     taken, count = [], defaultdict(int)
     for completion in completions:
         if completion.ids and count[completion.opening] < per_opening:
             taken.append(completion)
             count[completion.opening] += 1
-    sequences = [(c.prompt_ids, c.ids) for c in taken]
-    values, clusters = [], []
+    return taken
+
+
+def token_kl(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    completions: Sequence[Completion],  # sampled from the policy at temperature 1, none empty
+    *,
+    batch_size: int = 16,
+) -> list[Tensor]:
+    """KL(policy || reference) in nats at every token of each completion, (T,) float32."""
+    sequences = [(c.prompt_ids, c.ids) for c in completions]
+    result: list[Tensor] = [torch.empty(0)] * len(completions)
     both = zip(
         response_rows(policy, sequences, batch_size),
         response_rows(reference, sequences, batch_size),
@@ -93,9 +117,11 @@ def kl_per_token(
     )
     for (members, policy_rows), (_, reference_rows) in both:
         chunks = zip(policy_rows.split(ROWS), reference_rows.split(ROWS), strict=True)
-        values += torch.cat([row_kl(policy, a, reference, b) for a, b in chunks]).tolist()
-        clusters += [taken[i].opening for i in members for _ in taken[i].ids]
-    return clustered_mean(values, clusters)
+        kl = torch.cat([row_kl(policy, a, reference, b) for a, b in chunks])
+        parts = kl.split([len(completions[i].ids) for i in members])
+        for i, part in zip(members, parts, strict=True):
+            result[i] = part
+    return result
 
 
 @torch.no_grad()

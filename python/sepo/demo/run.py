@@ -11,12 +11,13 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sepo.config import SePOConfig
 from sepo.data.counts import count_rows, count_tokens
@@ -27,7 +28,7 @@ from sepo.data.types import TokenPair
 from sepo.demo.evaluate import kl_per_token, mean_sentiment, pair_accuracy
 from sepo.demo.lexicon import selection_lift
 from sepo.demo.report import print_report
-from sepo.demo.sample import sample
+from sepo.demo.sample import Completion, sample
 from sepo.errors import InputError
 from sepo.model import load_model, load_tokenizer
 from sepo.score import score_dataset
@@ -116,13 +117,22 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{place / SUMMARY}; the aligned model: {place / 'sepo'}")
 
 
-def score(pairs: list[TokenPair], place: Path, tokenizer, reference, oracle=None, keep=("score",)):
+def score(
+    pairs: list[TokenPair],
+    place: Path,
+    tokenizer,
+    reference: Path,
+    oracle: Path | None = None,
+    *,
+    keep: Sequence[str] = ("score",),
+    device: str = "cpu",
+) -> ScoredStore:
     """A complete store, float32."""
     score_dataset(
         pairs,
         place,
-        reference=load_model(str(reference)),
-        oracle=None if oracle is None else load_model(str(oracle)),
+        reference=load_model(str(reference), device=device),
+        oracle=None if oracle is None else load_model(str(oracle), device=device),
         tokenizer=tokenizer,
         keep=keep,
         max_tokens=1024,  # small batches keep the progress bar moving
@@ -131,23 +141,60 @@ def score(pairs: list[TokenPair], place: Path, tokenizer, reference, oracle=None
     return ScoredStore.open(place, tokenizer)
 
 
-def train(model_dir: Path, pairs, place: Path, tokenizer, **arguments) -> None:
+def train(
+    model_dir: Path,
+    pairs: Sequence[TokenPair],
+    place: Path,
+    tokenizer,
+    *,
+    device: str = "cpu",
+    reference_model: PreTrainedModel | None = None,
+    **arguments,
+) -> None:
     """Train a fresh copy of the model and save it in float32."""
-    config = SePOConfig(
-        output_dir=str(place),
+    defaults = dict(
         lr_scheduler_type="constant_with_warmup",
         max_tokens_per_batch=2048,
         save_strategy="no",
         logging_steps=5,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         bf16=True,  # arithmetic only: weights, and so the saved oracle, stay float32
-        **arguments,
     )
+    config = SePOConfig(output_dir=str(place), **defaults | arguments)
     trainer = SePOTrainer(
-        load_model(str(model_dir)), config, train_dataset=pairs, processing_class=tokenizer
+        load_model(str(model_dir), device=device),
+        config,
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        reference_model=reference_model,
     )
     trainer.train()
     trainer.save_model()
+
+
+def continue_openings(
+    model: PreTrainedModel,  # float32
+    tokenizer,
+    openings: list[str],
+    *,
+    per_opening: int,
+    max_new_tokens: int = 40,
+    seed: int,
+    name: str,  # on the progress bar
+) -> list[Completion]:
+    """Samples of a policy. A seed means the same random numbers, whichever model is asked."""
+    with tqdm(total=len(openings) * per_opening, desc=f"sample {name}") as bar:
+        return sample(
+            # a decoding step waits for weights: bfloat16 halves them, for every model alike
+            copy.deepcopy(model).to(torch.bfloat16),
+            tokenizer,
+            openings,
+            per_opening=per_opening,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=128,
+            progress=lambda done, _: bar.update(done - bar.n),
+        )
 
 
 def evaluate(args, model_dir: Path, tokenizer, openings: list[str], heldout: list) -> dict:
@@ -158,18 +205,9 @@ def evaluate(args, model_dir: Path, tokenizer, openings: list[str], heldout: lis
     result = {}
     for name in ("reference", "sepo", "sepo_rand"):
         model = reference if name == "reference" else load(place / name)
-        with tqdm(total=len(openings) * args.per_opening, desc=f"sample {name}") as bar:
-            completions = sample(
-                # a decoding step waits for weights: bfloat16 halves them, for all three alike
-                copy.deepcopy(model).to(torch.bfloat16),
-                tokenizer,
-                openings,
-                per_opening=args.per_opening,
-                max_new_tokens=40,
-                seed=args.seed,
-                batch_size=128,
-                progress=lambda done, _, bar=bar: bar.update(done - bar.n),
-            )
+        completions = continue_openings(
+            model, tokenizer, openings, per_opening=args.per_opening, seed=args.seed, name=name
+        )
         reward = mean_sentiment(completions)
         result[name] = {
             "reward": reward.mean,
