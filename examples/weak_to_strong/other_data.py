@@ -6,18 +6,13 @@ A and B are preference pairs of different openings (see Stages.halves). The poli
 alone; its oracle has never seen a pair of B. Stages that small_oracle.py has made are used.
 """
 
-import argparse
-import json
-from pathlib import Path
-
-from stages import Stages, compare_policies, compare_selections
-from transformers import AutoTokenizer
+from stages import Stages, parser
 
 from sepo.smollm2 import save_smollm2
 
 
 def main() -> None:
-    args = parse_args()
+    args = parser(__doc__).parse_args()
     stages = Stages(args.place, save_smollm2(args.model))
     policy, (others, pairs) = stages.model, stages.halves()
     oracles = {
@@ -28,30 +23,7 @@ def main() -> None:
     policies = {name: stages.policy(name, stores["b"]) for name, stores in by.items()}
     policies["random"] = stages.policy("random", by["full"]["b"], method="sepo-rand")
     policies["reference"] = policy
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    result = {
-        "selection": {
-            where: compare_selections({k: v[where] for k, v in by.items()}, "full", tokenizer)
-            for where in ("b", "heldout")
-        },
-        "policy": compare_policies(
-            {name: stages.evaluation(name, path) for name, path in policies.items()},
-            ("full", "random"),
-        ),
-    }
-    out = args.place / "other_data.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(out.read_text())
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", type=Path, default=Path("runs/smollm2"), help="the policy, made if missing")
-    add("--place", type=Path, default=Path("runs/weak-to-strong"))
-    return parser.parse_args()
+    stages.report("other_data", stages.comparison(by, policies))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,11 @@ The small model is the policy cut to its first layers and repaired by SFT on the
 samples. It becomes an oracle by DPO, with its repaired self as the reference.
 """
 
-import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-from stages import Stages, compare_policies, compare_selections
-from transformers import AutoTokenizer
+from stages import Stages, parser
 
 from sepo.smollm2 import save_smollm2
 
@@ -22,7 +19,11 @@ REPAIR = "--method sft --learning_rate 1e-3 --num_train_epochs 2 --pairs_per_ste
 
 
 def main() -> None:
-    args = parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "--layers", type=int, default=10, help="of the policy's 30, for the oracle"
+    )
+    args = arguments.parse_args()
     stages = Stages(args.place, save_smollm2(args.model))
     policy, (_, pairs) = stages.model, stages.halves()
 
@@ -46,41 +47,15 @@ def main() -> None:
         "random": stages.policy("random", by["full"]["b"], method="sepo-rand"),
         "reference": policy,
     }
-    tokenizer = AutoTokenizer.from_pretrained(policy)
     heldout = by["full"]["heldout"]
-    result = {
-        "heldout_nll": {
-            name: stages.nll(name, model, heldout)
-            for name, model in {"whole": policy, cut.name: cut, small.name: small}.items()
-        },
-        "selection": {
-            where: compare_selections({k: v[where] for k, v in by.items()}, "full", tokenizer)
-            for where in ("b", "heldout")
-        },
-        "policy": compare_policies(
-            {name: stages.evaluation(name, path) for name, path in policies.items()},
-            ("full", "random"),
-        ),
-    }
-    out = args.place / "small_oracle.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(out.read_text())
+    models = {"whole": policy, cut.name: cut, small.name: small}
+    nll = {name: stages.nll(name, model, heldout) for name, model in models.items()}
+    stages.report("small_oracle", {"heldout_nll": nll, **stages.comparison(by, policies)})
 
 
 def python(*command) -> None:
     print("python", *command, flush=True)
     subprocess.run([sys.executable, *map(str, command)], check=True)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", type=Path, default=Path("runs/smollm2"), help="the policy, made if missing")
-    add("--layers", type=int, default=10, help="of the policy's 30, for the oracle")
-    add("--place", type=Path, default=Path("runs/weak-to-strong"))
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A stage is one `sepo` command (printed, so that it can be copied) or one measure
 appears under its name only when it is whole; a run that was killed goes on with the next one.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -102,10 +103,42 @@ class Stages:
     def evaluation(self, name: str, policy: Path) -> dict:
         return self.measure(f"evaluation-{name}", lambda: evaluate(policy, self.model))
 
+    def comparison(self, by: dict[str, dict[str, Path]], policies: dict[str, Path]) -> dict:
+        """Selections beside the full oracle's, policies beside it and beside random."""
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        return {
+            "selection": {
+                where: compare_selections(
+                    {name: stores[where] for name, stores in by.items()}, "full", tokenizer
+                )
+                for where in ("b", "heldout")
+            },
+            "policy": compare_policies(
+                {name: self.evaluation(name, path) for name, path in policies.items()},
+                ("full", "random"),
+            ),
+        }
+
+    def report(self, name: str, result: dict) -> None:
+        out = self.place / f"{name}.json"
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(out.read_text())
+
     def nll(self, name: str, model: Path, pairs: Path) -> float:
         """Nats per response token of both responses of `pairs`."""
         measure = lambda: {"nats_per_token": response_nll(model, ScoredStore.open(pairs))}
         return self.measure(f"nll-{name}", measure)["nats_per_token"]
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    """What both scripts ask for."""
+    found = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = found.add_argument
+    add("--model", type=Path, default=Path("runs/smollm2"), help="the policy, made if missing")
+    add("--place", type=Path, default=Path("runs/weak-to-strong"))
+    return found
 
 
 def sepo(command: str) -> None:
