@@ -46,6 +46,7 @@ ALLOWED = {
     | {"sepo.reference"},
     "sepo.masked": {"sepo.config", "sepo.masks", "sepo.resumable", "sepo.tokens"},
     "sepo.prepared": DATA | METHODS | {"sepo.methods"},
+    "sepo.report": RESPONSE,
     "sepo.trainer": TRAINER | STEP,
 }
 OUTSIDE = {"bench", "tests"}

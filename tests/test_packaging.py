@@ -30,12 +30,6 @@ def test_readme_tree():
     assert modules - {"python/sepo/__init__.py"} <= found
 
 
-def test_readme_example_runs(capsys):
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    exec(example, {})
-    assert "schedule='save'" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_a_wheel_holds_every_module_and_runs_without_the_tree(tmp_path):
     source = tmp_path / "source"  # building leaves folders behind

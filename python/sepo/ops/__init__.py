@@ -11,6 +11,7 @@ from sepo.losses import (
     tdpo_loss,
 )
 from sepo.ops import flops  # noqa: F401  registers the FLOP formulas
+from sepo.ops.labels import labels_from_rows, rows_from_labels
 from sepo.ops.segment_reduce import segment_mean, segment_sum
 from sepo.ops.segment_topk import segment_topk
 from sepo.ops.selected_logprob import explain_selected_logprob, selected_logprob
@@ -22,6 +23,8 @@ __all__ = [
     "explain_selected_logprob",
     "explain_selected_logprob_kl",
     "ipo_loss",
+    "labels_from_rows",
+    "rows_from_labels",
     "rrhf_loss",
     "segment_mean",
     "segment_sum",
