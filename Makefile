@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint bench bench-steps bench-kl gpu clean
+.PHONY: install demo test lint bench gpu clean
 install: .venv/.installed
 
 # torch first and alone: a looser requirement asked for before it would bring another build of it
@@ -22,7 +22,7 @@ demo: .venv/.installed
 	$(BIN)/sepo demo --output_dir runs/demo
 
 test: .venv/.installed lint
-	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4 --dist loadscope -p no:benchmark
+	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4 --dist loadscope
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -33,17 +33,10 @@ lint: .venv/.installed
 	$(PIP) trl liger-kernel cut-cross-entropy
 	touch $@
 
-# make bench BENCH="-k head-bf16-30": one case; BENCH=--extent=all: also the long ones
+# four minutes; BENCH="--suite head", "--case head-bf16-30 --providers sepo cce", "--base HEAD~1";
+# BENCH="--suite step": whole training steps beside TRL's and beside full softmaxes, half an hour
 bench: .venv/.bench
-	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,min,max,rounds $(BENCH)
-
-# whole training steps beside TRL's, half an hour on two cores: STEPS="--rounds 3 --only trl sepo"
-bench-steps: .venv/.bench
-	$(BIN)/python -m bench.end_to_end $(STEPS)
-
-# a TDPO2 and a SparsePO step beside full softmaxes of both models, ten minutes
-bench-kl: .venv/.bench
-	$(BIN)/python -m bench.kl_steps $(KL)
+	$(BIN)/python bench/run.py $(BENCH)
 
 # from the source tree, with a Python that has torch and triton for CUDA: GPU="--minutes 8"
 gpu:

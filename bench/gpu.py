@@ -8,11 +8,9 @@ Exit status: 0 all is well, 1 a stage failed, 2 no CUDA device.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +25,8 @@ if not __package__:  # run as a program: its own folder is no place to import fr
     sys.path[:1] = [str(ROOT), str(ROOT / "python")]
 
 import torch  # noqa: E402
+
+from bench import jobs, report  # noqa: E402
 
 NO_DEVICE = "no CUDA device: nothing was measured"
 PASSED, FAILED, STOPPED, SKIPPED = "passed", "failed", "stopped", "skipped"
@@ -52,14 +52,14 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="append here; default bench/results/gpu-*.jsonl")
+    parser.add_argument("--json", type=Path, help="append here; default bench/results/<GPU>.jsonl")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
     parser.add_argument("part", nargs="?", choices=PARTS, help="this stage only, without a limit")
     args, start = parser.parse_args(argv), time.monotonic()
     if not torch.cuda.is_available():
         print(NO_DEVICE)
         return 2
-    path = (args.json or default_path(torch.cuda.get_device_name())).resolve()
+    path = (args.json or report.default_path("cuda")).resolve()
     if args.part:
         return PARTS[args.part](path)
     about = surroundings()
@@ -95,16 +95,9 @@ def stages(path: Path) -> tuple[Stage, ...]:
         Stage("memcheck", 35, watched(memcheck), absent),
         Stage("racecheck", 25, watched(racecheck), absent, may_run_out=True),
         Stage("waits", 25, ((*pytest, waits),)),
-        Stage("benchmark", 60, own("benchmark")),
-        Stage("end to end", 65, own("end-to-end"), no_trainer(), may_run_out=True),
+        Stage("benchmark", 75, own("benchmark")),
+        Stage("end to end", 50, own("end-to-end"), jobs.lacking("step"), may_run_out=True),
     )
-
-
-def no_trainer() -> str:
-    """What transformers' Trainer lacks here, if anything: the operations do without it."""
-    needed = ("transformers", "accelerate", "datasets")
-    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
-    return f"{', '.join(lacking)} not installed" if lacking else ""
 
 
 def run_stages(
@@ -189,8 +182,6 @@ def find_sanitizer() -> str | None:
 
 def surroundings() -> dict[str, str]:
     """What a result needs beside it: machine, versions, commit."""
-    from bench.report import commit
-
     device = torch.cuda.get_device_properties(0)
     return {
         "machine": device.name,
@@ -202,7 +193,7 @@ def surroundings() -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "triton": said(sys.executable, "-c", "import triton; print(triton.__version__)"),
         "nvcc": said("nvcc", "--version"),
-        "commit": commit(),
+        "commit": report.commit(),
     }
 
 
@@ -223,31 +214,24 @@ def tell_surroundings(path: Path) -> int:
 
 def benchmark(path: Path) -> int:
     """Fails if ours is wrong anywhere, or if nothing of ours was measured."""
-    from bench import suite
+    from bench import run
 
-    rows = [row for row in suite.run("cuda", path, extent="all") if row.ours]
-    refused = [row for row in rows if row.status == "refused"]
-    for row in refused:
-        print(f"{row.case}, {row.provider}: {row.reason}")
-    return 1 if refused or not any(row.status == "measured" for row in rows) else 0
+    # '*': the long cases too
+    suites = "--suite", "head", "select", "attention", "--case", "*"
+    return run.main([*suites, "--device", "cuda", "--json", str(path)])
 
 
 def end_to_end(path: Path) -> int:
     """Whole steps of a Llama of about 1B and of SmolLM2; a peer that is missing is only named."""
+    from bench import run
     from bench.end_to_end import models
-    from bench.end_to_end.__main__ import main as race
 
     options = ["--device", "cuda", "--json", str(path), "--pairs", "16", "--rounds", "5"]
     names = "llama-1b-shape", models.smollm2_here()
-    return max(race(["--model", name, *options]) for name in names)
+    return max(run.main(["--case", "step", "--model", name, *options]) for name in names)
 
 
 PARTS = {"environment": tell_surroundings, "benchmark": benchmark, "end-to-end": end_to_end}
-
-
-def default_path(device: str) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return ROOT / "bench" / "results" / f"gpu-{slug}.jsonl"
 
 
 def write_line(path: Path, found: dict) -> None:

@@ -8,11 +8,13 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from bench import measure
+from bench import measure, report
 from bench.provider import Provider
+from bench.roof import Roof
 
 ROUNDS = 5
 # seconds a call: above it a peer is out of the race, and SLOW_ROUNDS tell by how much
@@ -23,10 +25,11 @@ SLOW, SLOW_ROUNDS = 8.0, 2
 class Row:
     """One provider in one case; times in seconds, errors as the operation's `errors` says."""
 
+    suite: str
     case: str
     provider: str
     version: str
-    status: str  # "measured" | "skipped" | "refused"
+    status: str  # "skipped" | "refused" | "passed", by the gate | "measured"
     ours: bool
     reason: str = ""
     note: str = ""
@@ -37,50 +40,83 @@ class Row:
     rate: str = ""
     times_gemm: float | None = None  # median over the median of the bare products of this run
     times_sepo: float | None = None  # median over that of sepo's "auto" of this run
+    flop: float = 0.0  # that the work can't do without
+    bytes: float = 0.0  # each input read once, each output written once
+    roof: float | None = None  # share of the roof measured in the same rounds
     extra_bytes: int | None = None  # allocator's peak above the inputs, gradients included
     beyond_gradients_bytes: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
     gradient_ratios: dict[str, float] = field(default_factory=dict)  # error over a baseline's
 
+    @property
+    def label(self) -> str:
+        return self.provider
 
-def run_case(
-    case,
-    providers: Sequence[Provider],
-    *,
-    device: str,
-    rounds: int = ROUNDS,
-) -> list[Row]:
-    """Rows in the order of `providers`; those the case leaves out have none."""
-    torch.compiler.reset()  # a peer recompiled too often would silently run eager
-    wanted = [p for p in providers if takes_part(p, case)]
-    inputs = case.inputs(device)
-    rows = {p.name: _gate(p, case, inputs) for p in wanted}
-    inputs.forget_truth()
-    calls, turns = {}, {}
-    for provider in wanted:
-        row = rows[provider.name]
-        if row.status != "measured":
-            continue
-        calls[provider.name] = call = lambda run=provider.run: run(inputs)
-        start = time.perf_counter()
-        size = measure.peak_bytes(call, device)
-        peer = provider.gated and not provider.ours
-        slow = peer and time.perf_counter() - start > SLOW
-        turns[provider.name] = min(rounds, SLOW_ROUNDS) if slow else rounds
-        if provider.gated:
-            row.extra_bytes = size
-            row.beyond_gradients_bytes = size - inputs.gradient_bytes
-    for name, seconds in measure.interleaved(calls, turns, device).items():
-        rows[name].seconds = seconds
-        low, rows[name].median, high = measure.quartiles(seconds)
-        rows[name].quartiles = low, high
-    for provider in wanted:
-        row = rows[provider.name]
-        if row.seconds:
-            row.rate = provider.work(inputs, row.median) if not provider.gated else ""
-            row.times_gemm = _ratio(row, rows.get("gemm"))
-            row.times_sepo = _ratio(row, rows.get("sepo"))
-    return list(rows.values())
+
+class CaseJob:
+    """A case as the run takes it: `gate`, and after the gates of all cases `ready`, `turn`, `finish`."""
+
+    def __init__(self, case, providers: Sequence[Provider], *, device: str, rounds: int = ROUNDS):
+        self.case, self.device, self.rounds = case, device, rounds
+        self.name, self.suite = case.name, case.suite
+        self.providers = [p for p in providers if takes_part(p, case)]
+        self.rows: list[Row] = []
+        self.legend = report.LEGEND
+
+    def gate(self) -> list[Row]:
+        """A row a provider, in their order; the truth and the inputs are let go of again."""
+        torch.compiler.reset()  # a peer recompiled too often would silently run eager
+        inputs = self.case.inputs(self.device)
+        self.rows = [_gate(provider, self.case, inputs) for provider in self.providers]
+        return self.rows
+
+    def ready(self) -> None:
+        """Inputs again, memory, and a call each, so that nothing compiles in the rounds."""
+        torch.compiler.reset()
+        self._inputs = inputs = self.case.inputs(self.device)
+        calls, rounds = {}, {}
+        for provider, row in zip(self.providers, self.rows, strict=True):
+            if row.status != "passed":
+                continue
+            calls[provider.name] = call = partial(provider.run, inputs)
+            start = time.perf_counter()
+            call()
+            peer = provider.gated and not provider.ours
+            if peer and time.perf_counter() - start > SLOW:
+                rounds[provider.name] = SLOW_ROUNDS
+            size = measure.peak_bytes(call, self.device)
+            if provider.gated:
+                row.extra_bytes = size
+                row.beyond_gradients_bytes = size - inputs.gradient_bytes
+        self._turns = measure.Turns(calls, self.device, rounds)
+        self._roof = Roof(self.device, self.case.dtype)
+
+    def turn(self) -> None:
+        self._roof.turn()
+        self._turns.turn()
+
+    def finish(self) -> list[Row]:
+        """The rows with their times; the inputs are let go of."""
+        timed = {}
+        for provider, row in zip(self.providers, self.rows, strict=True):
+            row.seconds = self._turns.seconds.get(provider.name, [])
+            if not row.seconds:
+                continue
+            low, row.median, high = measure.quartiles(row.seconds)
+            row.quartiles, row.status = (low, high), "measured"
+            row.flop, row.bytes = self._inputs.flop, self._inputs.bytes
+            row.roof = self._roof.share(row.flop, row.bytes, row.median)
+            row.rate = provider.work(self._inputs, row.median) if not provider.gated else ""
+            timed[provider.name] = row
+        for row in timed.values():
+            row.times_gemm = _ratio(row, timed.get("gemm"))
+            row.times_sepo = _ratio(row, timed.get("sepo"))
+        self.roof, self.about = str(self._roof), self._roof.rates
+        del self._inputs, self._turns, self._roof
+        return self.rows
+
+    def text(self) -> str:
+        return report.table(self.rows, self.roof)
 
 
 def takes_part(provider: Provider, case) -> bool:
@@ -89,7 +125,8 @@ def takes_part(provider: Provider, case) -> bool:
 
 
 def _gate(provider: Provider, case, inputs) -> Row:
-    row = Row(case.name, provider.name, "", "skipped", provider.ours, shape=_shape(case))
+    about = case.suite, case.name, provider.name
+    row = Row(*about, "", "skipped", provider.ours, shape=_shape(case))
     if reason := provider.why_not(inputs):
         row.reason = reason
         return row
@@ -100,7 +137,7 @@ def _gate(provider: Provider, case, inputs) -> Row:
         row.status, row.reason = "refused", f"{type(error).__name__}: {error}".split("\n")[0]
         return row
     if not provider.gated:
-        row.status = "measured"
+        row.status = "passed"
         return row
     absent = [name for name in inputs.due(provider.objective) if name not in result]
     if absent:
@@ -113,7 +150,7 @@ def _gate(provider: Provider, case, inputs) -> Row:
         for name, error in row.errors.items()
         if not error <= limits[name]  # a NaN is wrong
     ]
-    row.status, row.reason = ("refused", "; ".join(wrong)) if wrong else ("measured", "")
+    row.status, row.reason = ("refused", "; ".join(wrong)) if wrong else ("passed", "")
     if provider.objective == "weighted":
         for baseline, errors in inputs.baselines.items():
             for name, error in errors.items():

@@ -9,18 +9,24 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def interleaved(
-    calls: dict[str, Callable[[], object]],
-    rounds: dict[str, int],  # of each call; one with fewer drops out first
-    device: str,
-) -> dict[str, list[float]]:  # seconds, one a round
+class Turns:
     """A, B, C, A, B, C, ...; every call must have run before, so that nothing compiles here."""
-    seconds = {name: [] for name in calls}
-    for turn in range(max(rounds.values(), default=0)):
-        for name, call in calls.items():
-            if turn < rounds[name]:
-                seconds[name].append(clock(call, device))
-    return seconds
+
+    def __init__(
+        self,
+        calls: dict[str, Callable[[], object]],
+        device: str,
+        rounds: dict[str, int] | None = None,  # of a call that drops out before the others
+    ):
+        self.calls, self.device, self.rounds = calls, device, rounds or {}
+        self.seconds: dict[str, list[float]] = {name: [] for name in calls}
+
+    def turn(self) -> None:
+        """One round."""
+        for name, call in self.calls.items():
+            done = self.seconds[name]
+            if len(done) < self.rounds.get(name, len(done) + 1):
+                done.append(clock(call, self.device))
 
 
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -13,70 +14,76 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import ROUNDS, Row
-
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = "torch", "transformers", "triton", "trl", "liger-kernel", "cut-cross-entropy"
 HEADER = (
-    f"{'':23}{'ms':>9}{'q1':>9}{'q3':>9}{'x gemm':>8}{'x sepo':>8}{'MiB':>8}{'+grads':>8}"
-    f"  {'values':<9}{'dX':<9}{'dW':<9}{'dX plain/once':<15}{'dW plain/once':<15}"
+    f"{'':23}{'ms':>9}{'q1':>9}{'q3':>9}{'x gemm':>8}{'x sepo':>8}{'GFLOP':>8}{'MB':>7}{'roof':>7}"
+    f"{'MiB':>8}  {'values':<9}{'grads':<9}{'/plain':<8}"
 )
 LEGEND = """\
-ms: median of the rounds, q1 and q3 their quartiles. x gemm: over the bare products of this run.
-x sepo: over impl="auto". MiB: allocator's peak above the inputs, gradients included; +grads: beyond
-the gradients. values: largest error of log-probabilities and KL in nats; l: of the loss, where a
-provider returns only that; topk: tokens chosen wrongly. dX, dW: largest error over largest entry.
-Truth is float64. plain/once: that error over plain PyTorch's in this dtype, and over that of products
-whose dZ was rounded once. Nothing is timed whose error is over its limit."""
+ms: median of the rounds, q1 and q3 their quartiles. x gemm: over the bare products of this run; x sepo:
+over impl="auto". GFLOP, MB: what the work can't do without; roof: the share of what a matrix product and
+a copy reach in the same rounds. MiB: allocator's peak above the inputs, gradients included. values:
+largest error of log-probabilities and KL in nats (l: of the loss, where a provider returns only that),
+of an attention's output over its largest entry, of a selection in tokens; grads: largest error over
+largest entry; /plain: that over plain PyTorch's in this dtype. Truth is float64. Nothing is timed whose
+error is over its limit."""
 
 
-def table(rows: list[Row]) -> str:
-    """Rows of one case."""
-    lines = [f"\n{rows[0].case}: " + ", ".join(f"{k} {v}" for k, v in rows[0].shape.items() if v)]
-    lines.append(HEADER)
+def table(rows: list, roof: str = "") -> str:
+    """Rows of one case (harness.Row), under its shape and the roof of its rounds."""
+    shape = ", ".join(f"{k} {v}" for k, v in rows[0].shape.items() if v)
+    most = max((len(row.seconds) for row in rows), default=0)
+    lines = [f"\n{rows[0].case}: {shape}", *([f"{roof}; rounds: {most}"] if roof else []), HEADER]
     for row in rows:
-        name = f"{'>' if row.ours else ' '} {row.provider:21}"
+        name = f"{'>' if row.ours else ' '} {row.label:21}"
         if row.status == "measured":
-            lines.append((name + _numbers(row)).rstrip())
+            lines.append((name + _numbers(row, most)).rstrip())
         else:
-            lines.append(f"{name}{row.status}: {row.reason}")
+            lines.append(f"{name}{row.status}{': ' + row.reason if row.reason else ''}")
     return "\n".join(lines)
 
 
-def _numbers(row: Row) -> str:
+def _numbers(row, most: int) -> str:
     ratio = lambda x: f"{x:8.2f}" if x is not None else f"{'':8}"
-    size = lambda x: f"{x / 2**20:8.1f}" if x is not None else f"{'':8}"
     times = "".join(f"{1e3 * x:9.2f}" for x in (row.median, *row.quartiles))
-    errors = row.errors
-    values = [v for name, v in errors.items() if not name.startswith("grad")]
-    mark = "l" if "loss" in errors else ""
-    cells = [f"{max(values):.0e}{mark}" if values else ""]
-    names = "grad_hidden", "grad_weight"
-    cells += [f"{errors[name]:.1e}" if name in errors else "" for name in names]
-    text = "".join(f"{cell:<9}" for cell in cells)
-    for name in names:
-        found = [row.gradient_ratios.get(f"{name}/{base}") for base in ("plain", "once")]
-        text += f"{'/'.join(f'{x:.2f}' for x in found) if None not in found else '':<15}"
-    few = f"{len(row.seconds)} rounds" if len(row.seconds) < ROUNDS else ""
+    work = f"{row.flop / 1e9:8.1f}{row.bytes / 1e6:7.0f}{row.roof:7.0%}"
+    size = f"{row.extra_bytes / 2**20:8.1f}" if row.extra_bytes is not None else f"{'':8}"
+    grads = {name: x for name, x in row.errors.items() if name.startswith("grad")}
+    values = [x for name, x in row.errors.items() if name not in grads]
+    plain = [row.gradient_ratios.get(f"{name}/plain") for name in grads]
+    cells = [
+        f"{max(values):.0e}{'l' if 'loss' in row.errors else ''}" if values else "",
+        f"{max(grads.values()):.1e}" if grads else "",
+        f"{max(plain):.2f}" if plain and None not in plain else "",
+    ]
+    text = f"{cells[0]:<9}{cells[1]:<9}{cells[2]:<8}"
+    few = f"{len(row.seconds)} rounds" if len(row.seconds) < most else ""
     notes = "; ".join(x for x in (row.rate, row.note, few) if x)
-    sizes = size(row.extra_bytes) + size(row.beyond_gradients_bytes)
-    return f"{times}{ratio(row.times_gemm)}{ratio(row.times_sepo)}{sizes}  {text}{notes}"
+    return f"{times}{ratio(row.times_gemm)}{ratio(row.times_sepo)}{work}{size}  {text}{notes}"
 
 
-def versions(rows: list[Row]) -> list[str]:
-    return sorted({row.version for row in rows if row.version})
+def record(row) -> dict:  # a row of either kind
+    """As a file has it."""
+    return dataclasses.asdict(row) | {"provider": row.label, "ours": row.ours}
 
 
-def append(rows: list[Row], path: Path, device: str) -> None:
-    about = surroundings(device)
+def append(records: list[dict], path: Path, about: dict) -> None:
+    """One JSON object a row, each with the machine, the versions, the commit and the date."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps(about | dataclasses.asdict(row)) + "\n")
+        for found in records:
+            file.write(json.dumps(about | found) + "\n")
 
 
 def default_path(device: str) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
-    return ROOT / "bench" / "results" / f"head-{slug}.jsonl"
+    return path_of(machine(device))
+
+
+def path_of(machine: str) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    return RESULTS / f"{slug}.jsonl"
 
 
 def surroundings(device: str) -> dict:
@@ -87,9 +94,21 @@ def surroundings(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "versions": versions(),
         "commit": commit(),
         "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are measured or that do the measuring, where they are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def machine(device: str) -> str:
@@ -101,6 +120,11 @@ def machine(device: str) -> str:
     found = re.search(r"model name\s*:\s*(.+)", text)
     model = found.group(1).strip() if found else platform.processor() or platform.machine()
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def short(commit: str) -> str:
+    """For a title: what was uncommitted is still told."""
+    return commit[:8] + ("+dirty" if commit.endswith("+dirty") else "")
 
 
 def commit() -> str:

@@ -1,5 +1,8 @@
 """A contender: forward and backward of a round, and what that round makes it do."""
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,3 +39,11 @@ class Contender:
     def label(self) -> str:
         """No other's."""
         return f"{self.name} ({self.attention})" if self.attention else self.name
+
+
+class Folder:
+    """A folder that goes with the last who knows of it; a TemporaryDirectory would warn of that."""
+
+    def __init__(self):
+        self.name = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, self.name, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Ours: SePOTrainer, a trainer a round, so that a step is exactly the round's pairs."""
 
-import tempfile
 import time
 from contextlib import nullcontext
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.end_to_end import flops
-from bench.end_to_end.contender import Contender, Work
+from bench.end_to_end.contender import Contender, Folder, Work
 from bench.end_to_end.models import checkpoint_layers
 from bench.end_to_end.objectives import SETTINGS, segments
 from bench.end_to_end.rows import with_reference
@@ -78,7 +77,7 @@ def contender(
     found = Contender(name, "sepo", objective, None, None, attention=impl or "")
     on_cpu = weights.model.device.type == "cpu"
     arguments = settings | ({"attn_impl": impl} if impl else {})
-    folder = tempfile.TemporaryDirectory()
+    folder = Folder()
     config = lambda pairs: SePOConfig(
         output_dir=folder.name,
         method=objective,

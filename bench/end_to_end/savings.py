@@ -111,6 +111,10 @@ def selected_rows(model, batch: PackedBatch) -> Tensor:  # (M,)
     return logits.float().log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
 
 
+def names(objectives: tuple[str, ...] = ("simpo", "sepo")) -> list[str]:
+    return [f"{objective}: {saving.__name__}" for objective in objectives for saving in SAVINGS]
+
+
 def contenders(
     weights: Weights,
     rounds: list[list[ScoredPair]],

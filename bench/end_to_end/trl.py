@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer
 
 from bench.end_to_end import flops
-from bench.end_to_end.contender import Contender, Work
+from bench.end_to_end.contender import Contender, Folder, Work
 from bench.end_to_end.weights import Weights, num_bytes, twin
 from bench.provider import missing
 from sepo.data.types import ScoredPair
@@ -78,7 +78,7 @@ def _contender(
     variant: Variant, weights: Weights, rounds, tokenizer, *, bf16: bool, max_length: int
 ) -> Contender:
     model, is_dpo = weights.twin(), variant.objective == "dpo"
-    folder = tempfile.TemporaryDirectory()
+    folder = Folder()
     options = dict(max_length=max_length, bf16=bf16, checkpointing=variant.checkpointing)
     if is_dpo:
         reference = twin(weights.reference)

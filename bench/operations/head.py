@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ BETA, GAMMA = 0.1, 0.5  # the defaults of Liger's SimPO and DPO
 
 @dataclass(frozen=True)
 class HeadCase:
+    suite: ClassVar[str] = "head"
     name: str
     fraction: float  # of the response's rows that are selected
     dtype: torch.dtype
@@ -28,7 +30,7 @@ class HeadCase:
     leaves: str = "both"  # what needs a gradient: "both" | "hidden" | "none"
     only: tuple[str, ...] = ()  # names of providers; empty: all
     without: tuple[str, ...] = ()  # names left out to save time
-    long: bool = False  # only with --all
+    long: bool = False  # only in the full suite, or by name
 
     @property
     def M(self) -> int:
@@ -77,13 +79,21 @@ class HeadInputs:
         wanted = [x for x in self.leaves() if x.requires_grad]
         return sum(x.numel() * x.element_size() for x in wanted)
 
+    @property
+    def flop(self) -> float:
+        case = self.case
+        return case.products * 2.0 * case.M * case.D * case.V
+
+    @property
+    def bytes(self) -> float:
+        """Weight, selected rows, places, targets and values; the gradients."""
+        read = self.case.M * (self.case.D * self.hidden.element_size() + 4 + 8 + 4)
+        upstream = 4 * self.case.M if self.gradient_bytes else 0
+        return self.weight.nbytes + read + upstream + self.gradient_bytes
+
     @cached_property
     def gathered(self) -> Tensor:  # (M, D)
         return self.hidden[self.rows]
-
-    @cached_property
-    def logits_like(self) -> Tensor:  # (M, V), for the copy
-        return self.weight.new_ones(self.case.M, self.case.V)
 
     @cached_property
     def log_softmax(self) -> Tensor:  # (M, V) float64
@@ -143,12 +153,6 @@ class HeadInputs:
             found["once"] = exact.rounded_once(dz, self.hidden, self.weight, self.rows)
         return {name: self.errors(grads, "weighted") for name, grads in found.items()}
 
-    def forget_truth(self) -> None:
-        """Gates are over: free the float64 tensors before anything is timed."""
-        self._truths.clear()
-        for name in ("log_softmax", "logp"):
-            self.__dict__.pop(name, None)
-
 
 def _segments(logp: Tensor, inputs: HeadInputs) -> tuple[Tensor, Tensor]:
     """Sum of logp and number of selected tokens of each segment, (S,) both."""
@@ -182,7 +186,7 @@ def cases(device: str) -> list[HeadCase]:
     half, full = torch.bfloat16, torch.float32
     # DPO's head is SimPO's, and what reads every row takes the same time for any fraction: on two
     # cores once is enough
-    few = dict(without=("copy", "liger_dpo"))
+    few = dict(without=("liger_dpo",))
     if device == "cpu":
         few["only"] = ("gemm", "sepo", "dense_gathered", "torch_lce", "cce")
     all_rows = {**few, "only": (*few["only"], "dense", "liger_simpo")} if "only" in few else few

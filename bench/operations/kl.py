@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ DIRECTIONS = ("ref||policy", "policy||ref")
 
 @dataclass(frozen=True)
 class KLCase:
+    suite: ClassVar[str] = "head"
     name: str
     direction: str
     dtype: torch.dtype = torch.bfloat16
@@ -76,6 +78,17 @@ class KLInputs:
     def gradient_bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.hidden, self.weight))
 
+    @property
+    def flop(self) -> float:
+        case = self.case
+        return case.products * 2.0 * case.M * case.D * case.V
+
+    @property
+    def bytes(self) -> float:
+        """Both weights, the selected rows of both, places, targets, values; the gradients."""
+        rows = self.case.M * (2 * self.case.D * self.hidden.element_size() + 4 + 8 + 3 * 4 + 2 * 4)
+        return self.weight.nbytes + self.ref_weight.nbytes + rows + self.gradient_bytes
+
     @cached_property
     def gathered(self) -> tuple[Tensor, Tensor]:  # (M, D) of the policy and of the reference
         return self.hidden[self.rows], self.ref_hidden[self.rows]
@@ -127,10 +140,6 @@ class KLInputs:
         once = exact.rounded_once(self._exact[1], self.hidden, self.weight, self.rows)
         found = {"plain": self.plain(gather_first=True), "once": once}
         return {name: self.errors(result, "weighted") for name, result in found.items()}
-
-    def forget_truth(self) -> None:
-        for name in ("_exact", "_truth"):
-            self.__dict__.pop(name, None)
 
 
 def cases(device: str) -> list[KLCase]:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TopkCase:
+    suite: ClassVar[str] = "select"
     name: str
     S: int = 512  # segments
     shortest: int = 50  # tokens
     longest: int = 4000
     fraction: float = 0.3
+    dtype: torch.dtype = torch.float32
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     long: bool = False
@@ -28,6 +31,7 @@ class TopkInputs:
     """Scores in steps of 1/1024 nat, so that segments have ties."""
 
     gradient_bytes = 0
+    flop = 0.0
     baselines: dict[str, dict[str, float]] = {}
 
     def __init__(self, case: TopkCase, device: str):
@@ -38,6 +42,12 @@ class TopkInputs:
         score = (torch.randn(int(cu[-1]), generator=g) * 1024).round() / 1024
         self.score = score.to(device)  # (T_all,) float32
         self.cu_tokens = cu.int().to(device)  # (S + 1,)
+
+    @property
+    def bytes(self) -> float:
+        """Scores and offsets; the places chosen and their offsets."""
+        chosen = sum(map(self.count, self.cu_tokens.diff().tolist()))
+        return self.score.nbytes + 2 * self.cu_tokens.nbytes + 4 * chosen
 
     def count(self, tokens: int) -> int:
         return max(1, math.floor(self.case.fraction * tokens + 1e-9))
@@ -74,9 +84,6 @@ class TopkInputs:
 
     def limits(self, ours: bool) -> dict[str, float]:
         return {"wrong": 0.0}
-
-    def forget_truth(self) -> None:
-        self.__dict__.pop("_truth", None)
 
 
 def _sorted_by_segment(values: Tensor, segment: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The bound: the bare matrix products of the same shapes, and a copy that shows the bandwidth."""
+"""The bound: the bare matrix products of the same shapes."""
 
 import torch
 
@@ -25,33 +25,17 @@ def _kl(inputs) -> dict:
     return {}
 
 
-def _copy(inputs) -> dict:
-    """As many bytes as the selected logits in the dtype of the inputs, read once, written once."""
-    torch.empty_like(inputs.logits_like).copy_(inputs.logits_like)
-    return {}
-
-
 def _note(inputs) -> str:
     return f"{inputs.case.products} bare products"
 
 
 def _flops(inputs, seconds: float) -> str:
-    case = inputs.case
-    done = case.products * 2 * case.M * case.D * case.V
-    return f"{done / seconds / 1e9:.0f} GFLOP/s"
-
-
-def _bandwidth(inputs, seconds: float) -> str:
-    size = 2 * inputs.case.M * inputs.case.V * inputs.weight.element_size()
-    return f"{size / seconds / 1e9:.1f} GB/s"
+    return f"{inputs.flop / seconds / 1e9:.0f} GFLOP/s"
 
 
 def _bound(run) -> Provider:
     return Provider("gemm", run, gated=False, note=_note, work=_flops)
 
 
-HEAD = (
-    _bound(_head),
-    Provider("copy", _copy, gated=False, note=lambda i: "of (M, V)", work=_bandwidth),
-)
+HEAD = (_bound(_head),)
 KL = (_bound(_kl),)

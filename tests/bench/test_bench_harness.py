@@ -1,14 +1,21 @@
 """The benchmark's gate: a wrong provider has no speed, a missing one has a reason."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from bench_jobs import finished
 
-from bench import measure, plain, report
-from bench.harness import run_case
-from bench.operations import head, kl, topk
+from bench import measure, plain, report, roof
+from bench.harness import CaseJob
+from bench.operations import attention, head, kl, topk
 from bench.provider import Provider, gradients
 
 TINY = dict(N=64, response=48, D=16, V=101, segments=4)
+
+
+def run_case(case, providers, *, rounds):
+    return finished(CaseJob(case, providers, device="cpu", rounds=rounds))
 
 
 def logprob(inputs, spoil=lambda found: found):
@@ -42,7 +49,7 @@ def test_only_what_is_right_has_a_speed(dtype):
     ]
     providers.append(Provider("missing", fail, lambda inputs: "peer is not installed"))
     case = head.HeadCase("tiny", 0.5, dtype, **TINY)
-    rows = {row.provider: row for row in run_case(case, providers, device="cpu", rounds=3)}
+    rows = {row.provider: row for row in run_case(case, providers, rounds=3)}
 
     fine = {"right", "in float32 only"} if dtype == torch.bfloat16 else {"right"}
     assert {name for name, row in rows.items() if row.status == "measured"} == fine
@@ -63,7 +70,7 @@ def test_ours_is_held_to_its_own_limit():
     """Log-sum-exp from bfloat16 logits is good enough for a peer and wrong for us."""
     case = head.HeadCase("tiny", 1.0, torch.bfloat16, **TINY)
     providers = [Provider("peer", logprob), Provider("sepo", logprob, ours=True)]
-    peer, ours = run_case(case, providers, device="cpu", rounds=1)
+    peer, ours = run_case(case, providers, rounds=1)
     assert peer.status == "measured"
     assert ours.status == "refused" and "limit 1.00e-04" in ours.reason
 
@@ -140,9 +147,11 @@ def test_selection_may_differ_only_among_equal_scores():
 def test_rounds_take_turns():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = measure.interleaved(calls, {"a": 3, "b": 3, "c": 1}, "cpu")
+    turns = measure.Turns(calls, "cpu", {"c": 1})
+    for _ in range(3):
+        turns.turn()
     assert "".join(order) == "abcabab"
-    assert [len(s) for s in seconds.values()] == [3, 3, 1]
+    assert [len(s) for s in turns.seconds.values()] == [3, 3, 1]
 
 
 def test_peak_counts_what_is_alive_at_once():
@@ -153,3 +162,69 @@ def test_peak_counts_what_is_alive_at_once():
         return kept
 
     assert measure.peak_bytes(call, "cpu") == (1 << 20) + (1 << 21)
+
+
+def test_share_of_the_roof():
+    """The longer of what the product and the copy would take, over the time: by hand."""
+    found = roof.Roof("cpu", torch.float32)
+    found.turn()
+    found._turns.seconds |= {"gemm": [2.0, 1.0, 9.0], "copy": [4.0]}
+    assert found.flop_rate == 2 * 32**3 / 2.0 and found.byte_rate == 2 * 2**12 / 4.0
+    assert found.share(32**3, 0, 10.0) == pytest.approx(0.1)
+    assert found.share(32**3, 2**12, 10.0) == pytest.approx(0.2)
+
+
+def test_work_of_the_cases_by_hand():
+    case = head.HeadCase("tiny", 0.5, torch.bfloat16, **TINY)
+    inputs, M = case.inputs("cpu"), 24
+    assert inputs.flop == 3 * 2 * M * 16 * 101
+    both = 2 * (2 * 101 * 16 + M * 16 + 64 * 16)  # weight, rows, and the gradients, all 2 bytes
+    assert inputs.bytes == both + M * (4 + 8 + 4 + 4)
+    case = topk.TopkCase("tiny", S=2, shortest=10, longest=10)
+    assert case.inputs("cpu").bytes == 4 * 20 + 2 * 4 * 3 + 4 * 2 * 3
+
+
+ATTENTION = dict(pairs=3, max_length=40, heads=4, groups=2, width=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_has_a_speed_where_it_is_right(dtype):
+    """Every implementation of this machine, both padded peers, and some that are wrong."""
+    from bench.providers import attention as providers
+
+    case = attention.AttentionCase("tiny", dtype=dtype, **ATTENTION)
+
+    def plain_causal(inputs):  # over the packed rows: pairs and responses see each other
+        leaves = inputs.leaves()
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *leaves, is_causal=True, enable_gqa=True
+        )
+        return inputs.result(out.transpose(1, 2), leaves, inputs.upstream)
+
+    def blind(inputs):  # the prompt's gradient of one response only
+        found = providers._causal(inputs)
+        return found | {"grad_key": found["grad_key"] * inputs.owned[:, None, :, None]}
+
+    found = [
+        *providers.ATTENTION,
+        Provider("plain_causal", plain_causal),
+        Provider("blind", blind, objective="padded"),
+    ]
+    rows = {row.provider: row for row in run_case(case, found, rounds=2)}
+    fine = {"sepo", "padded_sdpa", "padded_sdpa_causal"}
+    fine |= {"sepo:sdpa"} if rows["sepo"].note == "native" else set()
+    assert {name for name, row in rows.items() if row.status == "measured"} == fine
+    assert rows["plain_causal"].status == rows["blind"].status == "refused"
+    assert "grad_key is off by" in rows["blind"].reason and "grad_value" not in rows["blind"].reason
+    assert all(row.reason for row in rows.values() if row.status == "skipped")
+    assert rows["sepo"].flop > 0 and rows["sepo"].roof > 0
+
+
+def test_work_of_attention_by_hand():
+    """A prompt of 3 rows, a chosen response of 2 and a rejected one of 1."""
+    inputs = attention.AttentionCase("tiny", dtype=torch.float32, **ATTENTION).inputs("cpu")
+    N = len(inputs.batch.tokens)
+    inputs.batch = replace(inputs.batch, spans=((0, 3, 5, 6),))
+    prompt, chosen, rejected = 1 + 2 + 3, 4 + 5, 4
+    assert inputs.flop == 6 * 2 * 4 * 32 * (prompt + chosen + rejected)
+    assert inputs.bytes == 4 * 2 * N * 32 * (4 + 2 + 2 + 4)

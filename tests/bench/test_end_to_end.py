@@ -6,15 +6,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from bench_jobs import finished
 from datasets import disable_progress_bars
 from tiny import V, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.end_to_end import flops, gate, models, ours, race, rows, savings, table, trl
-from bench.end_to_end.__main__ import main
 from bench.end_to_end.contender import Contender
+from bench.end_to_end.job import Setting, StepJob
 from bench.end_to_end.weights import Weights
 from bench.provider import missing
+from bench.run import main
 
 TRL = pytest.mark.skipif(missing("trl") is not None, reason="trl is not installed")
 disable_progress_bars()
@@ -101,7 +103,7 @@ def test_only_what_is_right_has_a_speed(weights):
     ]  # fmt: skip
     others.append(Contender("absent", "trl", "simpo", None, None, absent="not installed"))
     others.append(Contender("other loss", "sepo", "sepo", right.step, right.work))
-    found = {row.contender: row for row in race.race([right, *others], weights, rounds)}
+    found = {row.contender: row for row in finished(race.Race([right, *others], weights, rounds))}
     fine = found.pop("simpo: fused")
     assert fine.status == "measured" and len(fine.seconds) == 1 and fine.median > 0
     assert fine.peak_bytes > 0 and fine.total_bytes > weights.static_bytes
@@ -117,7 +119,7 @@ def test_only_what_is_right_has_a_speed(weights):
 def test_an_attention_that_cannot_run_is_named(weights):
     rounds = dealt(weights)
     found = ours.contenders(weights, rounds, bf16=False, attn_impls=("sdpa", "varlen"))
-    rows = {row.label: row for row in race.race(found, weights, rounds)}
+    rows = {row.label: row for row in finished(race.Race(found, weights, rounds))}
     assert rows["simpo (sdpa)"].status == "measured"
     assert rows["simpo (varlen)"].status == "skipped" and rows["simpo (varlen)"].reason
     assert "skipped: " + rows["simpo (varlen)"].reason in table.table(list(rows.values()))
@@ -129,7 +131,8 @@ def test_a_step_ends_with_adamw_on_weights_that_all_share(weights):
     rounds = dealt(weights)
     before = [p.detach().clone() for p in weights.parameters]
     sepo = next(c for c in ours.contenders(weights, rounds, bf16=False) if c.objective == "sepo")
-    race._turns(sepo, weights, rounds)()
+    sepo.step(0)
+    weights.finish()
     assert all(not torch.equal(a, b) for a, b in zip(before, weights.parameters, strict=True))
     assert all(p.grad is None for p in weights.parameters)
 
@@ -198,13 +201,20 @@ def test_bars():
     assert table.quickest([slow, quick], "simpo").label == "simpo (varlen)"
 
 
-def test_the_whole_program(tmp_path, monkeypatch, capsys):
+def tiny_shape(monkeypatch):
     shape = dict(tiny_model().config.to_dict(), vocab_size=V, initializer_range=0.2)
     keys = models.SHAPES["smollm2-shape"].keys()
     monkeypatch.setitem(models.SHAPES, "tiny", {k: shape[k] for k in keys if k in shape})
+
+
+def test_the_whole_program(tmp_path, monkeypatch, capsys):
+    tiny_shape(monkeypatch)
     path = tmp_path / "rows.jsonl"
-    arguments = "--model tiny --pairs 2 --rounds 2 --max_length 48 --float32 --only sepo"
-    assert main([*arguments.split(), "--device", "cpu", "--json", str(path)]) == 0
+    arguments = (
+        "--case step --model tiny --pairs 2 --rounds 2 --max_length 48 --float32 --device cpu"
+    )
+    files = "--json", str(path), "--figure", str(tmp_path / "figure.svg")
+    assert main([*arguments.split(), "--providers", "sepo", *files]) == 0
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["contender"] for line in lines] == [
         *ours.NAMES.values(),
@@ -213,5 +223,20 @@ def test_the_whole_program(tmp_path, monkeypatch, capsys):
     ]
     assert {line["status"] for line in lines} == {"measured"}
     assert {len(line["seconds"]) for line in lines} == {2}
+    assert all(line["suite"] == line["case"] == "step" and line["ours"] for line in lines)
+    assert all(line["flop"] > 0 and line["roof"] > 0 and line["commit"] for line in lines)
+    assert all(line["versions"]["torch"] == torch.__version__ for line in lines)
     said = capsys.readouterr().out
-    assert "weights float32, no autocast" in said and "appended to" in said
+    assert "weights float32, no autocast" in said and str(path) in said
+    assert "gate step: 5 of 5 pass" in said and "roof: " in said
+    assert "sepo 30 %, checkpointing" in (tmp_path / "figure.svg").read_text()
+
+
+def test_a_step_of_some_contenders(monkeypatch):
+    """Names and groups; without TRL's nothing of TRL is asked."""
+    tiny_shape(monkeypatch)
+    setting = Setting("cpu", "tiny", pairs=2, rounds=1, max_length=48, float32=True)
+    names = lambda *wanted: [row.label for row in StepJob("step", setting, wanted).gate()]
+    monkeypatch.setattr(trl, "contenders", lambda *_, **options: pytest.fail("TRL was asked"))
+    assert names("simpo", "sepo: fused") == ["simpo", "sepo: fused"]
+    assert len(names("savings")) == 12

@@ -1,27 +1,19 @@
 """The race of the KL methods: the dense step and ours are one, and no speed for a wrong one."""
 
-import gc
 import json
-import warnings
 
 import pytest
 import torch
+from bench_jobs import finished
 from tiny import V, tiny_model
 
 from bench.end_to_end import gate, models, race, rows, table
 from bench.end_to_end.contender import Contender
 from bench.end_to_end.weights import Weights
 from bench.kl_steps import dense, ours
-from bench.kl_steps.__main__ import bars, main
+from bench.kl_steps.job import bars
+from bench.run import main
 from sepo.tokens import MASK
-
-
-@pytest.fixture(autouse=True)
-def folders_go_with_their_trainers():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        yield
-        gc.collect()
 
 
 def dealt(method: str, *, rounds: int = 1) -> tuple[Weights, list[list]]:
@@ -93,7 +85,8 @@ def test_only_what_is_right_has_a_speed(monkeypatch):
     other = ours.contenders("tdpo2", weights, rounds, bf16=False)[0]
     other.name = "alpha 1"
     monkeypatch.undo()
-    found = race.race([fine, cached, again, memory, other], weights, rounds, truth=dense.truth)
+    racers = [fine, cached, again, memory, other]
+    found = finished(race.Race(racers, weights, rounds, truth=dense.truth))
     assert [row.status for row in found] == ["measured"] * 4 + ["refused"]
     assert [len(row.seconds) for row in found] == [2, 2, 2, 0, 0]
     assert all(row.peak_bytes > 0 for row in found[:4])
@@ -109,7 +102,7 @@ def test_only_what_is_right_has_a_speed(monkeypatch):
         return value
 
     ours_now.step = spoilt
-    (row,) = race.race([ours_now], weights, rounds, truth=dense.truth)
+    (row,) = finished(race.Race([ours_now], weights, rounds, truth=dense.truth))
     assert row.status == "refused" and "gradient is off by" in row.reason
 
 
@@ -124,7 +117,7 @@ def test_bars():
         row("tdpo2, cached rows", [1.0, 1.0], 30),
         row("tdpo2, checkpointing", [], 10),
     ]
-    assert table.bars(rows, *bars()).split("\n") == [
+    assert table.bars(rows, *bars("tdpo2")).split("\n") == [
         "tdpo2 is 3.50 x as fast as dense tdpo2: reaches 3",
         "tdpo2, cached rows is 7.00 x as fast as dense tdpo2: reaches 3",
         "tdpo2 needs 1/2.90 of the memory of dense tdpo2: misses 3",
@@ -138,8 +131,9 @@ def test_the_whole_program(tmp_path, monkeypatch, capsys):
     keys = models.SHAPES["smollm2-shape"].keys()
     monkeypatch.setitem(models.SHAPES, "tiny", {k: shape[k] for k in keys if k in shape})
     path = tmp_path / "rows.jsonl"
-    arguments = "--model tiny --pairs 2 --rounds 1 --max_length 48 --float32 --device cpu"
-    assert main([*arguments.split(), "--json", str(path)]) == 0
+    arguments = "--case step-tdpo2 step-sparsepo --model tiny --pairs 2 --rounds 1 --max_length 48 --float32"
+    files = "--json", str(path), "--figure", str(tmp_path / "figure.svg")
+    assert main([*arguments.split(), "--device", "cpu", *files]) == 0
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     names = ["dense {}", "dense {}, checkpointing", "{}", "{}, cached rows", "{}, cheap again"]
     names.append("{}, checkpointing")
@@ -149,4 +143,4 @@ def test_the_whole_program(tmp_path, monkeypatch, capsys):
     assert {line["status"] for line in lines} == {"measured"}
     assert [len(line["seconds"]) for line in lines] == [1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0]
     said = capsys.readouterr().out
-    assert "weights float32, no autocast" in said and "appended to" in said
+    assert "weights float32, no autocast" in said and str(path) in said

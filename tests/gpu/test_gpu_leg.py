@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, jobs, report
 from bench.gpu import Stage
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +134,7 @@ def test_results_and_exit_status(device, monkeypatch, tmp_path, capsys, second, 
         assert line["torch"] == torch.__version__ and line["commit"] and line["seconds"] >= 0
     assert ("all is well" if code == 0 else "not well: two") in capsys.readouterr().out
     assert gpu.environment()["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    assert gpu.default_path(Device.name).name == "gpu-nvidia-test-1.jsonl"
+    assert report.default_path("cuda").name == "nvidia-test-1.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -146,18 +146,29 @@ def test_results_and_exit_status(device, monkeypatch, tmp_path, capsys, second, 
         ([], 1),
     ],
 )
-def test_benchmark_fails_if_ours_is_wrong_or_missing(monkeypatch, statuses, code):
-    from bench import suite
+def test_benchmark_fails_if_ours_is_wrong_or_missing(monkeypatch, tmp_path, statuses, code):
     from bench.harness import Row
 
-    rows = [Row("case", f"sepo:{s}", "", s, ours=True) for s in statuses]
-    rows += [Row("case", "peer", "", s, ours=False) for s in ("measured", "refused")]
-    monkeypatch.setattr(suite, "run", lambda device, path, extent: rows)
-    assert gpu.benchmark(Path("unused")) == code
+    class Job:
+        name, suite, rounds, about, legend = "case", "head", 1, {}, ""
+        ready = turn = text = lambda self: ""
+
+        def gate(self):
+            gated = [s.replace("measured", "passed") for s in statuses]
+            rows = [Row("head", "case", f"sepo:{s}", "", s, ours=True) for s in gated]
+            return [*rows, Row("head", "case", "peer", "", "refused", ours=False)]
+
+        def finish(self):
+            rows = [Row("head", "case", f"sepo:{s}", "", s, ours=True) for s in statuses]
+            return [*rows, Row("head", "case", "peer", "", "measured", ours=False)]
+
+    monkeypatch.setattr(jobs, "jobs", lambda *suites, **options: [Job()] if statuses else [])
+    monkeypatch.setattr(report, "machine", lambda device: Device.name)
+    assert gpu.benchmark(tmp_path / "rows.jsonl") == code
 
 
 def test_a_machine_without_a_trainer_has_no_race(monkeypatch):
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
     last = gpu.stages(Path("results.jsonl"))[-1]
     assert last.name == "end to end"
     assert last.absent == "transformers, accelerate, datasets not installed"

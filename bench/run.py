@@ -1,0 +1,191 @@
+"""Time, memory and error of what this project replaces and of what it does instead.
+
+    python bench/run.py                     a correctness gate, then one case of each suite
+    python bench/run.py --suite head        head | select | attention | step | full
+    python bench/run.py --case 'head-bf16-*' --providers sepo cce
+    python bench/run.py --case head-bf16-30 --base main    here and at another commit, in turn
+    python bench/run.py --plan config.yaml  GPU-hours of each stage, before they are spent
+
+Nothing is timed before every case has passed its gate, and nothing at all if one of ours has not.
+All contenders of a case take turns. Rows are appended to bench/results/<machine>.jsonl.
+Exit status: 0 all is well, 1 one of ours is wrong or nothing was measured, 2 a wrong argument.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a program: its own folder is no place to import from
+    sys.path[:1] = [str(ROOT), str(ROOT / "python")]
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of itself in every table
+from bench import base, figure, jobs, report  # noqa: E402
+from bench.harness import device_here  # noqa: E402
+from sepo.errors import InputError  # noqa: E402
+
+SHORT_MINUTES = 3.25  # of a run without arguments: four, with the imports and a last round
+LEAST_ROUNDS = 2  # of a case that has begun, whatever the clock says
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    warnings.filterwarnings("ignore")  # the peers', and none of our business
+    try:
+        if args.plan or args.hours:
+            return hours(args)
+        options = dict(
+            device=args.device, cases=tuple(args.case), providers=tuple(args.providers),
+            rounds=args.rounds, model=args.model, data=args.data, pairs=args.pairs,
+            max_length=args.max_length, float32=args.float32,
+        )  # fmt: skip
+        if args.serve:
+            return base.serve(jobs.jobs(tuple(args.suite), **options))
+        return measure(args, options)
+    except InputError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="bench/run.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = found.add_argument
+    add("--suite", nargs="+", default=[], choices=(*jobs.SUITES, jobs.FULL))
+    add("--case", nargs="+", default=[], help="patterns of names, long cases too")
+    add("--providers", nargs="+", default=[], help="patterns of names or groups")
+    add("--json", type=Path, help="append rows to this file; -: print them, tables on stderr")
+    add("--figure", type=Path, help="default runs/bench/<machine>.svg")
+    add("--base", metavar="REV", help="the same cases at another commit, side by side")
+    add("--plan", type=Path, metavar="CONFIG", help="GPU-hours of each stage; modelled")
+    add("--hours", action="store_true", help="GPU-hours of the papers' models; modelled")
+    add("--device", default=device_here(), choices=("cpu", "cuda"))
+    add("--rounds", type=int)
+    add("--minutes", type=float, help=f"no round after; {SHORT_MINUTES} without arguments")
+    step = found.add_argument_group("whole steps")
+    step.add_argument(
+        "--model", help="smollm2, smollm2-shape, llama-1b-shape, a directory, a hub id"
+    )
+    step.add_argument("--data", type=Path, help="preference pairs")
+    step.add_argument("--pairs", type=int, help="of one step")
+    step.add_argument("--max_length", type=int, help="tokens of a prompt and one response")
+    step.add_argument("--float32", action="store_true", help="no autocast")
+    add("--serve", action="store_true", help=argparse.SUPPRESS)  # base.py's other end
+    return found
+
+
+def hours(args: argparse.Namespace) -> int:
+    from bench.hours import plan, table1
+
+    print(plan(args.plan) if args.plan else table1())
+    return 0
+
+
+def measure(args: argparse.Namespace, options: dict) -> int:
+    suites, start = tuple(args.suite), time.monotonic()
+    minutes = args.minutes
+    if minutes is None and not (suites or args.case or args.base):
+        minutes = SHORT_MINUTES
+    deadline = None if minutes is None else start + 60 * minutes
+    for_files = str(args.json) == "-"
+    tell = lambda text: print(text, file=sys.stderr if for_files else sys.stdout, flush=True)
+    about = report.surroundings(args.device)
+    tell(f"{about['machine']}, {about['threads']} threads, {about['commit']}")
+    tell(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
+    for suite in jobs.SUITES if not suites or jobs.FULL in suites else suites:
+        if reason := jobs.lacking(suite):
+            tell(f"{suite} is left out: {reason}")
+    path = args.json or report.default_path(args.device)
+
+    def keep(records: list[dict], more: dict) -> None:
+        if for_files:
+            for found in records:
+                print(json.dumps(about | more | found))
+        else:
+            report.append(records, path, about | more)
+
+    if args.base:
+        with base.beside(args.base, suites, options) as entries:
+            records, code = run(entries, tell=tell, keep=keep, deadline=deadline)
+    else:
+        entries = [Alone(job) for job in jobs.jobs(suites, **options)]
+        records, code = run(entries, tell=tell, keep=keep, deadline=deadline)
+    if code == 0:
+        picture = (
+            args.figure or ROOT / "runs" / "bench" / f"{report.default_path(args.device).stem}.svg"
+        )
+        figure.draw(records, picture, title=f"{about['machine']}, {report.short(about['commit'])}")
+        tell(f"\n{'' if for_files else f'rows: {path}; '}figure: {picture}")
+    tell(f"{time.monotonic() - start:.0f} s")
+    return code
+
+
+class Alone:
+    """A job of this process; its rows as records."""
+
+    def __init__(self, job):
+        self.job, self.name, self.rounds = job, job.name, job.rounds
+        self.ready, self.turn, self.text = job.ready, job.turn, job.text
+        self.legend = job.legend
+
+    def gate(self) -> list[dict]:
+        return [report.record(row) for row in self.job.gate()]
+
+    def finish(self) -> tuple[list[dict], dict]:
+        return [report.record(row) for row in self.job.finish()], self.job.about
+
+
+def run(
+    entries: Sequence,  # Alone, or base.Beside
+    *,
+    tell: Callable[[str], None] = print,
+    keep: Callable[[list[dict], dict], None] = lambda records, about: None,
+    deadline: float | None = None,  # on the monotonic clock
+) -> tuple[list[dict], int]:  # records of all rows, exit status
+    """All gates, then all rounds; records are kept a case at a time."""
+    gates, red = [], False
+    for entry in entries:
+        gates.append(found := entry.gate())
+        wrong = [r for r in found if r["status"] == "refused"]
+        red |= any(r["ours"] and r.get("side", "here") == "here" for r in wrong)
+        tell(
+            f"gate {entry.name}: {sum(r['status'] == 'passed' for r in found)} of {len(found)} pass"
+        )
+        for r in wrong:
+            tell(f"  {r['provider']} is refused: {r['reason']}")
+    if red:
+        for found in gates:
+            keep(found, {})
+        tell("the gate is red: nothing is timed")
+        return [r for found in gates for r in found], 1
+    for legend in dict.fromkeys(entry.legend for entry in entries if entry.legend):
+        tell(legend)
+    records = []
+    for entry in entries:
+        if deadline is not None and time.monotonic() > deadline:
+            tell(f"\n{entry.name} is left out: no time is left")
+            continue
+        entry.ready()
+        for number in range(entry.rounds):
+            if deadline is not None and number >= LEAST_ROUNDS and time.monotonic() > deadline:
+                break
+            entry.turn()
+        found, about = entry.finish()
+        keep(found, about)
+        records += found
+        tell(entry.text())
+    # unless peers alone were asked for, a run without ours has said nothing
+    due = [r for r in records if r["ours"]] or records
+    return records, 0 if any(r["status"] == "measured" for r in due) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

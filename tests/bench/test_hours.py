@@ -1,0 +1,274 @@
+"""Hours are sums that a hand can check; a plan says what a user would spend."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from tiny import tiny_model
+
+from bench import hours as tables
+from bench.cost import gpu, lengths, paper, planner
+from bench.cost.decoder import TABLE_1, Decoder, named
+from bench.cost.work import Amount, Schedule, step_work, total
+from sepo.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
+PAGE = ROOT / "docs" / "gpu-hours.md"
+SIZES = np.array([(5, 7, 4), (3, 2, 6)])
+DECODER = Decoder.of(tiny_model())
+
+
+# Steps
+
+
+def test_padding_is_what_padded_rows_hold_besides_tokens():
+    work = step_work(DECODER, SIZES, 19, Schedule(packed=False, selected=False), pairs_at_once=1)
+    tokens, filled = 12 + 9 + 5 + 9, 2 * 12 + 2 * 9
+    a_token = 6 * DECODER.weights
+    assert work["trunk", "products"].flop == a_token * tokens
+    assert work["padding", "products"].flop == a_token * (filled - tokens)
+    head = 6 * DECODER.width * DECODER.vocabulary
+    assert work["unused logits", "logits"].flop == head * (filled - 19)
+    together = step_work(DECODER, SIZES, 19, Schedule(packed=False))
+    assert together["padding", "products"].flop == a_token * (4 * 12 - tokens)
+
+
+@pytest.mark.parametrize("once", (True, False))
+@pytest.mark.parametrize("packed", (True, False))
+def test_attention_computes_what_the_mask_shows(once, packed):
+    """Every pair of a query and a key, one by one."""
+    schedule = Schedule(packed=packed, prompt_once=once, hidden_scores=True)
+    work = step_work(DECODER, SIZES, 19, schedule)
+    shown = computed = filled = 0
+    for p, *responses in SIZES:
+        for number, length in enumerate(responses):
+            first = p if packed and once and number else 0  # the prompt's queries were there before
+            row = p + length
+            shown += sum(key <= query for query in range(first, row) for key in range(row))
+            computed += (row - first) * row
+            filled += 12 * 13 // 2
+    product = 2 * DECODER.layers * DECODER.query_width  # FLOP of one query and one key
+    assert work["attention", "attention"].flop == 6 * product * shown
+    assert work["recomputation", "attention"].flop == product * shown
+    more = 0 if packed else filled - shown
+    assert work["padding", "attention"].flop == 7 * product * more
+    hidden = computed - shown if packed else 4 * 12**2 - filled
+    assert work["hidden scores", "attention"].flop == 7 * product * hidden
+
+
+def test_weights_are_read_for_every_micro_batch():
+    bytes = [
+        step_work(DECODER, SIZES, 19, tokens_at_once=many)["trunk", "products"].bytes
+        for many in (100, 14, 9)
+    ]
+    assert np.diff(bytes).tolist() == [12 * DECODER.weights] * 2  # 1, 2, 3 micro-batches
+
+
+def test_a_host_takes_part_only_where_it_is_asked_to():
+    how = dict(reference="live", host_optimiser=True, host_reference=True)
+    work = step_work(DECODER, SIZES, 19, Schedule(**how), steps=3, gathered_over=4)
+    count = DECODER.parameters
+    assert total(work, ("optimiser",)) == Amount()
+    moved = 3 * 4 * count + 2 * count / 4
+    assert work["offload", "host"] == Amount(host=moved, host_memory=3 * 30 * count * 4)
+    assert work["gathering", "link"].link == 2 * 4 * count * 3 / 4  # three passes and a reference
+
+
+# Hours
+
+
+def test_the_slower_of_computing_and_moving_counts():
+    a100 = gpu.find("A100")
+    work = {
+        ("trunk", "products"): Amount(flop=3600 * 312e12, bytes=1800 * 2.0e12),
+        ("trunk", "elementwise"): Amount(bytes=3600 * 2.0e12),
+        ("gathering", "link"): Amount(link=7200 * 300e9),
+    }
+    full = dict(utilisation=1.0, bandwidth_share=1.0)
+    found = gpu.part_hours(work, a100, **full)
+    assert (found["trunk"], found["gathering"], sum(found.values())) == pytest.approx((2, 2, 4))
+    half = gpu.part_hours(work, a100, utilisation=0.5, bandwidth_share=0.25)
+    assert half["trunk"] == pytest.approx(2 + 4)
+    assert gpu.hours_at_full_rate(work, a100) == pytest.approx(1)
+    slow = gpu.part_hours(work, a100, float32=True, **full)
+    assert slow["trunk"] == pytest.approx(312 / 19.5 + 2)
+
+
+def test_gpus_are_found_by_the_drivers_names():
+    names = {
+        "NVIDIA A100-SXM4-80GB": "A100",
+        "NVIDIA A100 80GB PCIe": "A100-PCIe",
+        "NVIDIA H200": "H200",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA GeForce RTX 4090": None,
+    }
+    found = {name: gpu.of_device(name) for name in names}
+    assert {name: one and one.name for name, one in found.items()} == names
+    with pytest.raises(InputError, match="gpu: expected B200 .* got V100"):
+        gpu.find("V100")
+
+
+def test_drawn_lengths_have_the_means_that_are_known():
+    found = lengths.from_means(100, 300, 200, pairs=61_135)
+    np.testing.assert_allclose(found.whole.mean(0), (100, 300, 300))
+    np.testing.assert_allclose(found.cut.mean(0), (100, 200, 200))
+    assert np.log(found.whole).std(0) == pytest.approx(0.6, rel=0.03)
+    assert found.selected(0.3) == pytest.approx(0.3 * found.whole[:, 1:].sum(), rel=0.01)
+    with pytest.raises(InputError, match="cut to no more than the response, got 100, 300, 301"):
+        lengths.from_means(100, 300, 301, pairs=1)
+
+
+def test_the_last_of_tokens_drawn_at_random_is_where_draws_have_it():
+    found = lengths.Lengths(np.array([(1.0, 40.0, 10.0)]), None, 1)
+    rng = np.random.default_rng(0)
+    last = lambda n, k: np.mean([rng.permutation(n)[:k].max() + 1 for _ in range(4000)])
+    (expected,) = lengths.drawn_at_random(found, 0.3)
+    assert expected == pytest.approx((1, last(40, 12), last(10, 3)), rel=0.01)
+
+
+# The paper's table
+
+
+def test_what_is_known_of_the_paper_comes_out():
+    assert paper.sepo_hours_at_full_rate("LLaMA3-8B") == pytest.approx(1.75, abs=0.005)
+    assert paper.flop_ratio("LLaMA3-8B") == pytest.approx(0.58, abs=0.005)
+    # the whole model says the same of the layers, if all pairs are as long as the mean
+    work = paper.epoch("LLaMA3-8B", "sepo", paper.AS_RELEASED, spread=0.0)
+    layers = work["trunk", "products"].flop / paper.A100.flop / 3600
+    assert layers == pytest.approx(1.75, abs=0.005)
+
+
+def test_every_saving_saves_and_every_hour_names_what_it_assumes():
+    text = tables.table1()
+    assert text.startswith("Modelled, not measured")
+    assert "products at 60% of the rate" in " ".join(text.split()) and text.count("at 100 %") >= 4
+    for method, steps in tables.SAVINGS.items():
+        for model in TABLE_1:
+            spent = [
+                gpu.hours(paper.epoch(model, method, schedule, truncated=cut), paper.A100)
+                for _, schedule, cut in steps
+            ]
+            # where DPO's logits of the responses exceed the head's budget they are made again
+            assert all(b < 1.005 * a for a, b in zip(spent, spent[1:], strict=False)), spent
+
+
+def test_published_figures_are_compared_where_they_are(tmp_path, monkeypatch):
+    modelled = {"LLaMA3-8B": {"dpo": 4.0, "simpo": 3.0, "sepo": 2.0}}
+    published = {"LLaMA3-8B": {"dpo": 10.0, "simpo": 9.0, "sepo": 4.0}}
+    found = paper.compare(modelled, published)
+    assert (found.figures, found.left_out, found.rank_correlation) == (3, 0, pytest.approx(1))
+    assert found.error("SePO/DPO") == pytest.approx(0.5 / 0.4 - 1)
+    assert found.error("SePO/SimPO") == pytest.approx(abs((2 / 3) / (4 / 9) - 1))
+    swapped = {"LLaMA3-8B": {"dpo": 9.0, "simpo": 10.0, "sepo": 4.0}}
+    assert paper.compare(modelled, swapped).rank_correlation == pytest.approx(0.5)
+    assert paper.ranks([3, 1, 3, 2]).tolist() == [2.5, 0, 2.5, 1]
+
+    path = tmp_path / "figures.json"
+    assert paper.read_figures(path) is None
+    path.write_text(json.dumps({"source": "invented for a test", "hours": published}))
+    assert paper.read_figures(path) == published
+    monkeypatch.setattr(paper, "FIGURES", path)
+    published["LLaMA3-8B"]["ppo"] = 1.0
+    path.write_text(json.dumps({"source": "invented for a test", "hours": published}))
+    text = " ".join(tables.table1().split())
+    assert (
+        "A100, 3 figures (1 of models or methods that are not modelled): rank correlation" in text
+    )
+    for bad in ({"hours": published}, {"source": "s", "hours": {"LLaMA3-8B": 3}}):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(InputError, match="figures.json: expected"):
+            paper.read_figures(path)
+
+
+def test_a_measured_rate_becomes_hours():
+    assert tables.measured_hours(1000, tokens_a_pair=600, pairs=6000, gpus=2) == pytest.approx(2)
+
+
+# Plans
+
+
+@pytest.fixture
+def write(tmp_path):
+    tiny_model().config.save_pretrained(tmp_path / "model")
+
+    def write(**keys) -> Path:
+        path = tmp_path / "plan.yaml"
+        path.write_text(yaml.safe_dump({"model_name_or_path": str(tmp_path / "model")} | keys))
+        return path
+
+    return write
+
+
+def stages(text: str) -> dict[str, tuple[float, float, float]]:
+    rows = re.findall(r"^(\w+) .*?([\d.]+) +([\d.]+) +([\d.]+)$", text, re.MULTILINE)
+    return {name: tuple(map(float, numbers)) for name, *numbers in rows}
+
+
+def test_a_plan_adds_up(write):
+    keys = dict(model_name_or_path="LLaMA3-8B", oracle_model="TinyLlama-1.1B")
+    found = stages(tables.plan(write(**keys, gradient_checkpointing=True)))
+    assert list(found) == ["SFT", "reference", "oracle", "score", "train", "all"]
+    *parts, everything = found.values()
+    np.testing.assert_allclose(np.sum(parts, 0), everything, atol=0.03)
+    spent, alone, full = everything
+    assert alone == pytest.approx(spent / 4, abs=0.01) and full < spent
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_has_a_plan(write, path):
+    recipe = yaml.safe_load(path.read_text())
+    found = stages(planner.plan(write(**recipe, gpus=1)))
+    assert "train" in found and "all" in found
+
+
+def test_the_pages_plan_says_what_the_page_shows(tmp_path):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (config,) = (text for kind, text in blocks if kind == "yaml")
+    (tmp_path / "plan.yaml").write_text(config)
+    assert any(planner.plan(tmp_path / "plan.yaml") == text.strip() for _, text in blocks)
+
+
+def test_the_pages_tables_are_current():
+    for part in tables.table1().split("\n\n"):
+        assert part in PAGE.read_text(), "python -m bench.hours says otherwise"
+
+
+def test_twice_the_utilisation_or_half_the_pairs_is_half_the_time(write):
+    keys = dict(method="simpo", model_name_or_path="LLaMA2-7B", gpus=1)
+    base, half = (stages(planner.plan(write(**keys, pairs=n)))["train"] for n in (8000, 4000))
+    assert half == pytest.approx(np.array(base) / 2, abs=0.02)
+    slow = stages(planner.plan(write(**keys, pairs=8000, utilisation=0.3)))["train"]
+    assert slow[0] > 1.5 * base[0] and slow[2] == base[2]
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(gpuz=4, pears=3), "no recipe and no plan has a key gpuz\n.*key pears$"),
+        (dict(utilisation=1.5), r"utilisation: expected a number in \(0, 1\], got 1.5"),
+        (dict(gpus=0), "gpus: expected a positive number, got 0"),
+        (dict(pairs=2.5), "pairs: expected a positive number, got 2.5"),
+        (dict(gpu="V100"), "gpu: expected B200"),
+        (dict(method="ppo"), "method: expected sft"),
+        (dict(fraction="mass"), "how many tokens mass takes is not known"),
+        (dict(fraction=2), r"fraction: expected a number in \(0, 1\], got 2"),
+        (dict(model_name_or_path=None), "expected model_name_or_path"),
+        (dict(truncated_tokens=999), "cut to no more than the response"),
+        (dict(oracle_model="GPT-9"), "directory or one of .* got GPT-9"),
+    ],
+)
+def test_a_plan_refuses_by_name(write, keys, message):
+    with pytest.raises(InputError, match=message):
+        planner.plan(write(**keys))
+
+
+def test_an_oracle_that_saves_nothing_never_pays_back():
+    stage = lambda hours: planner.Stage("train", "", hours, hours)
+    dear, cheap = planner.break_even([stage(6.0), stage(2.0)], stage(5.0), stage(1.0))[1:]
+    assert "each run saves 3.00, and the oracle has paid after 2.0 runs" in dear
+    assert "nothing is saved" in cheap
+    assert named("Pythia-410M").layers == 24

@@ -1,0 +1,68 @@
+"""The README's tables are what bench/readme.py makes of bench/results, and of one run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import readme
+from sepo.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readme_is_current():
+    text = (ROOT / "README.md").read_text()
+    tables = {found["table"] for found in readme.BLOCK.finditer(text)}
+    assert tables == set(readme.TABLES), "a table has no <!-- bench:TABLE MACHINE --> block"
+    assert readme.rewritten(text) == text, "out of date: python -m bench.readme"
+
+
+def head(provider, date, median, **more):
+    row = dict(case="head-bf16-30", provider=provider, status="measured", ours=provider == "sepo")
+    row |= dict(date=date, machine="a CPU", commit="0123456789", version="peer 1.0", note="")
+    row |= dict(shape=dict(V=50000, D=64, M=30, N=100), median=median, times_gemm=median / 0.1)
+    return row | dict(quartiles=[median, median], extra_bytes=2**20, errors=dict(logp=2e-7)) | more
+
+
+@pytest.fixture
+def rewritten(tmp_path):
+    def of(*rows, table="head", machine="cpu"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "cpu.jsonl").write_text(text)
+        begin = f"<!-- bench:{table} {machine} -->"
+        return readme.rewritten(f"before\n{begin}\nold\n<!-- /bench -->\nafter\n", tmp_path)
+
+    return of
+
+
+def test_a_table_tells_of_one_run(rewritten):
+    """The latest of those that measured most, never a contender of another day."""
+    run = lambda date, median, *more: [head(n, date, median) for n in ("gemm", "sepo", *more)]
+    rows = [
+        *run("2026-01-01", 0.3, "dense"),
+        *run("2026-01-02", 0.2, "dense"),
+        *run("2026-01-03", 0.1),
+    ]
+    rows.append(head("cce", "2026-01-04", 0.4, note='impl="torch_compile"'))  # without ours
+    rows += [head("dense", "2026-01-02", 0.9, status="refused"), {"stage": "build", "date": "2026"}]
+    rows.append(head("sepo", "2026-01-02", 0.9, side="base"))
+    text = rewritten(*rows)
+    assert text.startswith(
+        "before\n<!-- bench:head cpu -->\nA bfloat16 head of 50 000 words of width 64"
+    )
+    assert text.endswith("<!-- /bench -->\nafter\n") and "old" not in text
+    assert "a CPU, 2026-01-02, 01234567." in text
+    lines = [line for line in text.splitlines() if line.startswith("| **sepo**")]
+    assert lines == ["| **sepo** | 2.00 | 200–200 | 1 | 2e-7 |"]
+    assert "dense log-softmax" in text and "torch_compile" not in text
+    assert rewritten(*rows) == text
+
+
+def test_a_table_that_cannot_be_made_is_named(rewritten):
+    with pytest.raises(InputError, match="no run of head-bf16-30 has measured ours"):
+        rewritten(head("dense", "2026-01-01", 0.1))
+    with pytest.raises(InputError, match="expected a table of head, step, got heads"):
+        rewritten(table="heads")
+    with pytest.raises(InputError, match="gpu.jsonl is not there"):
+        rewritten(machine="gpu")
