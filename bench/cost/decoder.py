@@ -16,7 +16,7 @@ class Passes(NamedTuple):
     """Numbers that a layer's norms, activations, rotations and sums read or write, a token.
 
     Counted in eager PyTorch with 16-bit weights, in 16-bit numbers; a fused norm needs fewer.
-    tests/bench/test_cost.py counts them again.
+    tests/bench/test_step_cost.py counts them again.
     """
 
     forward: tuple[float, float]  # in units of the model's width, of the feed-forward's width
