@@ -7,10 +7,11 @@ import torch
 from safetensors import safe_open
 from test_trainer import PAIRS, make_trainer, weights
 from tiny import random_scored_pairs, tiny_model
+from torch.multiprocessing.reductions import StorageWeakRef
 from training_run import make_run
 from transformers import AutoModelForCausalLM
 
-from sepo import SePOConfig, train
+from sepo import SePOConfig, tokens, train
 from sepo.data import pack
 from sepo.errors import InputError
 from sepo.masks import layer_states, load_mask
@@ -43,6 +44,23 @@ def test_every_parameter_of_the_mask_trains(tmp_path, adapters, independent):
     assert len(before) == (10 if independent else 5)
     for name, found in mask_of(trainer).items():
         assert not torch.equal(found, before[name]), name
+
+
+def test_the_layers_are_let_go_of_before_backward_is_in_the_trunk(tmp_path, monkeypatch):
+    """All of them weigh what a step's other activations do, and its peak lies there."""
+    kept, gone = [], []
+
+    def read(*args):
+        hidden, states = layer_states(*args)
+        kept.append(StorageWeakRef(states.untyped_storage()))
+        return hidden, states
+
+    monkeypatch.setattr(tokens, "layer_states", read)
+    trainer = make_trainer(tmp_path, max_steps=1, **ADAM)
+    norm = trainer.model.get_decoder().norm
+    norm.register_full_backward_pre_hook(lambda *_: gone.append(kept[-1].expired()))
+    trainer.train()
+    assert gone and all(gone)
 
 
 def test_the_mask_has_a_rate_and_a_decay_of_its_own(tmp_path):

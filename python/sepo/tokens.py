@@ -36,7 +36,7 @@ class TokenStep:
         budget, direction = self.args.head_budget, self.method.direction
         if direction is None:
             return TokenValues(token_logprob(model, batch, budget=budget), self._ref_logp(batch))
-        ref_hidden, masks = self._masks(model, batch)
+        ref_hidden, read = self._read_reference(batch)
         values = token_logprob_kl(
             model,
             batch,
@@ -45,7 +45,8 @@ class TokenStep:
             direction=direction(self.args),
             budget=budget,
         )
-        return TokenValues(*values, *masks)
+        # backward takes what came last first, and has let go of the layers before it is in the trunk
+        return TokenValues(*values, *self._masks(model, batch, read))
 
     def _ref_logp(self, batch: PackedBatch) -> Tensor | None:  # (M,)
         if self.method.reference is None or batch.ref_logp is not None:
@@ -54,20 +55,30 @@ class TokenStep:
             raise InputError(no_reference(self.args.method, self.method))
         return self.reference.logp(batch, budget=self.args.head_budget)
 
-    def _masks(self, model: nn.Module, batch: PackedBatch):
-        """The reference's states (N, D_ref), if it was run; reward and KL mask, (M,) each."""
-        if self.method.mask is None:
-            return None, ()
-        if self.method.mask == "learned" and self.args.mask == "random":
-            drawn = batch.weights if batch.mask is None else batch.mask  # None: a batch of no pairs
-            return None, (drawn, drawn)
+    def _read_reference(self, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Its states (N, D_ref), and what the mask reads of its layers; None where it has no need."""
+        if not self._reads_layers:
+            return None, None
+        read = layer_activations if self.method.mask == "activation" else layer_states
         with self.reference.frozen() as reference:
-            if self.method.mask == "activation":
-                hidden, activations = layer_activations(reference, batch)
-                mask = activation_mask(activations, batch.cu_rows, norm=self.args.mask_norm)
-                return hidden, (mask, mask)
-            hidden, states = layer_states(reference, batch)
-        return hidden, getattr(model, MASK)(states)
+            return read(reference, batch)
+
+    def _masks(self, model: nn.Module, batch: PackedBatch, read: Tensor | None):
+        """The reward's and the KL divergence's, (M,) each; none for a method without."""
+        if self.method.mask is None:
+            return ()
+        if not self._reads_layers:
+            drawn = batch.weights if batch.mask is None else batch.mask  # None: a batch of no pairs
+            return drawn, drawn
+        if self.method.mask == "learned":
+            return getattr(model, MASK)(read)
+        mask = activation_mask(read, batch.cu_rows, norm=self.args.mask_norm)
+        return mask, mask
+
+    @property
+    def _reads_layers(self) -> bool:
+        drawn = self.method.mask == "learned" and self.args.mask == "random"
+        return self.method.mask is not None and not drawn
 
 
 def find_reference(
