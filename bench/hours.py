@@ -202,17 +202,6 @@ def _cells(works: list[Work], gpu: GPU) -> str:
     return "".join(f"{hours(work, gpu):13.2f}" for work in works)
 
 
-def measured_hours(
-    tokens_per_second: float,  # through the trunk of all GPUs together, of a measured step
-    *,
-    tokens_a_pair: float,
-    pairs: float = paper.PAIRS,
-    gpus: int = 1,  # that the step ran on
-) -> float:
-    """GPU-hours of an epoch from a measured step, whose pairs should be about as long."""
-    return tokens_a_pair * pairs / tokens_per_second * gpus / 3600
-
-
 def main(argv: list[str]) -> None:
     print(plan(argv[0]) if argv else table1())
 

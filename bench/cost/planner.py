@@ -37,6 +37,7 @@ class Keys:
     oracle_pairs: int | None = None  # default: all
     sft_epochs: float = 2
     cached_reference: bool = True  # of the methods that have one
+    tokens_per_second: float | None = None  # of one GPU, through the trunk, of a measured step
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,7 @@ class Setting:
     ) -> Work:  # fmt: skip
         """An epoch, or several, of this project's step."""
         about = METHODS[method]
-        sizes, rows = data.whole, float(data.whole[:, 1:].sum())
-        if about.positions == "selected":
-            sizes, rows = data.cut, data.selected(fraction)
-        if about.positions == "random":
-            sizes = lengths.drawn_at_random(data, fraction)
-            rows = data.selected(fraction)
-        if about.positions == "chosen":
-            sizes, rows = data.whole * (1, 1, 0), float(data.whole[:, 1].sum())
+        sizes, rows = self.read(method, data, fraction)
         schedule = Schedule(
             reference=_reference(method, cached and not rank),
             kl=about.direction is not None,
@@ -97,6 +91,17 @@ class Setting:
             gathered_over=self.gpus if self.shards(decoder, rank > 0) else 1,
         )  # fmt: skip
         return scaled(work, data.scale * epochs)
+
+    def read(self, method: str, data: Lengths, fraction: float) -> tuple[np.ndarray, float]:
+        """What the trunk reads, (pairs, 3): prompt, chosen, rejected; and the head's rows of all."""
+        positions = METHODS[method].positions
+        if positions == "selected":
+            return data.cut, data.selected(fraction)
+        if positions == "random":
+            return lengths.drawn_at_random(data, fraction), data.selected(fraction)
+        if positions == "chosen":
+            return data.whole * (1, 1, 0), float(data.whole[:, 1].sum())
+        return data.whole, float(data.whole[:, 1:].sum())
 
     def score(self, decoder: Decoder, data: Lengths, passes: int) -> Work:
         rows = float(data.whole[:, 1:].sum())
@@ -197,6 +202,10 @@ def plan(path: str | Path) -> str:
         stages.append(setting.stage("reference", f"of {model}, kept, float32", work, float32=True))
     stages.append(train(method))
     text = [*_heading(keys, setting, policy, rank), "", *table(stages, keys.gpus)]
+    if keys.tokens_per_second is not None:
+        tokens = setting.read(method, data, fraction)[0].sum() * data.scale * how["epochs"]
+        spent = tokens / keys.tokens_per_second / 3600
+        text += ["", *textwrap.wrap(_measured(keys, tokens, spent, stages[-1].hours), 100)]
     if METHODS[method].needs_score:
         lines = break_even(stages, train("dpo", cached=False), train("simpo"))
         text += ["", *(part for line in lines for part in textwrap.wrap(line, 100))]
@@ -258,6 +267,14 @@ def _heading(keys: Keys, setting: Setting, policy: Decoder, rank: int) -> list[s
         f"{BANDWIDTH_SHARE:.0%} of its bandwidth. At 100 %: what the model needs, no more, at the rate."
     )
     return ["Modelled, not measured", *textwrap.wrap(about, 100)]
+
+
+def _measured(keys: Keys, tokens: float, spent: float, modelled: float) -> str:
+    return (
+        f"Measured, not modelled: {tokens / 1e6:.1f} million tokens through the trunk, at "
+        f"{keys.tokens_per_second:g} a second and GPU, make {spent:.2f} GPU-hours of training; the "
+        f"model says {modelled:.2f}."
+    )
 
 
 def _cut(keys: Keys) -> float:

@@ -184,10 +184,6 @@ def test_published_figures_are_compared_where_they_are(tmp_path, monkeypatch):
             paper.read_figures(path)
 
 
-def test_a_measured_rate_becomes_hours():
-    assert tables.measured_hours(1000, tokens_a_pair=600, pairs=6000, gpus=2) == pytest.approx(2)
-
-
 # Plans
 
 
@@ -243,6 +239,16 @@ def test_twice_the_utilisation_or_half_the_pairs_is_half_the_time(write):
     assert half == pytest.approx(np.array(base) / 2, abs=0.02)
     slow = stages(planner.plan(write(**keys, pairs=8000, utilisation=0.3)))["train"]
     assert slow[0] > 1.5 * base[0] and slow[2] == base[2]
+
+
+def test_a_measured_rate_becomes_hours_beside_the_models(write):
+    keys = dict(method="simpo", model_name_or_path="LLaMA2-7B", pairs=6000, num_train_epochs=2)
+    lengths = dict(prompt_tokens=100, response_tokens=250)
+    text = " ".join(planner.plan(write(**keys, **lengths, tokens_per_second=500)).split())
+    # 100 + 2 * 250 tokens a pair, the prompt read once
+    assert "7.2 million tokens" in text and "make 4.00 GPU-hours of training" in text
+    modelled = stages(planner.plan(write(**keys, **lengths)))["train"][0]
+    assert f"the model says {modelled:.2f}." in text
 
 
 @pytest.mark.parametrize(
