@@ -14,26 +14,27 @@ from processes import ENVIRONMENT, ROOT
 pytestmark = pytest.mark.slow
 
 LOGPROB = "sepo_kernels/selected_logprob/chunked.py"
+OPERATION = "tests/ops/test_selected_logprob.py"
 STEPS = "tests/test_pipeline.py::test_a_step_equals_the_formula"
 MUTANTS = {
     "assign instead of add for repeated rows": (
         "sepo_kernels/products.py",
         "total.index_add_(0, rows, values)",
         "total.index_copy_(0, rows.long(), values)",
-        "tests/ops/test_selected_logprob.py",
+        f"{OPERATION}::test_gradients_of_repeated_rows_add_up",
     ),
     "columns beyond V in the sum": (
         LOGPROB,
         "total = z.sub_(top).exp_().sum(-1, keepdim=True)",
         "pad = -z.shape[1] % 32\n"
         "    total = z.sub_(top).exp_().sum(-1, keepdim=True) + pad * (-top).exp()",
-        "tests/ops/test_selected_logprob.py",
+        f"{OPERATION}::test_equals_the_definition_in_float64",
     ),
     "the rejected's first row off by one": (
         "python/sepo/data/pack.py",
         "np.where(segment.positions == 0, first - 1, row)",
         "row",
-        "tests/data/test_pack.py",
+        "tests/data/test_pack.py::test_first_rejected_token_is_predicted_by_the_prompt",
     ),
     "one token too many cut": (
         "python/sepo/data/truncate.py",
@@ -45,19 +46,19 @@ MUTANTS = {
         "python/sepo/ops/selected_logprob.py",
         "need = ctx.needs_input_grad[:3]",
         "need = (True, True, False)",
-        "tests/ops/test_selected_logprob.py",
+        f"{OPERATION}::test_only_what_needs_a_gradient_gets_one",
     ),
     "a silent fallback": (
         "sepo_kernels/registry.py",
         "raise ValueError(f'impl=\"{requested}\" cannot run here: {reason}')",
         'return pick(impls, "auto", *tensors)',
-        "tests/ops",
+        "tests/ops/test_selected_logprob_boundary.py",
     ),
     "an output part unwritten": (
         LOGPROB,
         "slope.copy_(p)",
         "slope[:, :-1].copy_(p[:, :-1])",
-        "tests/ops/test_selected_logprob.py",
+        f"{OPERATION}::test_equals_the_definition_in_float64",
     ),
     "a rejected token hidden from itself": (
         "python/sepo/attention/sdpa.py",
@@ -69,7 +70,7 @@ MUTANTS = {
         "python/sepo/attention/varlen.py",
         "total.index_add_(0, places.shared, grad.index_select(0, places.second))",
         "pass",
-        "tests/test_attention.py",
+        "tests/test_attention.py::test_values_and_gradients_are_the_definition",
     ),
     "ranks dealt by count": (
         "python/sepo/data/plan.py",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sepo.data import all_positions, pack, truncate
@@ -28,21 +29,26 @@ def mask_words(
     mask = load_mask(folder).to(reference.device)
     values = {"reward": [], "kl": []}
     for pair in pairs:
-        whole = (truncate(side, all_positions(len(side))) for side in (pair.chosen, pair.rejected))
-        batch = pack([(pair.prompt, *whole)]).to(reference.device)
-        both = mask(layer_states(reference, batch)[1])
+        both = mask(states_of(reference, pair))
         common = both[0] is both[1]
         for name, of_pair in zip(values, both, strict=True):
             values[name].append(of_pair.cpu().numpy())
-    known = [
-        np.concatenate([in_lexicon(side, tokenizer) for side in (pair.chosen, pair.rejected)])
-        for pair in pairs
-    ]
+    known = [np.concatenate(words(pair, tokenizer)) for pair in pairs]
     return {
         name: summary(of_pairs, known)
         for name, of_pairs in values.items()
         if name == "reward" or not common
     }
+
+
+def states_of(reference: PreTrainedModel, pair: TokenPair) -> Tensor:
+    """(L, T, D): a layer's state at the row that predicts a token; the chosen's, the rejected's."""
+    whole = (truncate(side, all_positions(len(side))) for side in (pair.chosen, pair.rejected))
+    return layer_states(reference, pack([(pair.prompt, *whole)]).to(reference.device))[1]
+
+
+def words(pair: TokenPair, tokenizer) -> list[np.ndarray]:  # (T,) bool, chosen and rejected
+    return [in_lexicon(side, tokenizer) for side in (pair.chosen, pair.rejected)]
 
 
 def summary(

@@ -175,3 +175,27 @@ def test_mask_summary_by_hand(frontier):
     assert found["ratio_ci95"] == pytest.approx([4.0, 4.0])
     nothing = summary([np.zeros(3)], known[:1])
     assert nothing["sparsity"] == 1 and nothing["ratio"] is None
+
+
+def test_what_the_states_tell_of_the_words(frontier, command, tmp_path, capsys):
+    import frontier_probe
+
+    out = command("run", SPARSEPO)
+    capsys.readouterr()
+    places = ("--output_dir", out, "--model", tmp_path / "model", "--data", tmp_path / "data")
+    frontier_probe.main([str(part) for part in places])
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        lines[2].startswith(f"| {SPARSEPO}, reward |") and "regression on layer 2 of 2" in lines[-1]
+    )
+    # every pair is the same one, so what follows a state is known
+    assert lines[-1].count("AUC 1.00") == 2
+
+
+def test_auc_by_hand(frontier):
+    from frontier_probe import auc
+
+    labels = np.array([False, True, False, True])
+    assert auc(np.array([0.0, 1.0, 0.5, 2.0]), labels) == 1
+    assert auc(np.array([3.0, 1.0, 0.5, 2.0]), labels) == 0.5
+    assert auc(np.zeros(4), labels) == 0.5
