@@ -7,7 +7,7 @@ import torch
 from test_pipeline import dense_loss, scored_pairs
 from tiny import V, random_scored_pairs, tiny_model, tiny_tokenizer
 
-from sepo import SePOConfig, SePOTrainer
+from sepo import SePOConfig, SePOTrainer, metrics
 from sepo.checkpoints import last_checkpoint
 from sepo.data import Segment, TokenPair, attention_cost, pair_costs
 from sepo.errors import InputError
@@ -145,6 +145,30 @@ def test_token_counts_are_those_of_the_step(tmp_path):
     K = lambda y: max(1, int(0.5 * len(y) + 1e-9))
     assert counts["tokens/selected"] == sum(K(p.chosen) + K(p.rejected) for p in PAIRS)
     assert counts["tokens/read"] < sum(len(p) for p in PAIRS)
+
+
+def test_throughput_counts_steps_and_not_what_lies_between_lines(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    trainer = make_trainer(
+        tmp_path, logging_steps=2, max_steps=4, eval_strategy="steps", eval_steps=2
+    )
+    original = trainer._losses
+
+    def slow(model, *rest):
+        clock[0] += 3.0 if model.training else 1000.0
+        return original(model, *rest)
+
+    monkeypatch.setattr(trainer, "_losses", slow)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "tokens/second" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    read = [
+        int(trainer.train_pairs.lengths[trainer._plan(trainer.train_pairs, 5, step=s).pairs].sum())
+        for s in range(4)
+    ]
+    found = [line["tokens/second"] for line in lines]
+    assert found == pytest.approx([(read[0] + read[1]) / 6, (read[2] + read[3]) / 6])
 
 
 def test_dropout_is_off_by_default(tmp_path):

@@ -61,7 +61,7 @@ def write_store(path: Path, pairs: list, **manifest) -> None:
 def read_log(output_dir: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock, or on where a run was continued."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if "train_runtime" not in line or k in ("step", "epoch")}
-        for line in lines
-    ]
+    clock = lambda line: (
+        line.keys() - {"step", "epoch"} if "train_runtime" in line else ("tokens/second",)
+    )
+    return [{k: v for k, v in line.items() if k not in clock(line)} for line in lines]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -78,6 +79,33 @@ class RunningMeans:
         for state in states:
             for name, (value, count) in state.items():
                 self.add({name: torch.tensor(value, dtype=torch.float64)}, count)
+
+
+class Throughput:
+    """Tokens through the trunk a second, from the first step after a line of the log to the next.
+
+    Evaluations and checkpoints lie between a line and the next step, so they are not counted.
+    """
+
+    def __init__(self):
+        self._start: float | None = None
+        self._tokens = 0
+
+    def start(self) -> None:
+        """A step begins."""
+        if self._start is None:
+            self._start = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def pop(self) -> dict[str, float]:
+        """Nothing if no step was made since the last call."""
+        if self._start is None:
+            return {}
+        rate = self._tokens / (time.perf_counter() - self._start)
+        self.__init__()
+        return {"tokens/second": rate}
 
 
 class MetricsFile:

@@ -27,7 +27,7 @@ from sepo.errors import InputError
 from sepo.layers import compile_layers, disable_dropout, recompute_cheap
 from sepo.masked import MaskedTrainer, add_mask
 from sepo.methods import METHODS, reduce_segments
-from sepo.metrics import RunningMeans, pair_metrics, token_metrics
+from sepo.metrics import RunningMeans, Throughput, pair_metrics, token_metrics
 from sepo.model import prepare_model
 from sepo.prepared import PreparedPairs, data_seed
 from sepo.reference import LiveReference, Reference
@@ -96,6 +96,7 @@ class SePOTrainer(MaskedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._throughput = Throughput()
         if args.recompute == "cheap":
             recompute_cheap(model)
         prepare_model(model)  # once more where it runs now
@@ -111,6 +112,7 @@ class SePOTrainer(MaskedTrainer):
         self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """Forward and backward of every micro-batch of this rank; gradients meet in the last."""
+        self._throughput.start()
         model.train()
         pairs, world_size = self.train_pairs, self.args.world_size
         plan = self._plan(pairs, self.args.pairs_per_step, step=self.state.global_step)
@@ -129,6 +131,7 @@ class SePOTrainer(MaskedTrainer):
             "tokens/selected": int(pairs.selected[plan.pairs].sum()),
             "rows/head": int(pairs.selected[plan.pairs].sum()),
         }
+        self._throughput.add(self._step_counts["tokens/read"])
         return step_loss
 
     @contextmanager
@@ -243,7 +246,8 @@ class SePOTrainer(MaskedTrainer):
         if "loss" in logs:
             means = self._means.pop(self.accelerator)
             means.pop("loss", None)  # Trainer's own, which weighs uneven steps as training did
-            logs = {**logs, **means, **self._step_counts}
+            # after the means, which wait for what a GPU has still to do
+            logs = {**logs, **means, **self._step_counts, **self._throughput.pop()}
             self.warn_of_shut_masks(means)
         super().log(logs, start_time)
         if self.is_world_process_zero():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from reports import ids, scored, write_metrics, write_store
+from test_trainer import make_trainer
 from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_tokenizer
 
 from sepo.data.counts import count_tokens
@@ -13,6 +14,7 @@ from sepo.data.segments import make_segments
 from sepo.data.select import select_positions
 from sepo.errors import InputError
 from sepo.report import collect
+from sepo.report.charts import METRICS
 from sepo.report.ranks import GRID, SHOWN, levels, rank
 from sepo.report.runs import read_run
 from sepo.report.texts import TokenTexts, visible
@@ -215,3 +217,9 @@ def test_a_store_is_opened_with_its_own_tokenizer(store):
 
 def test_all_rows_count_whatever_is_shown(store):
     assert collected(store, max_pairs=0)["stores"] == collected(store)["stores"]
+
+
+def test_the_curves_are_of_metrics_that_a_run_logs(tmp_path):
+    make_trainer(tmp_path, method="sparsepo", independent_masks=True, max_steps=1).train()
+    logged = read_run(tmp_path, "run")["metrics"].keys()
+    assert {name for _, _, names in METRICS for name in names} <= logged

@@ -22,7 +22,7 @@ METRICS = (  # title, axis, metrics under one roof; each also as eval_...
     ("Mask: share of zeros", "share", ("mask/reward/sparsity", "mask/kl/sparsity")),
     ("Mask: mean", "mean", ("mask/reward/mean", "mask/kl/mean")),
     ("Tokens and rows a step", "count", ("tokens/read", "rows/head")),
-    ("Throughput", "tokens a second", ("train_tokens_per_second", "tokens_per_second")),
+    ("Throughput", "tokens a second", ("tokens/second",)),
     ("Gradient norm", "norm", ("grad_norm",)),
     ("Learning rate", "rate", ("learning_rate",)),
 )
