@@ -41,6 +41,8 @@ METHODS = {
 FRACTIONS = (0.1, 0.2, 0.5, 0.7, 1.0)  # and FRACTION, which the grid has
 ORACLE_SHARES = (10, 25, 50)  # per cent of the pairs, and ORACLE_SHARE
 MASK_EPOCHS = 4  # of one more SparsePO run: do its masks learn what one epoch was too short for?
+# gamma moves SePO little: another learning rate brings it, and others, to each other's divergence
+RATES = {"sepo": (3e-6, 1e-5), "dpo": (1e-4,), "tdpo2": (1e-4,), "mapo": (1e-4,)}
 SEEDS = (1,)  # of these methods at their first strength, beside seed 0
 REPEATED = ("dpo", "tdpo2", "sparsepo", "sepo")
 
@@ -65,7 +67,9 @@ QUICK = Scale(pairs=24, openings=4, heldout=4)  # 3 steps, the first of them war
 class Run:
     """One policy: trained, evaluated, and kept in the folder of its name."""
 
-    part: str  # what it is for: frontier, k, oracle, seed, mask; reference: nothing is trained
+    part: (
+        str  # what it is for: frontier, k, oracle, seed, rate, mask; reference: nothing is trained
+    )
     label: str  # the method, as tables and figures call it
     strength: tuple[str, float] | None = None
     arguments: dict = field(default_factory=dict)  # of the training, seed and all
@@ -79,6 +83,8 @@ class Run:
         parts = [self.label, f"{flag}{value:g}"]
         if self.epochs != TRAIN["num_train_epochs"]:
             parts.append(f"epochs{self.epochs}")
+        if (rate := self.arguments["learning_rate"]) != TRAIN["learning_rate"]:
+            parts.append(f"rate{rate:g}")
         if "fraction" in self.arguments:
             parts.append(f"k{self.arguments['fraction']:g}")
         if self.oracle_share is not None:
@@ -114,6 +120,11 @@ def grid() -> list[Run]:
         *every(2),
         make_run("mask", "sparsepo", BETAS[-1], num_train_epochs=MASK_EPOCHS),
         *(make_run("seed", label, first[label], seed=s) for s in SEEDS for label in REPEATED),
+        *(
+            make_run("rate", label, first[label], learning_rate=rate)
+            for label, rates in RATES.items()
+            for rate in rates
+        ),
     ]
 
 

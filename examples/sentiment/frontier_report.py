@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
 from frontier_grid import METHODS, REFERENCE, Run, grid  # noqa: E402
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text: a tenth of the size
@@ -52,8 +53,9 @@ def frontier_table(results: dict, runs: list[Run]) -> str:
     for run in by_method(runs, results):
         result = results[run.name]
         strength = f"{run.strength[0]} {run.strength[1]:g}" if run.strength else ""
+        rate = f", rate {run.arguments['learning_rate']:g}" if run.part == "rate" else ""
         lines.append(
-            f"| {run.label} | {strength} | {interval(result['reward'])} | "
+            f"| {run.label} | {strength}{rate} | {interval(result['reward'])} | "
             f"{interval(result['kl'], 2)} | {result['kl_per_token']['mean']:.4f} | "
             f"{'yes' if run.name in best else ''} |"
         )
@@ -119,15 +121,19 @@ def mask_table(place: Path, results: dict, runs: list[Run]) -> str:
 
 
 def draw_frontier(results: dict, runs: list[Run], file: Path) -> None:
-    """Reward over divergence: a line a method through its strengths, a staircase of the best."""
+    """Reward over divergence: a line a method through its strengths, other rates beside it."""
     figure, axes = plt.subplots(figsize=(7.5, 4.6))
     for number, label in enumerate(METHODS):
+        own = [run for run in policies(runs) if run.label == label]
         points = sorted(
-            (results[run.name] for run in policies(runs) if run.label == label),
+            (results[run.name] for run in own if run.part == "frontier"),
             key=lambda result: result["kl"]["mean"],
         )
         plot(axes, [p["kl"]["mean"] for p in points], points, "reward", number, label)
-    best = [results[run.name] for run in frontier(results, policies(runs))]
+        for result in (results[run.name] for run in own if run.part == "rate"):  # beside the line
+            plot(axes, [result["kl"]["mean"]], [result], "reward", number, None)
+    # a logarithm has no place for the reference itself: it is the dotted line
+    best = [results[run.name] for run in frontier(results, policies(runs)) if run is not REFERENCE]
     if best:
         steps = [best[0]] + best
         axes.step(
@@ -138,7 +144,11 @@ def draw_frontier(results: dict, runs: list[Run], file: Path) -> None:
     if REFERENCE.name in results:
         mean = results[REFERENCE.name]["reward"]["mean"]
         axes.axhline(mean, color="0.5", linestyle=":", linewidth=1, label="reference")
-    axes.set_xlabel("KL(policy ‖ reference), nats a response, mean")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("KL(policy ‖ reference), nats a response, mean, logarithmic")
     axes.set_ylabel("sentiment of the response, mean (−1 to 1)")
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
@@ -171,12 +181,14 @@ def draw_masks(place: Path, runs: list[Run], file: Path) -> None:
     number = 0
     for label in METHODS:
         points = sorted(
-            (run for run in policies(runs) if run.label == label and "sparsepo" in label),
+            (r for r in runs if r.part == "frontier" and r.label == label and "sparsepo" in label),
             key=lambda run: run.strength[1],
         )
         at, ends = [run.strength[1] for run in points], [at_the_end(place / r.name) for r in points]
         for panel, keys in zip(axes, (SPARSITY.values(), ["kl"]), strict=True):
             for key in keys:
+                if label == "sparsepo" and key == SPARSITY["kl"]:  # a common mask is one mask
+                    continue
                 if ends and all(key in end for end in ends):
                     panel.plot(
                         at, [end[key] for end in ends], MARKERS[number] + "-",
@@ -213,8 +225,8 @@ def save(figure, file: Path) -> None:
 
 
 def policies(runs: list[Run]) -> list[Run]:
-    """The runs of the frontier itself: the reference, and each method at its strengths."""
-    return [run for run in runs if run.part in ("reference", "frontier")]
+    """The runs of the frontier itself: the reference, each method at its strengths and rates."""
+    return [run for run in runs if run.part in ("reference", "frontier", "rate")]
 
 
 def sweeps(runs: list[Run]) -> dict[str, list[Run]]:
