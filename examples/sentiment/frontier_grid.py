@@ -67,9 +67,7 @@ QUICK = Scale(pairs=24, openings=4, heldout=4)  # 3 steps, the first of them war
 class Run:
     """One policy: trained, evaluated, and kept in the folder of its name."""
 
-    part: (
-        str  # what it is for: frontier, k, oracle, seed, rate, mask; reference: nothing is trained
-    )
+    part: str  # what for: frontier, k, oracle, seed, rate, mask; reference, which is not trained
     label: str  # the method, as tables and figures call it
     strength: tuple[str, float] | None = None
     arguments: dict = field(default_factory=dict)  # of the training, seed and all

@@ -84,7 +84,7 @@ class RunningMeans:
 class Throughput:
     """Tokens through the trunk a second, from the first step after a line of the log to the next.
 
-    Evaluations and checkpoints lie between a line and the next step, so they are not counted.
+    An evaluation or a checkpoint that follows a line lies before that step, so it is not counted.
     """
 
     def __init__(self):
