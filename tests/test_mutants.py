@@ -58,7 +58,7 @@ MUTANTS = {
         LOGPROB,
         "slope.copy_(p)",
         "slope[:, :-1].copy_(p[:, :-1])",
-        f"{OPERATION}::test_equals_the_definition_in_float64",
+        OPERATION,
     ),
     "a rejected token hidden from itself": (
         "python/sepo/attention/sdpa.py",
