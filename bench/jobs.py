@@ -18,6 +18,7 @@ SHORT = {
     "step-short": (),
 }
 ONLY_SHORT = ("step-short",)
+SHORT_ROUNDS = 3  # of its operations: with five a slow machine has no time left for the step
 # of a suite, what sepo itself does not need: a machine may have torch alone
 NEEDED = ("transformers", "accelerate", "datasets")
 
@@ -47,6 +48,7 @@ def jobs(
     numbers = dict(rounds=rounds, pairs=pairs, max_length=max_length)
     given = {name: number for name, number in numbers.items() if number is not None}
     short = not suites and not cases
+    usual_rounds = SHORT_ROUNDS if short else ROUNDS
     wanted_suites = SUITES if not suites or FULL in suites else suites
     found = []
     for suite in (s for s in SUITES if s in wanted_suites and not lacking(s)):
@@ -57,7 +59,7 @@ def jobs(
             steps = job.jobs(setting, providers, given)
             found += [(x, True, x.name in ONLY_SHORT) for x in steps]
         else:
-            found += _operations(suite, device, short, providers, rounds or ROUNDS)
+            found += _operations(suite, device, short, providers, rounds or usual_rounds)
     if cases:
         chosen = [x for x, *_ in found if any(fnmatch(x.name, case) for case in cases)]
         lost = [c for c in cases if not any(fnmatch(x.name, c) for x, *_ in found)]

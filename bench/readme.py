@@ -95,7 +95,8 @@ def step_table(rows: list[dict]) -> str:
     found, when = _run(rows, "step", STEP)
     one = found["sepo 30 %"]
     lines = [
-        f"{one['model']}, {one['pairs']} pairs a step, {one['setting'][0]}; {when}. Of each pair:",
+        f"{one['model']}, {one['pairs']} pairs a step of at most {one['max_length']} tokens, "
+        f"{one['data']}, {one['setting'][0]}; {when}. Of each pair:",
         "",
         "| | tokens | rows of the head | seconds | quartiles | MiB beyond weights, gradients, AdamW |",
         "|---|---|---|---|---|---|",

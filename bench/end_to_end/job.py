@@ -51,7 +51,11 @@ class StepJob:
         name = self.setting.model or models.smollm2_here()
         model, tokenizer = models.load(name, self.setting.device)
         weights = Weights(model)
-        self.about = dict(model=name, pairs=self.setting.pairs, setting=self._conditions())
+        data = "drawn tokens" if tokenizer is None else (self.setting.data or default_source()).name
+        self.about = dict(
+            model=name, data=data, max_length=self.setting.max_length, pairs=self.setting.pairs,
+            setting=self._conditions(),
+        )  # fmt: skip
         pairs, self._told = self._pairs(weights, tokenizer)
         rounds = self._with_reference(weights, deal(pairs, self.rounds, self.setting.pairs))
         found = [c for c in self._contenders(weights, rounds, tokenizer) if self._takes(c)]

@@ -12,8 +12,9 @@ from sepo.data.read import read_pairs
 from sepo.data.types import ScoredPair, TokenPair
 
 ROOT = Path(__file__).parents[2]
-# the second is part of the repository
-SOURCES = ROOT.parent / "shared/data/dpo_en_demo.json", ROOT / "examples/sentiment/pairs.jsonl"
+# LLaMA-Factory's example, if it was put there: 300 pairs of a few hundred tokens. Else this
+# project's own, which are short
+SOURCES = ROOT / "runs/data/dpo_en_demo.json", ROOT / "examples/sentiment/pairs.jsonl"
 
 
 def default_source() -> Path:
