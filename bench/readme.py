@@ -94,9 +94,9 @@ def step_table(rows: list[dict]) -> str:
     """A whole step of a pair, beside TRL's."""
     found, when = _run(rows, "step", STEP)
     one = found["sepo 30 %"]
+    of = f", {one['data']} cut to {one['max_length']} tokens" if "data" in one else ""
     lines = [
-        f"{one['model']}, {one['pairs']} pairs a step of at most {one['max_length']} tokens, "
-        f"{one['data']}, {one['setting'][0]}; {when}. Of each pair:",
+        f"{one['model']}, {one['pairs']} pairs a step{of}, {one['setting'][0]}; {when}. Of each pair:",
         "",
         "| | tokens | rows of the head | seconds | quartiles | MiB beyond weights, gradients, AdamW |",
         "|---|---|---|---|---|---|",
