@@ -61,7 +61,8 @@ def write_store(path: Path, pairs: list, **manifest) -> None:
 def read_log(output_dir: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock, or on where a run was continued."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    clock = lambda line: (
-        line.keys() - {"step", "epoch"} if "train_runtime" in line else ("tokens/second",)
-    )
-    return [{k: v for k, v in line.items() if k not in clock(line)} for line in lines]
+    return [{k: v for k, v in line.items() if k not in _of_the_clock(line)} for line in lines]
+
+
+def _of_the_clock(line: dict) -> set[str]:
+    return line.keys() - {"step", "epoch"} if "train_runtime" in line else {"tokens/second"}

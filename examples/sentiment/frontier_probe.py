@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("pairs", "heldout")
     )
     random.Random(0).shuffle(training)
+    # all layers of all rows are kept, so in half the bytes
     held = [states_of(reference, pair).half() for pair in heldout]
     labels = labels_of(heldout, tokenizer)
     print("| held-out pairs | next token | token just read |\n|---|---|---|")
