@@ -173,7 +173,7 @@ def test_its_precision_is_at_least_the_policys(folder, no_load, dtype):
     found = load(folder, data, dtype=torch.bfloat16)
     assert found.head(torch.zeros(1)).weight.dtype == torch.float32  # for a policy in float32
     if dtype == torch.bfloat16:
-        message = "expected a reference computed in float32 as the policy is, got bfloat16; score"
+        message = "expected a reference computed in float32 at least, got bfloat16; score"
         with pytest.raises(InputError, match=message):
             load(folder, data)
 

@@ -1,6 +1,5 @@
 """Scores are right, in the order of the data, and wrong input is named."""
 
-import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -15,17 +14,14 @@ from scoring_for_tests import (
     TOKENIZER,
     make_models,
     make_pairs,
-    make_tokenizer,
     parts,
-    save_models,
 )
 from tiny import V, tiny_model
 
-from sepo import score
 from sepo.data.store import ScoredStore
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
-from sepo.model import load_model, load_tokenizer, prepare_model
+from sepo.model import prepare_model
 from sepo.response_logp import _batches
 from sepo.score import score_dataset, score_pairs
 
@@ -193,6 +189,43 @@ def test_reference_alone(tmp_path):
     assert pair.chosen_score is None and pair.rejected_score is None
 
 
+def kept(path, pairs, **more):
+    """The reference's log-probabilities, as `sepo score --keep logp` writes them."""
+    options = dict(reference=REFERENCE, keep=("logp",)) | QUIET | more
+    return ScoredStore.open(score_dataset(pairs, path, **options))
+
+
+def test_a_kept_reference_is_not_run_again(tmp_path):
+    """Bit for bit the store that both models would have written, by one of them."""
+    pairs = [replace(p, chosen_weight=np.ones(len(p.chosen), np.float32)) for p in make_pairs()]
+    store = kept(tmp_path / "kept", pairs, report={"read": 12}, max_length=64)
+    how = dict(oracle=ORACLE, keep=("score", "logp"), **QUIET)
+    passes = []
+    hook = REFERENCE.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    score_dataset(store, tmp_path / "one", reference=None, **how)
+    hook.remove()
+    assert not passes
+    score_dataset(pairs, tmp_path / "both", reference=REFERENCE, **how)
+    assert parts(tmp_path / "one") == parts(tmp_path / "both")
+    # so one goes on where the other was killed
+    (tmp_path / "both" / "part-00003-of-00005.parquet").unlink()
+    score_dataset(store, tmp_path / "both", reference=None, **how)
+    assert parts(tmp_path / "one") == parts(tmp_path / "both")
+
+
+def test_a_reference_that_is_neither_given_nor_kept(tmp_path, whole):
+    how = dict(reference=None, oracle=ORACLE, **QUIET)
+    for pairs in (make_pairs(), ScoredStore.open(whole)):  # the latter keeps scores alone
+        with pytest.raises(InputError, match="expected a model, or a store with its log-prob"):
+            score_dataset(pairs, tmp_path / "out", **how)
+    store = kept(tmp_path / "kept", make_pairs())
+    with pytest.raises(InputError, match=r"keep: \['hidden', 'score'\] needs a pass of the ref"):
+        score_dataset(store, tmp_path / "out", keep=("score", "hidden"), **how)
+    with pytest.raises(InputError, match=r"keep: \['logp'\] needs a pass of the reference"):
+        score_dataset(store, tmp_path / "out", keep=("logp",), **how | {"oracle": None})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("role", ["reference", "oracle"])
 def test_nan_names_the_row_and_writes_nothing_of_its_part(tmp_path, role):
     sick = prepare_model(tiny_model(tie_word_embeddings=False))
@@ -246,69 +279,6 @@ def test_token_outside_the_vocabulary(tmp_path, role):
         InputError, match=f"row r4: token 60, but the {role} has a vocabulary of 60"
     ):
         score_dataset(pairs, tmp_path, **models, **QUIET)
-
-
-def parse(*words):
-    parser = argparse.ArgumentParser()
-    score.add_arguments(parser)
-    return parser.parse_args(words)
-
-
-def test_command_line(tmp_path, capsys):
-    reference, oracle = save_models(tmp_path)
-    rows = [
-        {"prompt_ids": p.prompt.tolist(), "chosen_ids": p.chosen.tolist(), "id": p.id}
-        | {"rejected_ids": p.rejected.tolist()}
-        for p in make_pairs()
-    ]
-    data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    flags = ("--dataset_name", str(data), "--reference", reference, "--output_dir", str(out))
-    args = parse(
-        *flags,
-        *("--oracle", oracle, "--keep", "logp", "hidden", "--device", "cpu", "--limit", "4"),
-        *("--dtype", "bfloat16", "--oracle_dtype", "float32", "--precision_check", "2"),
-    )
-    score.run(args)
-    printed = capsys.readouterr().out
-    assert "4 rows read" in printed and f"complete store: {out}" in printed
-    store = ScoredStore.open(out, tokenizer=load_tokenizer(reference))
-    assert store.manifest["reading"]["kept"] == 4
-    assert store.manifest["oracle_dtype"] == "float32"
-    assert store.manifest["reference_dtype"] == "bfloat16"
-    assert store.manifest["precision_check"]["pairs"] == 2
-    expected = score_pairs(
-        make_pairs()[:4], load_model(reference, dtype=torch.bfloat16), load_model(oracle)
-    )
-    np.testing.assert_allclose(store[3].chosen_score, expected[3].chosen_score, atol=1e-2)
-    assert store[3].chosen_ref_logp is not None and store.manifest["hidden_width"] == 32
-    assert parse(*flags, "--keep", "hidden", "--keep", "logp").keep == ["hidden", "logp"]
-    assert parse(*flags).keep == []
-
-
-def test_command_line_refuses_two_tokenizers(tmp_path):
-    reference, oracle = save_models(tmp_path)
-    make_tokenizer(1).save_pretrained(oracle)
-    args = parse(
-        *("--dataset_name", "unread", "--output_dir", str(tmp_path / "out")),
-        *("--reference", reference, "--oracle", oracle),
-    )
-    with pytest.raises(InputError, match="oracle .* and reference .* have different tokenizers"):
-        score.run(args)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--shard", "1"), "expected i/n, as in 0/4, got 1"),
-        (("--append_eos", "maybe"), "got maybe but expected one of"),
-        (("--dtype", "int8"), "invalid choice: 'int8'"),
-    ],
-)
-def test_command_line_refusals(capsys, words, message):
-    with pytest.raises(SystemExit):
-        parse("--dataset_name", "d", "--reference", "r", "--output_dir", "o", *words)
-    assert message in capsys.readouterr().err
 
 
 def test_end_of_a_run_is_reported(tmp_path, capsys):

@@ -220,12 +220,14 @@ def oracle_stages(
     sft = setting.train("sft", oracle, few, epochs=keys.sft_epochs)
     kept = setting.score(oracle, few, 1)
     dpo = setting.train("dpo", oracle, few, epochs=1)
-    scores = setting.score(oracle, data, 2)
+    # a store with the reference's log-probabilities of all pairs spares its second pass
+    both = few.pairs < data.pairs
+    scores = setting.score(oracle, data, 1 + both)
     return [
         setting.stage("SFT", f"reference, {name}, {keys.sft_epochs:g} epochs", sft),
         setting.stage("reference", "its log-probabilities, float32", kept, float32=True),
         setting.stage("oracle", f"dpo, {name}", dpo),
-        setting.stage("score", "oracle and reference, float32", scores, float32=True),
+        setting.stage("score", f"oracle{' and reference' * both}, float32", scores, float32=True),
     ]
 
 

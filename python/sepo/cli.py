@@ -40,7 +40,11 @@ def run(argv: list[str] | None = None) -> None:
 
 COMMANDS = (
     ("demo", "sepo.demo.run", "the whole method on a small real model, on this machine"),
-    ("score", "sepo.score", "oracle minus reference log-probability of every response token"),
+    (
+        "score",
+        "sepo.score_command",
+        "oracle minus reference log-probability of every response token",
+    ),
     ("transfer", "sepo.transfer", "an oracle's scores in the tokens of another tokenizer"),
     ("inspect", "sepo.inspect", "look at rows as the trainer will see them, and count what drops"),
     ("report", "sepo.report.command", "scores, selections and training curves as one HTML page"),

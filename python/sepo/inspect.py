@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -65,9 +64,9 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     selection = ("fraction", "rejected_fraction", "mass", "first_token")
     show = Show(tokenizer, sys.stdout, **{name: getattr(args, name) for name in selection})
-    if (Path(args.data) / "manifest.json").is_file():
-        from sepo.data.store import ScoredStore
+    from sepo.data.store import ScoredStore, is_store
 
+    if is_store(args.data):
         store = ScoredStore.open(args.data, tokenizer)
         for pair in (store[i] for i in range(min(args.rows, len(store)))):
             show.pair(pair)

@@ -5,6 +5,7 @@ over a few tenths of a nat, which is what the rounding of a bfloat16 trunk amoun
 """
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,24 +15,31 @@ from sepo.data.select import select_positions
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
 from sepo.model import load_model
-from sepo.response_logp import dtype_name, response_logp
+from sepo.response_logp import dtype_name, kept_logp, response_logp
 
 FRACTIONS = (0.1, 0.3, 0.5)
 
 
 def check_precision(
-    pairs: list[TokenPair], oracle, reference, number: int, max_tokens: int
+    pairs: Sequence[TokenPair],
+    oracle: PreTrainedModel | None,
+    reference: PreTrainedModel | None,  # None: the pairs carry its log-probabilities
+    number: int,
+    max_tokens: int,
 ) -> dict | None:
     """Score evenly spread pairs in float32 too, and print what `compare_scores` finds.
 
     None where no model has a lower precision. Without an oracle the reference's log-probabilities
-    are compared, and nothing is said about selection.
+    are compared, and nothing is said about selection. Kept log-probabilities are taken as exact.
     """
-    models = {"reference": reference} | ({"oracle": oracle} if oracle is not None else {})
+    given = {"reference": reference, "oracle": oracle}
+    models = {role: model for role, model in given.items() if model is not None}
     if number < 1 or all(model.dtype.itemsize >= 4 for model in models.values()):
         return None
     sample = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, number).astype(int))]
     logp, exact_logp, weights = {}, {}, set()
+    if reference is None:
+        logp["reference"] = exact_logp["reference"] = kept_logp(sample)
     for role, model in models.items():
         logp[role] = response_logp(model, sample, role, max_tokens)
         exact, origin = _in_float32(model)

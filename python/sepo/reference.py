@@ -209,7 +209,7 @@ def _check_key(where: str, manifest: dict, wanted: _Key, keep: Keep, dtype: torc
     scored_in = getattr(torch, manifest["reference_dtype"])
     if scored_in.itemsize < dtype.itemsize:
         raise InputError(
-            f"{where}: expected a reference computed in {_name(dtype)} as the policy is, got "
+            f"{where}: expected a reference computed in {_name(dtype)} at least, got "
             f"{_name(scored_in)}; score again with --dtype {_name(dtype)}"
         )
     found = (manifest["tokenizer"], manifest["chat_template"], manifest["reference"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sepo.data import all_positions, pack, truncate
-from sepo.data.types import TokenPair
+from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.model import head, hidden_states
 from sepo.ops import selected_logprob
@@ -53,6 +53,13 @@ def response_logp(
                 hidden[starts[2 * i] : starts[2 * i + 2]] = states[rows].to(hidden.dtype)
         on_batch(sum(map(len, batch)))
     return result
+
+
+def kept_logp(
+    pairs: list[ScoredPair],
+) -> list[tuple[np.ndarray, np.ndarray]]:  # as `response_logp` gave them
+    """What a store keeps of the reference: nothing is run."""
+    return [(pair.chosen_ref_logp, pair.rejected_ref_logp) for pair in pairs]
 
 
 def check_budget(pairs: list[TokenPair], max_tokens: int) -> None:

@@ -4,7 +4,6 @@ Scoring is the expensive step and does not depend on how many tokens are selecte
 result is a store on disk, filled part by part: processes may share it, and may be killed.
 """
 
-import argparse
 import dataclasses
 import os
 import time
@@ -15,13 +14,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.hf_argparser import string_to_bool
 
 import sepo
 from sepo.data.hidden import ROW_DTYPE, HiddenRows, StoredHead, check_room, size_name
-from sepo.data.read import read_pairs
 from sepo.data.store import (
     FORMAT,
+    ScoredStore,
     StoreWriter,
     num_parts,
     pairs_hash,
@@ -31,20 +29,19 @@ from sepo.data.store import (
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.fingerprint import weights_hash
-from sepo.model import head, load_model, load_tokenizer
+from sepo.model import head
 from sepo.precision import check_precision
-from sepo.response_logp import check_budget, dtype_name, response_logp
+from sepo.response_logp import check_budget, dtype_name, kept_logp, response_logp
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEEP = ("score", "logp", "hidden")
 SAMPLE = 16  # pairs that a precision check reads when nobody names a number
 
 
 def score_dataset(
-    pairs: list[TokenPair],
+    pairs: Sequence[TokenPair],
     output_dir: str | os.PathLike,
     *,
-    reference: PreTrainedModel,
+    reference: PreTrainedModel | None,  # None: `pairs` is a store that keeps what it said
     oracle: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase,  # made the pairs, and belongs to both models
     keep: Sequence[str] = ("score",),  # any of KEEP; "logp" and "hidden" are the reference's
@@ -64,20 +61,21 @@ def score_dataset(
     writes what is missing of its shard: run it again after a kill, with any n; on one kind of
     device (and number of CPU threads) the parts come out the same, bit for bit. Without an oracle
     the reference alone is cached: "logp", its log-probabilities; "hidden", its bfloat16 states
-    after the final norm, D_ref values a response token, and once its head. One pass gives both. A
+    after the final norm, D_ref values a response token, and once its head. One pass gives both.
+    Where `pairs` is such a store with "logp", the oracle's pass is all that scores cost. A
     model in another dtype than float32 is compared with float32 on a few pairs: printed, and kept
     in the manifest. Returns `output_dir`.
 
     Raises InputError, before anything is written, for a token that a model lacks, a pair longer
-    than `max_tokens`, a directory that holds another run, a disk without room for the states and a
-    `keep` that does not fit the models; later for a log-probability that is not finite (naming the
+    than `max_tokens`, a directory that holds another run, a disk without room for the states, a
+    `keep` that does not fit the models and pairs that keep nothing of a reference of None; later for a log-probability that is not finite (naming the
     row; nothing of its part is written).
     """
     if not pairs:
         raise InputError("expected at least one pair to score, got none")
     if pairs_per_part < 1:
         raise InputError(f"pairs_per_part: expected at least 1, got {pairs_per_part}")
-    keep = _checked_keep(keep, oracle)
+    keep = _checked_keep(keep, oracle, reference)
     index, count = _checked_shard(shard)
     for role, model in (("reference", reference), ("oracle", oracle)):
         if model is not None:
@@ -90,7 +88,7 @@ def score_dataset(
         "tokenizer_name": tokenizer.name_or_path,
         "chat_template": template_hash(tokenizer),
         **_about_model("oracle", oracle),
-        **_about_model("reference", reference),
+        **(_about_kept(pairs) if reference is None else _about_model("reference", reference)),
         "source": pairs_hash(pairs),
         "reading": report,
         "max_length": max_length,
@@ -138,7 +136,7 @@ def score_dataset(
 
 def score_pairs(
     pairs: list[TokenPair],
-    reference: PreTrainedModel,
+    reference: PreTrainedModel | None,  # None: the pairs carry its log-probabilities
     oracle: PreTrainedModel | None = None,
     *,
     keep: Sequence[str] = ("score",),
@@ -146,12 +144,15 @@ def score_pairs(
     on_batch=lambda tokens: None,  # called after each batch with its share of the pairs' tokens
 ) -> list[ScoredPair]:
     """Score pairs in memory, in their own order; see `score_dataset`."""
-    with_score = "score" in keep
-    share = lambda tokens: on_batch(tokens / (2 if with_score else 1))
+    with_score, live = "score" in keep, reference is not None
+    share = lambda tokens: on_batch(tokens / (with_score + live))
     rows, end = None, 0
     if "hidden" in keep:
         rows = torch.empty(_response_tokens(pairs), _width(reference), dtype=ROW_DTYPE)
-    ref_logp = response_logp(reference, pairs, "reference", max_tokens, share, hidden=rows)
+    if live:
+        ref_logp = response_logp(reference, pairs, "reference", max_tokens, share, hidden=rows)
+    else:
+        ref_logp = kept_logp(pairs)
     logp = response_logp(oracle, pairs, "oracle", max_tokens, share) if with_score else None
     scored = []
     for i, pair in enumerate(pairs):
@@ -168,7 +169,7 @@ def score_pairs(
     return scored
 
 
-def _checked_keep(keep: Sequence[str], oracle) -> list[str]:
+def _checked_keep(keep: Sequence[str], oracle, reference) -> list[str]:
     kept = sorted(set(keep))
     if not kept or not set(kept) <= set(KEEP):
         raise InputError(f"keep: expected some of {', '.join(KEEP)}, got {list(keep)}")
@@ -176,6 +177,8 @@ def _checked_keep(keep: Sequence[str], oracle) -> list[str]:
         raise InputError("keep: a score needs an oracle; give one, or keep 'logp' or 'hidden'")
     if "score" not in kept and oracle is not None:
         raise InputError(f"keep: {kept} does not use the oracle; add 'score', or leave it out")
+    if reference is None and ("hidden" in kept or oracle is None):
+        raise InputError(f"keep: {kept} needs a pass of the reference; got none, and what it said")
     return kept
 
 
@@ -207,6 +210,15 @@ def _about_model(role: str, model: PreTrainedModel | None) -> dict:
         f"{role}_dtype": dtype_name(model),
         f"{role}_name": model.name_or_path,
     }
+
+
+def _about_kept(pairs: Sequence[TokenPair]) -> dict:
+    if not isinstance(pairs, ScoredStore) or "logp" not in pairs.manifest["keep"]:
+        raise InputError(
+            "reference: expected a model, or a store with its log-probabilities for pairs "
+            "(`sepo score --keep logp`), got neither"
+        )
+    return {key: pairs.manifest[key] for key in ("reference", "reference_dtype", "reference_name")}
 
 
 def _about_rows(reference: PreTrainedModel) -> dict:
@@ -244,101 +256,3 @@ def _print_end(writer: StoreWriter, complete: bool, tokens: int, seconds: float)
     else:
         missing, total = len(writer.missing()), num_parts(writer.manifest)
         print(f"{writer.path}: {missing} of {total} parts are left to the other shards")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `sepo score`."""
-    add = parser.add_argument
-    add("--dataset_name", required=True, help="hub id or local path of preference pairs")
-    add("--dataset_config", help="the data set's configuration, if it has several")
-    add("--split", default="train")
-    add("--limit", type=int, help="read the first so many rows only")
-    add("--max_length", type=int, help="tokens of a prompt and one response")
-    add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
-    add(
-        "--reference",
-        required=True,
-        help="the model the oracle started from; its tokenizer is used",
-    )
-    add("--oracle", help="the trained model; without it only log-probabilities can be kept")
-    add("--output_dir", required=True)
-    add(
-        "--keep",
-        nargs="+",
-        action="extend",
-        default=[],
-        choices=KEEP[1:],
-        help="also keep the reference's log-probabilities (logp, for dpo), its states (hidden)",
-    )
-    for role in ("", "oracle_", "reference_"):
-        whose = f"of the {role[:-1]}" if role else "of both models"
-        add(f"--{role}dtype", choices=DTYPES, help=f"arithmetic {whose}; float32 if not given")
-        add(f"--{role}device", help=f"device {whose}; cuda if there is one, else cpu")
-    add("--max_tokens_per_batch", type=int, default=8192)
-    add("--pairs_per_part", type=int, default=128, help="what a killed run repeats at most")
-    add("--shard", type=_shard, metavar="i/n", help="score every n-th part only; RANK/WORLD_SIZE")
-    add(
-        "--precision_check",
-        type=int,
-        metavar="n",
-        help=f"score n pairs in float32 too and compare; {SAMPLE} if a dtype is lower, 0: never",
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    """`sepo score`. Raises InputError as `score_dataset` does, and for tokenizers that differ."""
-    tokenizer = load_tokenizer(args.reference)
-    if args.oracle is not None:
-        _check_same_tokenizer(args.oracle, args.reference, tokenizer)
-    data = read_pairs(
-        args.dataset_name,
-        tokenizer,
-        split=args.split,
-        config=args.dataset_config,
-        max_length=args.max_length,
-        append_eos=args.append_eos,
-        limit=args.limit,
-        progress=True,
-    )
-    print(data.report)
-    models = {}
-    for role in ("reference", "oracle"):
-        dtype = getattr(args, f"{role}_dtype") or args.dtype or "float32"
-        device = getattr(args, f"{role}_device") or args.device or _default_device()
-        if path := getattr(args, role):
-            models[role] = load_model(path, dtype=DTYPES[dtype], device=device)
-    wants_score = args.oracle is not None or not args.keep
-    score_dataset(
-        data.pairs,
-        args.output_dir,
-        **models,
-        tokenizer=tokenizer,
-        keep=["score"] * wants_score + args.keep,
-        max_tokens=args.max_tokens_per_batch,
-        pairs_per_part=args.pairs_per_part,
-        shard=args.shard,
-        precision_check=args.precision_check,
-        report=data.report.as_dict(),
-        max_length=args.max_length,
-    )
-
-
-def _check_same_tokenizer(oracle: str, reference: str, tokenizer) -> None:
-    found, expected = tokenizer_hash(load_tokenizer(oracle)), tokenizer_hash(tokenizer)
-    if found != expected:
-        raise InputError(
-            f"oracle {oracle} and reference {reference} have different tokenizers "
-            f"({found[:12]}, {expected[:12]}); a score needs both models on the same tokens"
-        )
-
-
-def _default_device() -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
-def _shard(text: str) -> tuple[int, int]:
-    try:
-        index, count = map(int, text.split("/"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected i/n, as in 0/4, got {text}") from None
-    return index, count

@@ -15,7 +15,7 @@ from sepo.adapters import lora_config, quantization_config
 from sepo.checkpoints import completed_step
 from sepo.config import SePOConfig
 from sepo.data.read import read_pairs
-from sepo.data.store import ScoredStore
+from sepo.data.store import ScoredStore, is_store
 from sepo.data.types import TokenPair
 from sepo.errors import InputError, exit_with_one_line
 from sepo.methods import METHODS
@@ -89,7 +89,7 @@ def load_pairs(
     name: str, split: str, tokenizer: PreTrainedTokenizerBase, args: SePOConfig
 ) -> Sequence[TokenPair]:
     """Pairs of a scored store, or of raw preference data; what was dropped is printed."""
-    if (Path(name) / "manifest.json").exists():
+    if is_store(name):
         return ScoredStore.open(name, tokenizer)
     read = read_pairs(
         name,

@@ -214,6 +214,14 @@ def test_a_plan_adds_up(write):
     assert alone == pytest.approx(spent / 4, abs=0.01) and full < spent
 
 
+def test_a_reference_is_run_once_where_the_oracle_sees_every_pair(write):
+    keys = dict(model_name_or_path="LLaMA3-8B", oracle_model="TinyLlama-1.1B", pairs=6000)
+    whole, some = (stages(planner.plan(write(**keys, oracle_pairs=n))) for n in (6000, 1500))
+    assert whole["score"] == whole["reference"]
+    assert some["score"] == pytest.approx(np.multiply(2, whole["score"]), abs=0.02)
+    assert some["reference"] == pytest.approx(np.divide(whole["reference"], 4), abs=0.02)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_has_a_plan(write, path):
     recipe = yaml.safe_load(path.read_text())

@@ -169,6 +169,11 @@ class StoreWriter:
             temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
+def is_store(path: str | os.PathLike) -> bool:
+    """Whether a data set's name is the directory of a scored store, complete or not."""
+    return (Path(path) / MANIFEST).is_file()
+
+
 def read_manifest(path: Path) -> dict | None:
     """The manifest as written, None if there is none. Raises InputError for another format."""
     file = path / MANIFEST

@@ -80,14 +80,13 @@ def run(args: argparse.Namespace) -> None:
         read = lambda name: read_pairs(args.data / name, tokenizer, append_eos=False).pairs
         pairs, heldout = read("pairs.jsonl"), read("heldout.jsonl")
         random.Random(args.seed).shuffle(pairs)  # the file goes through the openings in order
-    with stage("reference"):  # DPO needs its log-probabilities, once
-        cached = score(
-            pairs[: args.oracle_pairs], place / "reference", tokenizer, model_dir, keep=["logp"]
-        )
+    with stage("reference"):  # DPO and the scores need its log-probabilities, once
+        cached = score(pairs + heldout, place / "reference", tokenizer, model_dir, keep=["logp"])
     with stage("oracle"):
-        train(model_dir, cached, place / "oracle", tokenizer, seed=args.seed, **ORACLE)
+        seen = [cached[i] for i in range(min(args.oracle_pairs, len(pairs)))]
+        train(model_dir, seen, place / "oracle", tokenizer, seed=args.seed, **ORACLE)
     with stage("score"):
-        store = score(pairs + heldout, place / "scored", tokenizer, model_dir, place / "oracle")
+        store = score(cached, place / "scored", tokenizer, None, place / "oracle")
     scored = [store[i] for i in range(len(pairs))]
     with stage("sepo"):
         train(model_dir, scored, place / "sepo", tokenizer, seed=args.seed, **POLICY)
@@ -118,21 +117,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def score(
-    pairs: list[TokenPair],
+    pairs: Sequence[TokenPair],
     place: Path,
     tokenizer,
-    reference: Path,
+    reference: Path | None,  # None: `pairs` is a store that keeps what it said
     oracle: Path | None = None,
     *,
     keep: Sequence[str] = ("score",),
     device: str = "cpu",
 ) -> ScoredStore:
     """A complete store, float32."""
+    load = lambda path: None if path is None else load_model(str(path), device=device)
     score_dataset(
         pairs,
         place,
-        reference=load_model(str(reference), device=device),
-        oracle=None if oracle is None else load_model(str(oracle), device=device),
+        reference=load(reference),
+        oracle=load(oracle),
         tokenizer=tokenizer,
         keep=keep,
         max_tokens=1024,  # small batches keep the progress bar moving
