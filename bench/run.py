@@ -75,7 +75,9 @@ def parser() -> argparse.ArgumentParser:
         "--model", help="smollm2, smollm2-shape, llama-1b-shape, a directory, a hub id"
     )
     step.add_argument(
-        "--data", type=Path, help="default: runs/data/dpo_en_demo.json, or the sentiment pairs"
+        "--data",
+        type=Path,
+        help="default: runs/data/dpo_en_demo.json, or pairs as long made of this project's",
     )
     step.add_argument("--pairs", type=int, help="of one step")
     step.add_argument("--max_length", type=int, help="tokens of a prompt and one response")

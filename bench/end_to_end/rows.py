@@ -1,24 +1,56 @@
 """The pairs that every contender trains on, and the rounds they come in."""
 
+import json
+import os
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from sepo.data.files import Atomic
 from sepo.data.formats import Drop, Preference, find_format, read_row
 from sepo.data.load import load_rows
 from sepo.data.read import read_pairs
 from sepo.data.types import ScoredPair, TokenPair
 
 ROOT = Path(__file__).parents[2]
-# LLaMA-Factory's example, if it was put there: 300 pairs of a few hundred tokens. Else this
-# project's own, which are short
-SOURCES = ROOT / "runs/data/dpo_en_demo.json", ROOT / "examples/sentiment/pairs.jsonl"
+EXAMPLE = ROOT / "runs/data/dpo_en_demo.json"  # LLaMA-Factory's, if it was put there: 300 pairs
+TEXTS = ROOT / "examples/sentiment/pairs.jsonl"  # this project's own, which are short
+JOINED = ROOT / "runs/bench/joined-pairs.jsonl"
+# of EXAMPLE's prompts, chosen and rejected responses, cut at 512 tokens: medians, and standard
+# deviations of the logarithm
+MEDIANS, SPREADS = np.array([100, 205, 224]), np.array([0.75, 0.9, 0.8])
+WORDS_A_TOKEN = 0.84  # of TEXTS, by SmolLM2's tokenizer
 
 
 def default_source() -> Path:
-    return next(path for path in SOURCES if path.exists())
+    return EXAMPLE if EXAMPLE.exists() else joined_texts()
+
+
+def joined_texts(file: Path = JOINED, count: int = 300) -> Path:
+    """A file of pairs as long as EXAMPLE's, made of TEXTS end to end; the same one every time."""
+    rng, rows = np.random.default_rng(0), load_rows(TEXTS)
+    words = {side: " ".join(rows[side]).split() for side in ("prompt", "chosen", "rejected")}
+
+    def draw(side: str, tokens: int) -> str:
+        size = max(4, int(WORDS_A_TOKEN * tokens))
+        start = rng.integers(len(words[side]) - size)
+        return " ".join(words[side][start : start + size])
+
+    pairs = []
+    for number in range(count):
+        prompt, *responses = map(draw, words, draw_lengths(rng))
+        chosen, rejected = (f" {text}" for text in responses)
+        pairs.append(dict(id=f"joined-{number}", prompt=prompt, chosen=chosen, rejected=rejected))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with Atomic(file, str(os.getpid())) as temporary:
+        temporary.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return file
+
+
+def draw_lengths(rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:  # (3,) tokens
+    return np.exp(rng.normal(np.log(MEDIANS * scale), SPREADS)).astype(int)
 
 
 def real_pairs(source: Path, tokenizer, max_length: int) -> tuple[list[TokenPair], str]:
@@ -43,13 +75,12 @@ def text(one: Preference) -> dict:
 
 
 def drawn_pairs(count: int, vocab_size: int, max_length: int, seed: int = 0) -> list[TokenPair]:
-    """Random tokens, as long as dpo_en_demo.json's: medians of 100, 205 and 224 at 512 tokens."""
+    """Random tokens, in number as EXAMPLE's; cut at another length, in proportion to it."""
     rng = np.random.default_rng(seed)
     tokens = lambda n: rng.integers(0, vocab_size, n).astype(np.int32)
-    medians, spread = np.array([100, 205, 224]) * max_length / 512, [0.75, 0.9, 0.8]
     pairs = []
     for i in range(count):
-        prompt, chosen, rejected = np.exp(rng.normal(np.log(medians), spread)).astype(int)
+        prompt, chosen, rejected = draw_lengths(rng, max_length / 512)
         prompt = np.clip(prompt, 8, max_length - 8)
         room = max_length - prompt
         sizes = prompt, *np.clip((chosen, rejected), 2, room)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bench_jobs import finished
 from datasets import disable_progress_bars
+from scoring_for_tests import make_tokenizer
 from tiny import V, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -173,6 +174,20 @@ def test_model_flops_are_what_torch_counts(weights):
     config = model.config
     square = 3 * 4 * config.num_hidden_layers * config.hidden_size * 16 * (16 - 1) // 2
     assert found + square == counter.get_total_flops()
+
+
+def test_texts_joined_to_the_lengths_of_chats(tmp_path):
+    """The same file every time, and the rows that TRL reads are those that we tokenise."""
+    first, again = (rows.joined_texts(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
+    assert first.read_bytes() == again.read_bytes()
+    texts = rows.texts(first)
+    counts = np.array(
+        [[len(t[k].split()) for k in ("prompt", "chosen", "rejected")] for t in texts]
+    )
+    np.testing.assert_allclose(np.median(counts, 0), rows.WORDS_A_TOKEN * rows.MEDIANS, rtol=0.15)
+    assert len({t["id"] for t in texts}) == len(texts) == 300
+    ids = [pair.id for pair in rows.real_pairs(first, make_tokenizer(), 512)[0]]
+    assert set(ids) <= {t["id"] for t in texts} and len(ids) > 200
 
 
 def test_rounds_use_every_pair_before_one_again():
