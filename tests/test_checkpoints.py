@@ -2,9 +2,10 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
+import torch
 from processes import exit_line
 from tiny import random_scored_pairs, tiny_model
 from training_run import make_run, read_log, write_store
@@ -12,6 +13,7 @@ from training_run import make_run, read_log, write_store
 from sepo import SePOConfig, SePOTrainer, train
 from sepo.checkpoints import MARK, last_checkpoint, remove
 from sepo.errors import InputError
+from sepo.methods import METHODS, Segments
 
 PAIRS = random_scored_pairs(12)
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
@@ -89,6 +91,8 @@ OTHER_RUNS = {
     "mass": (["--fraction", "mass"], "--fraction 0.3, got mass"),
     "first_token": (["--first_token", "official"], "--first_token paper, got official"),
     "rejected_fraction": (["--rejected_fraction", "0.5"], "--rejected_fraction None, got 0.5"),
+    "gamma": (["--gamma", "3"], "--gamma 2.0, got 3.0"),
+    "margin": (["--margin", "0"], "--margin 0.5, got 0.0"),
     "seed": (["--seed", "1"], r"seed of .* 42, got 1"),
     "data_seed": (["--data_seed", "1"], r"seed of .* 42, got 1"),
     "number of pairs": (11, "number of pairs 12, got 11"),
@@ -115,6 +119,31 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, trained, difference, a
     with pytest.raises(InputError, match=f"is of another run: expected {message}"):
         train.main([*arguments, *more, *where])
     assert content(tmp_path) == before and not (tmp_path / "new").exists()
+
+
+OF_A_MASK = {
+    "learned": {"mask", "independent_masks", "mask_layernorm"},
+    "activation": {"mask_norm"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_names_every_flag_that_its_loss_reads(name):
+    method, asked = METHODS[name], set()
+
+    class Spy:
+        def __getattr__(self, flag):
+            asked.add(flag)
+            return getattr(args, flag)
+
+    args = SePOConfig(output_dir="unused", method=name, use_cpu=True)
+    segments = Segments(*torch.rand(len(fields(Segments)), 4))
+    for read in (method.loss, method.reward):
+        if read is not None:
+            read(segments, Spy())
+    if method.direction is not None:
+        method.direction(Spy())
+    assert set(method.settings) == asked | OF_A_MASK.get(method.mask, set())
 
 
 def test_the_refusal_is_one_line(tmp_path, trained):

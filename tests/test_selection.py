@@ -121,6 +121,7 @@ def test_a_run_is_another_one_with_another_selection():
             selected=np.ones(2, np.int64),
             seed=0,
             selects=METHODS[args.get("method", "sepo")].positions in ("selected", "random"),
+            settings=METHODS[args.get("method", "sepo")].settings,
         ).items()
         if k in ("fraction", "rejected_fraction", "mass", "first_token")
     }

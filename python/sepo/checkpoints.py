@@ -12,7 +12,7 @@ from sepo.data.files import Atomic
 from sepo.errors import InputError
 
 MARK = "sepo_checkpoint.json"
-FORMAT = 2
+FORMAT = 3
 RUN = {  # what a run is, so that "continue at step n" means something -> how a message calls it
     "method": "--method",
     "pairs": "number of pairs",
@@ -68,7 +68,7 @@ def write_mark(
     checkpoint: Path,
     *,
     step: int,
-    run: dict,  # of the keys of RUN
+    run: dict,  # of the keys of RUN, and "loss": the flags that the loss reads
     unlogged: list,  # a rank: what its next line of the log needs of the steps before
 ) -> None:
     """Declare a checkpoint whole, once all its files are on the disk."""
@@ -112,11 +112,20 @@ def find_checkpoint(asked: str | bool | None, output_dir: str | Path) -> str | N
 def check_same_run(checkpoint: str | Path, run: dict) -> None:
     """Raises InputError, naming the first difference, for a checkpoint of another run."""
     mark = read_mark(checkpoint)
-    for key, words in RUN.items() if mark is not None else ():
-        if (expected := mark["run"].get(key)) != run[key]:
+    if mark is None:
+        return
+    found = _in_words(run)
+    for words, expected in _in_words(mark["run"]).items():
+        if expected != found.get(words):
             raise InputError(
-                f"{checkpoint} is of another run: expected {words} {expected}, got {run[key]}"
+                f"{checkpoint} is of another run: expected {words} {expected}, got {found[words]}"
             )
+
+
+def _in_words(run: dict) -> dict:
+    """The run as a message calls it; its method comes first, and decides which flags follow."""
+    named = {words: run[key] for key, words in RUN.items()}
+    return named | {f"--{name}": value for name, value in run["loss"].items()}
 
 
 def _check_whole(checkpoint: Path, *, contents: bool = True) -> None:

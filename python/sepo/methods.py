@@ -64,6 +64,7 @@ class Method:
 
     positions: Literal["selected", "random", "all", "chosen"]  # which tokens the loss uses
     loss: Callable[[Segments, SePOConfig], Tensor]  # (P,)
+    settings: tuple[str, ...] = ()  # flags that loss and mask read: one run has the same all along
     reward: Callable[[Segments, SePOConfig], Tensor] | None = None  # (S,) what rewards/* report
     per: Literal["pair", "token"] = "pair"  # the step's loss is a mean over these
     # what it reads of a reference: its log-probabilities; its whole distribution, by way of its
@@ -125,7 +126,9 @@ def _masked_reward(s: Segments, a: SePOConfig) -> Tensor:
     return a.beta * (s.logratio + (s.kl if a.form == "code" else -s.kl))
 
 
+_LEARNED = "mask", "independent_masks", "mask_layernorm", "mask_l1", "kl_mask_l1"
 _FORWARD, _REVERSE = "ref||policy", "policy||ref"
+_SEPO = dict(loss=_sepo, reward=lambda s, a: a.gamma * s.score, settings=("gamma", "margin"))
 _MASKED = dict(
     positions="all",
     reward=_masked_reward,
@@ -141,24 +144,28 @@ METHODS = {
     "dpo": Method(
         positions="all",
         loss=lambda s, a: dpo_loss(s.logratio, beta=a.beta, label_smoothing=a.label_smoothing),
+        settings=("beta", "label_smoothing"),
         reward=lambda s, a: a.beta * s.logratio,
         reference="logp",
     ),
     "ipo": Method(
         positions="all",
         loss=lambda s, a: ipo_loss(_ipo_logratio(s, a), beta=a.beta),
+        settings=("beta", "ipo_reduce"),
         reward=lambda s, a: a.beta * _ipo_logratio(s, a),
         reference="logp",
     ),
     "dpop": Method(
         positions="all",
         loss=lambda s, a: dpop_loss(s.logratio, beta=a.beta, penalty=a.penalty),
+        settings=("beta", "penalty"),
         reward=lambda s, a: a.beta * positive(s.logratio, a.penalty),
         reference="logp",
     ),
     "tdpo1": Method(
         positions="all",
         loss=lambda s, a: tdpo_loss(s.logratio, s.kl, beta=a.beta, variant=1),
+        settings=("beta",),
         reward=lambda s, a: a.beta * (s.logratio + s.kl),
         reference="hidden",
         direction=lambda a: _FORWARD,
@@ -166,22 +173,29 @@ METHODS = {
     "tdpo2": Method(
         positions="all",
         loss=lambda s, a: tdpo_loss(s.logratio, s.kl, beta=a.beta, variant=2, alpha=a.alpha),
+        settings=("beta", "alpha"),
         reward=lambda s, a: a.beta * (s.logratio + a.alpha * s.kl),
         reference="hidden",
         direction=lambda a: _FORWARD,
     ),
-    "sparsepo": Method(loss=_sparsepo, mask="learned", **_MASKED),
-    "mapo": Method(loss=_masked, mask="activation", **_MASKED),
+    "sparsepo": Method(
+        loss=_sparsepo, mask="learned", settings=("beta", "form", *_LEARNED), **_MASKED
+    ),
+    "mapo": Method(
+        loss=_masked, mask="activation", settings=("beta", "form", "mask_norm"), **_MASKED
+    ),
     "simpo": Method(
         positions="all",
         loss=lambda s, a: simpo_loss(s.score, beta=a.beta, margin=a.beta * a.gamma_beta_ratio),
+        settings=("beta", "gamma_beta_ratio"),
         reward=lambda s, a: a.beta * s.score,
     ),
     "rrhf": Method(
         positions="all",
         loss=_rrhf,
+        settings=("sft_weight", "sft_reduce"),
         reward=lambda s, a: s.score,
     ),
-    "sepo": Method(positions="selected", loss=_sepo, reward=lambda s, a: a.gamma * s.score),
-    "sepo-rand": Method(positions="random", loss=_sepo, reward=lambda s, a: a.gamma * s.score),
+    "sepo": Method(positions="selected", **_SEPO),
+    "sepo-rand": Method(positions="random", **_SEPO),
 }

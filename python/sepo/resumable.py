@@ -128,6 +128,7 @@ def describe_run(
     selected: np.ndarray,  # (pairs,) int64 tokens used by the loss
     seed: int,
     selects: bool,  # whether the method looks at the fractions
+    settings: tuple[str, ...],  # flags that its loss reads
 ) -> dict:
     """What must be the same for a checkpoint to be continued, whatever the number of ranks."""
     digest = hashlib.sha256(np.stack([lengths, selected]).astype("<i8").tobytes())
@@ -143,6 +144,7 @@ def describe_run(
         "seed": seed,
         "lengths": digest.hexdigest()[:16],
         "trained": get_model_param_count(model, trainable_only=True),
+        "loss": {name: getattr(args, name) for name in settings},
     }
 
 

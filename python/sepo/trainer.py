@@ -263,6 +263,7 @@ class SePOTrainer(MaskedTrainer):
             selected=self.train_pairs.selected,
             seed=data_seed(args),
             selects=self.method.positions in ("selected", "random"),
+            settings=self.method.settings,
         )
 
 
