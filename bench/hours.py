@@ -25,6 +25,7 @@ from bench.cost.gpu import (
 )
 from bench.cost.lengths import SPREAD
 from bench.cost.paper import A100, AS_RELEASED, epoch
+from bench.cost.public import ZEPHYR
 from bench.cost.work import EXTRA, NEEDED, Schedule, Work
 from sepo.methods import METHODS
 
@@ -68,7 +69,7 @@ def plan(config_path: str | Path) -> str:
 
 def table1() -> str:
     """All tables, as text. Raises InputError for figures of the paper that can't be read."""
-    parts = [_heading(), _table_1(), _split(), _savings(), _checks()]
+    parts = [_heading(), _table_1(), _split(), _savings(), _checks(), _public()]
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
@@ -196,6 +197,18 @@ def _compared() -> str:
             f"modelled): rank correlation {found.rank_correlation:.2f}; median error of {errors}."
         )
     return " ".join(said)
+
+
+def _public() -> list[str]:
+    modelled = [f"{ZEPHYR.modelled(GPUS[name]):.1f} of an {name}" for name in ("A100", "H100")]
+    shares = [f"{ZEPHYR.share_of_the_rate(GPUS[n]):.0%} of an {n}'s" for n in ("A100", "H100")]
+    about = (
+        f"{ZEPHYR.name}, DPO of {ZEPHYR.model} on the same {paper.PAIRS} pairs: {ZEPHYR.seconds:.0f} "
+        f"s on {ZEPHYR.gpus} GPUs of 80 GB, {ZEPHYR.hours:.1f} GPU-hours, evaluations included. "
+        f"Modelled: {', '.join(modelled)}. What the model needs fills {shares[0]} rate in that time, or "
+        f"{shares[1]}; the paper's hours fill {PAPER_RATE:.0%}."
+    )
+    return ["Against a public run", *wrap(about)]
 
 
 def _cells(works: list[Work], gpu: GPU) -> str:

@@ -113,6 +113,7 @@ SHAPES = {
     "LLaMA3-8B": _llama(4096, 14336, 32, 32, 8, 128256),
     "Pythia-410M": _pythia(1024, 24, 16, 50304),
     "Pythia-1B": _pythia(2048, 16, 8, 50304),
+    "Mistral-7B": _llama(4096, 14336, 32, 32, 8, 32000),
     "TinyLlama-1.1B": _llama(2048, 5632, 22, 32, 4, 32000),
 }
 TABLE_1 = tuple(SHAPES)[:5]

@@ -18,7 +18,7 @@ from bench.cost import lengths
 from bench.cost.decoder import Decoder, named
 from bench.cost.gpu import GPUS
 from bench.cost.lengths import Lengths
-from bench.cost.work import Schedule, Work, step_work
+from bench.cost.work import Schedule, Work, scaled, step_work
 from sepo.errors import InputError
 from sepo.methods import METHODS as METHOD
 
@@ -79,7 +79,7 @@ def epoch(
         pairs_at_once=1, tokens_at_once=TOKENS_AT_ONCE, gathered_over=NUM_GPUS,
         steps=len(sizes) / PAIRS_PER_STEP,
     )  # fmt: skip
-    return {key: amount * pairs.scale for key, amount in work.items()}
+    return scaled(work, pairs.scale)
 
 
 def sepo_hours_at_full_rate(model: str) -> float:

@@ -11,7 +11,7 @@ from bench.cost import lengths
 from bench.cost.decoder import Decoder, named
 from bench.cost.gpu import BANDWIDTH_SHARE, GPU, UTILISATION, find, hours, hours_at_full_rate
 from bench.cost.lengths import Lengths
-from bench.cost.work import Schedule, Work, forward_work, step_work
+from bench.cost.work import Schedule, Work, forward_work, scaled, step_work
 from sepo.config import MethodName, SePOConfig
 from sepo.errors import InputError
 from sepo.methods import METHODS
@@ -107,10 +107,6 @@ class Setting:
         rows = float(data.whole[:, 1:].sum())
         work = forward_work(decoder, data.whole, rows, tokens_at_once=self.tokens_at_once)
         return scaled(work, data.scale * passes)
-
-
-def scaled(work: Work, factor: float) -> Work:
-    return {key: amount * factor for key, amount in work.items()}
 
 
 def _reference(method: str, cached: bool) -> str:

@@ -91,6 +91,10 @@ def total(work: Work, parts: tuple[str, ...] = PARTS) -> Amount:
     return sum((amount for (part, _), amount in work.items() if part in parts), Amount())
 
 
+def scaled(work: Work, factor: float) -> Work:
+    return {key: amount * factor for key, amount in work.items()}
+
+
 def step_work(
     decoder: Decoder,
     sizes: np.ndarray,  # (P, 3) tokens read of prompt, chosen, rejected

@@ -12,6 +12,7 @@ from tiny import tiny_model
 from bench import hours as tables
 from bench.cost import gpu, lengths, paper, planner
 from bench.cost.decoder import TABLE_1, Decoder, named
+from bench.cost.public import ZEPHYR
 from bench.cost.work import Amount, Schedule, step_work, total
 from sepo.errors import InputError
 
@@ -154,6 +155,19 @@ def test_every_saving_saves_and_every_hour_names_what_it_assumes():
             ]
             # where DPO's logits of the responses exceed the head's budget they are made again
             assert all(b < 1.005 * a for a, b in zip(spent, spent[1:], strict=False)), spent
+
+
+def test_a_public_run_lies_between_the_gpus_that_it_may_have_had():
+    """Its own numbers; the model, as it is, for both kinds of GPU with 80 GB."""
+    assert ZEPHYR.hours == pytest.approx(5328.4749 * 8 / 3600)
+    slow, quick = (ZEPHYR.modelled(gpu.find(name)) for name in ("A100", "H100"))
+    assert quick < ZEPHYR.hours < slow
+    # two forward passes, and a backward one that costs two
+    tokens = 2 * paper.PAIRS * 496
+    flop = 8 * named("Mistral-7B").weights * tokens
+    share = flop / paper.A100.flop / 3600 / ZEPHYR.hours
+    # the longest are cut, the head's part comes on top
+    assert ZEPHYR.share_of_the_rate(paper.A100) == pytest.approx(share, rel=0.1)
 
 
 def test_published_figures_are_compared_where_they_are(tmp_path, monkeypatch):
