@@ -224,6 +224,8 @@ def test_a_reference_that_is_neither_given_nor_kept(tmp_path, whole):
     with pytest.raises(InputError, match=r"keep: \['logp'\] needs a pass of the reference"):
         score_dataset(store, tmp_path / "out", keep=("logp",), **how | {"oracle": None})
     assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="row r0: expected the reference's log-probabilities, got"):
+        score_pairs(list(ScoredStore.open(whole).pairs()), None, ORACLE)
 
 
 @pytest.mark.parametrize("role", ["reference", "oracle"])

@@ -58,7 +58,10 @@ def response_logp(
 def kept_logp(
     pairs: list[ScoredPair],
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # as `response_logp` gave them
-    """What a store keeps of the reference: nothing is run."""
+    """What a store keeps of the reference; nothing is run. Raises InputError where it keeps none."""
+    for pair in pairs:
+        if pair.chosen_ref_logp is None or pair.rejected_ref_logp is None:
+            raise InputError(f"row {pair.id}: expected the reference's log-probabilities, got none")
     return [(pair.chosen_ref_logp, pair.rejected_ref_logp) for pair in pairs]
 
 

@@ -68,8 +68,8 @@ def score_dataset(
 
     Raises InputError, before anything is written, for a token that a model lacks, a pair longer
     than `max_tokens`, a directory that holds another run, a disk without room for the states, a
-    `keep` that does not fit the models and pairs that keep nothing of a reference of None; later for a log-probability that is not finite (naming the
-    row; nothing of its part is written).
+    `keep` that does not fit the models, and pairs that keep nothing of a reference that is None;
+    later for a log-probability that is not finite (naming the row; nothing of its part is written).
     """
     if not pairs:
         raise InputError("expected at least one pair to score, got none")
@@ -178,7 +178,7 @@ def _checked_keep(keep: Sequence[str], oracle, reference) -> list[str]:
     if "score" not in kept and oracle is not None:
         raise InputError(f"keep: {kept} does not use the oracle; add 'score', or leave it out")
     if reference is None and ("hidden" in kept or oracle is None):
-        raise InputError(f"keep: {kept} needs a pass of the reference; got none, and what it said")
+        raise InputError(f"keep: {kept} needs a pass of the reference, got no model for it")
     return kept
 
 

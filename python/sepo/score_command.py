@@ -23,7 +23,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `sepo score`."""
     add = parser.add_argument
-    add("--dataset_name", required=True, help="hub id or local path of preference pairs")
+    add(
+        "--dataset_name",
+        required=True,
+        help="hub id or local path of preference pairs; or a store that keeps logp of them, which "
+        "is taken as it is: then the reference is not run again",
+    )
     add("--dataset_config", help="the data set's configuration, if it has several")
     add("--split", default="train")
     add("--limit", type=int, help="read the first so many rows only")
