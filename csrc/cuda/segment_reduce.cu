@@ -1,4 +1,5 @@
 // Sums over segments, one block each: every thread adds its own values, a fixed tree adds threads.
+// In double, whatever comes in: there are few values, and a loss is what they add up to.
 #include "segment_reduce.h"
 
 #include "launch.h"
@@ -10,8 +11,7 @@ using sepo::WARP;
 
 constexpr int THREADS = 256;
 
-template <typename T>
-__device__ T sum_of_warp(T value) {  // valid in lane 0
+__device__ double sum_of_warp(double value) {  // valid in lane 0
   for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_down_sync(ALL_LANES, value, step);
   return value;
 }
@@ -22,16 +22,16 @@ __global__ void __launch_bounds__(THREADS) sum_segments(
     const int32_t* __restrict__ cu_rows,  // (S + 1,)
     T* __restrict__ sum                   // (S,) out
 ) {
-  __shared__ T of_warp[THREADS / WARP];
+  __shared__ double of_warp[THREADS / WARP];
   const unsigned start = cu_rows[blockIdx.x], stop = cu_rows[blockIdx.x + 1];
-  T own = 0;
+  double own = 0;
   for (unsigned i = start + threadIdx.x; i < stop; i += THREADS) own += values[i];
   own = sum_of_warp(own);
   if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = own;
   __syncthreads();
   if (threadIdx.x >= WARP) return;
-  own = sum_of_warp(threadIdx.x < THREADS / WARP ? of_warp[threadIdx.x] : T(0));
-  if (threadIdx.x == 0) sum[blockIdx.x] = own;
+  own = sum_of_warp(threadIdx.x < THREADS / WARP ? of_warp[threadIdx.x] : 0.0);
+  if (threadIdx.x == 0) sum[blockIdx.x] = static_cast<T>(own);
 }
 
 template <typename T>

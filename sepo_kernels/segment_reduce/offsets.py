@@ -12,8 +12,10 @@ def fwd(
     values: Tensor,  # (M,) float32 or float64
     cu_rows: Tensor,  # (S + 1,) int32 or int64
 ) -> Tensor:  # (S,)
-    # unsafe: skips a check that would wait for the GPU
-    return torch.segment_reduce(values, "sum", offsets=cu_rows.long(), initial=0.0, unsafe=True)
+    # in double, because it adds one value after the other, and float32 would lose four digits of
+    # 70 000; unsafe: skips a check that would wait for the GPU
+    options = dict(offsets=cu_rows.long(), initial=0.0, unsafe=True)
+    return torch.segment_reduce(values.double(), "sum", **options).to(values.dtype)
 
 
 def bwd(
