@@ -132,7 +132,9 @@ def test_a_writer_removes_its_own_leftovers_only(tmp_path):
     pairs = [make_pair()]
     fill(tmp_path, pairs)
     own, other = tmp_path / ".part-0.mine.tmp", tmp_path / ".part-0.other.tmp"
-    own.touch(), other.touch()
+    for folder in (own, other):
+        folder.mkdir()
+        (folder / "part-0").touch(), (folder / ".tmpXyZ").touch()  # safetensors', killed in between
     StoreWriter(tmp_path, make_manifest(pairs), owner="mine")
     assert not own.exists() and other.exists()
 

@@ -1,25 +1,37 @@
 """Files that appear whole or not at all."""
 
 import os
+import shutil
 from pathlib import Path
 
 
 class Atomic:
-    """`with` a temporary name to write to; the file gets its own name once it is on the disk."""
+    """`with` a temporary name to write to; the file gets its own name once it is on the disk.
+
+    The temporary file has a folder to itself, because a writer may put one of its own beside it
+    (safetensors does) that a kill leaves there: `clear` takes both away.
+    """
 
     def __init__(self, file: Path, owner: str):
-        self.file, self.temporary = file, file.with_name(f".{file.name}.{owner}.tmp")
+        self.file, self._folder = file, file.with_name(f".{file.name}.{owner}.tmp")
 
     def __enter__(self) -> Path:
-        return self.temporary
+        self._folder.mkdir(exist_ok=True)
+        return self._folder / self.file.name
 
     def __exit__(self, failed, *_) -> None:
-        if failed:
-            self.temporary.unlink(missing_ok=True)
-            return
-        _sync(self.temporary)  # before the rename, or a power cut may leave a name without content
-        os.replace(self.temporary, self.file)
-        _sync(self.file.parent)
+        if not failed:
+            temporary = self._folder / self.file.name
+            _sync(temporary)  # before the rename, or a power cut may leave a name without content
+            os.replace(temporary, self.file)
+            _sync(self.file.parent)
+        shutil.rmtree(self._folder)
+
+
+def clear(folder: Path, owner: str) -> None:
+    """Take away what a killed process left of `owner`'s files."""
+    for stale in folder.glob(f".*.{owner}.tmp"):
+        shutil.rmtree(stale)
 
 
 def _sync(path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sepo.data.files import Atomic
+from sepo.data.files import Atomic, clear
 from sepo.data.hidden import HEAD_FILE, StoredHead, read_head, write_head, write_rows
 from sepo.data.part import TOKENS, WEIGHTS, Part, hidden_name, read_about, write_part
 from sepo.data.types import ScoredPair, TokenPair
@@ -106,8 +106,7 @@ class StoreWriter:
 
     def __init__(self, path: str | os.PathLike, manifest: dict, *, owner: str = "0"):
         self.path, self.owner = Path(path), owner
-        for stale in self.path.glob(f".*.{owner}.tmp"):  # left by a killed run of this owner
-            stale.unlink()
+        clear(self.path, owner)
         present = read_manifest(self.path)
         if present is not None:
             _check_same_run(self.path, present, manifest)
