@@ -39,8 +39,8 @@ class Recorder(TorchDispatchMode):
 def allocator_peak(fn) -> int:
     """Largest number of bytes alive above the start, as the allocator saw it.
 
-    Of a library's product only the result counts: what oneDNN takes and returns within one (2 MB
-    for AMX, whatever the shapes) is no buffer of the code that calls it.
+    Of a library's product only the result counts: what oneDNN takes and returns within one (up to
+    2 MB for AMX, small shapes too) is no buffer of the code that calls it.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         fn()
