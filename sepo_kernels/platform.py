@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import time
+from functools import cache
 
 import torch
 
@@ -20,6 +22,35 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 BFLOAT16_PRODUCTS = torch.backends.mkldnn.is_available() and (
     torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 )
+
+
+@cache
+def bfloat16_speed(device_type: str) -> float:
+    """How many times as fast as float32 this machine multiplies bfloat16: below 1, it is slower.
+
+    A CPU is measured, once a process and in milliseconds: its features don't tell, nor do those
+    that torch's libraries are told to do without. An RTX 30 or an A100 and later have bfloat16 units.
+    """
+    if device_type != "cpu":
+        fast = device_type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return float("inf") if fast else 0.0
+    a = torch.ones(256, 256)
+    return _seconds_of_product(a) / _seconds_of_product(a.bfloat16())
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """What to multiply in where either would do: bfloat16 where it is no slower than float32."""
+    return torch.bfloat16 if bfloat16_speed(torch.device(device).type) >= 1 else torch.float32
+
+
+def _seconds_of_product(a: torch.Tensor) -> float:
+    a @ a  # compiles its kernel
+    best = float("inf")  # the least of a few: neighbours only ever slow a product down
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def why_not_triton(x: torch.Tensor) -> str | None:
