@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--dataset", default=str(ROOT / "examples/sentiment/pairs.jsonl"))
+    add("--dataset", default=str(ROOT / "python/sepo/demo/data/pairs.jsonl"))
     add("--max_length", type=int, help="tokens of the prompt and one response")
     add("--pairs", type=int, default=1_000_000, help="lengths to plan")
     add("--steps", type=int, default=200, help="steps whose fill and balance are looked at")

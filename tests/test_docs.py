@@ -36,7 +36,7 @@ SHOWN = (
 )
 STANDS_FOR = {  # what the pages' names are in a test
     "HuggingFaceTB/SmolLM2-135M-Instruct": "M",
-    "examples/sentiment/pairs.jsonl": "pairs.jsonl",
+    "python/sepo/demo/data/pairs.jsonl": "pairs.jsonl",
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")

@@ -14,7 +14,7 @@ SOURCES = {
     str(path.relative_to(ROOT)).removeprefix("python/")
     for folder in ("sepo_kernels", "python/sepo")
     for path in (ROOT / folder).rglob("*")
-    if path.suffix in (".py", ".j2", ".css", ".js")  # the report's page is read from the wheel
+    if path.suffix in (".py", ".j2", ".css", ".js", ".jsonl", ".txt")  # the page, the demo's pairs
 }
 
 

@@ -14,7 +14,7 @@ from sepo.data.render import spans
 from sepo.data.select import select_positions
 from sepo.transfer import read_preferences
 
-PAIRS = Path(__file__).parents[1] / "examples/sentiment/pairs.jsonl"
+PAIRS = Path(__file__).parents[1] / "python/sepo/demo/data/pairs.jsonl"
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -16,7 +16,7 @@ from sepo.data.types import ScoredPair, TokenPair
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "runs/data/dpo_en_demo.json"  # LLaMA-Factory's, if it was put there: 300 pairs
-TEXTS = ROOT / "examples/sentiment/pairs.jsonl"  # this project's own, which are short
+TEXTS = ROOT / "python/sepo/demo/data/pairs.jsonl"  # this project's own, which are short
 JOINED = ROOT / "runs/bench/joined-pairs.jsonl"
 # of EXAMPLE's prompts, chosen and rejected responses, cut at 512 tokens: medians, and standard
 # deviations of the logarithm

@@ -25,6 +25,7 @@ from sepo.config import SePOConfig
 from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore
 from sepo.data.types import TokenPair
+from sepo.demo import DATA
 from sepo.demo.evaluate import clustered_mean, kl_per_token
 from sepo.demo.judge import sentiment
 from sepo.demo.run import ORACLE, POLICY, continue_openings, read_openings, score, train
@@ -72,7 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/precision"))
-    add("--data", type=Path, default=Path("examples/sentiment"))
+    add("--data", type=Path, default=DATA)
     add("--model", type=Path, help="directory of the reference; default: SmolLM2-135M-Instruct")
     add("--steps", type=int, nargs="+", default=[5, 10, 20, 40, 80, 160], help="of the oracles")
     add("--pairs", type=int, default=48, help="held-out pairs that are scored in every precision")

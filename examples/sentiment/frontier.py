@@ -36,6 +36,7 @@ from sepo.data.files import Atomic
 from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore
 from sepo.data.types import ScoredPair, TokenPair
+from sepo.demo import DATA
 from sepo.demo.evaluate import Estimate, clustered_mean, first_of_each, token_kl
 from sepo.demo.judge import sentiment
 from sepo.demo.run import continue_openings, read_openings, score, train
@@ -251,7 +252,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("command", choices=("run", "report"))
     add("--output_dir", type=Path, default=Path("runs/frontier"))
-    add("--data", type=Path, default=Path(__file__).parent, help="directory of the data files")
+    add("--data", type=Path, default=DATA, help="directory of the data files")
     add("--model", type=Path, help="checkpoint of the reference; default: SmolLM2, converted")
     add("--only", nargs="+", metavar="PART", help="runs whose name holds one of these")
     add("--shard", type=shard, default=(0, 1), metavar="i/n", help="every n-th run only")

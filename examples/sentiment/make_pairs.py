@@ -20,6 +20,7 @@ from openings import held_out_openings, training_openings
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from sepo.demo import DATA
 from sepo.demo.judge import sentiment
 from sepo.demo.sample import Completion, end_tokens, sample
 from sepo.smollm2 import save_smollm2
@@ -112,13 +113,12 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    here = Path(__file__).parent
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", type=Path, default="runs/smollm2", help="checkpoint, made if it is missing")
-    add("--out", type=Path, default=here, help="directory to write to")
+    add("--out", type=Path, default=DATA, help="directory to write to")
     add("--samples", type=int, default=4, help="continuations per opening")
     add("--tokens", type=int, default=40, help="tokens per continuation")
     add("--temperature", type=float, default=1.0)

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sepo.data.segments import make_segments
 from sepo.data.store import ScoredStore
+from sepo.demo import DATA
 from sepo.demo.evaluate import clustered_mean, kl_per_token, response_logp
 from sepo.demo.judge import sentiment
 from sepo.demo.lexicon import in_lexicon
 from sepo.demo.sample import sample
 
-PAIRS = Path(__file__).parents[1] / "sentiment"
 FRACTION, SEED = 0.3, 0
 FILMS_PER_TEMPLATE = 12  # consecutive openings that differ by their film alone
 
@@ -76,7 +76,7 @@ class Stages:
 
     def halves(self) -> tuple[Path, Path]:
         """Sets A and B: the pairs of every second template of openings, no film review in both."""
-        rows = [json.loads(line) for line in (PAIRS / "pairs.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (DATA / "pairs.jsonl").read_text().splitlines()]
         # an id counts the openings, those without a pair included
         template = lambda row: int(row["id"].removeprefix("pairs-")) // FILMS_PER_TEMPLATE
 
@@ -93,7 +93,7 @@ class Stages:
 
     def selection(self, name: str, oracle: Path, reference: Path, pairs: Path) -> dict[str, Path]:
         """What the oracle thinks of set B and of the held-out pairs: the two scored stores."""
-        data = {"b": pairs, "heldout": PAIRS / "heldout.jsonl"}
+        data = {"b": pairs, "heldout": DATA / "heldout.jsonl"}
         how = f"--oracle {oracle}"
         return {k: self.score(f"{k}-by-{name}", v, reference, how) for k, v in data.items()}
 
@@ -152,7 +152,7 @@ def sepo(command: str) -> None:
 def evaluate(policy: Path, reference: Path, *, per_opening: int = 4) -> dict:
     """Reward of each held-out opening, and KL(policy || reference) per token of what it wrote."""
     load = lambda path, dtype: AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-    openings = (PAIRS / "heldout_openings.txt").read_text().splitlines()
+    openings = (DATA / "heldout_openings.txt").read_text().splitlines()
     completions = sample(
         load(policy, torch.bfloat16),  # every policy alike: a decoding step waits for weights
         AutoTokenizer.from_pretrained(reference),

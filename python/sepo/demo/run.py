@@ -25,6 +25,7 @@ from sepo.data.read import read_pairs
 from sepo.data.segments import make_segments
 from sepo.data.store import ScoredStore
 from sepo.data.types import TokenPair
+from sepo.demo import DATA
 from sepo.demo.evaluate import kl_per_token, mean_sentiment, pair_accuracy
 from sepo.demo.lexicon import selection_lift
 from sepo.demo.report import print_report
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--data",
         type=Path,
-        default=Path("examples/sentiment"),
+        default=DATA,
         help="directory with pairs.jsonl, heldout.jsonl and heldout_openings.txt",
     )
     add("--oracle_pairs", type=int, default=160, help="pairs that the oracle is trained on")
@@ -239,7 +240,9 @@ def read_openings(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
-        raise InputError(f"--data: {path}: {error.strerror}; see examples/sentiment") from error
+        raise InputError(
+            f"--data: {path}: {error.strerror}; examples/sentiment makes it"
+        ) from error
 
 
 def start_afresh(place: Path) -> None:
