@@ -1,42 +1,59 @@
-"""Two import roots and one optional extension. SEPO_EXT: auto (default), none, cpu or cuda."""
+"""Two import roots and the native extension. SEPO_EXT: auto (default), none, cpu or cuda.
 
-import importlib.util
+The kernels of csrc/cpu are compiled once for each instruction set, into libraries of their own, of
+which sepo_kernels/extension.py loads one. In a single library the linker would keep one copy of
+each template that the sets share, perhaps the one that this CPU can't run.
+"""
+
 import os
-import shutil
+import platform
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# what at::vec needs to be the vector of this machine: torch's own flags, by its own name for it
-CAPABILITY = {
-    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
+sys.path.insert(0, str(Path(__file__).parent))  # pip runs this file without its folder
+from build_backend import TORCH, compiler, find_torch  # noqa: E402
+
+DEPENDENCIES = [
+    "transformers>=5.17",
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "pyarrow>=18",
+    "jinja2>=3.1",
+    "matplotlib>=3.9",
+    "numpy>=2.0",
+    "pyyaml>=6.0",
+]
+# what at::vec needs to be a vector of so many bits: torch's own flags, by its own names
+LEVELS = {
+    "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
 }
+# unknown pragmas: at::vec's own, once for each line that includes it
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
+OLDEST_PYTHON = "311"  # the libraries use none of Python's functions: one serves every later one
 
 
-def cpu_flags() -> list[str]:
-    """Flags for the vector width that torch uses here; SEPO_CPU=AVX2 asks for another."""
-    import torch
-
-    name = os.environ.get("SEPO_CPU", torch.backends.cpu.get_cpu_capability())
-    flags = CAPABILITY.get(name, [])
-    defines = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"] if flags else []
-    # unknown pragmas: at::vec's own, once for each line that includes it
-    quiet = ["-Wall", "-Wno-unknown-pragmas"]
-    return ["-O3", "-fopenmp", "-fno-math-errno", *quiet, *flags, *defines]
+def levels() -> list[str]:
+    return list(LEVELS) if platform.machine() in ("x86_64", "AMD64") else ["DEFAULT"]
 
 
 def what_is_lacking() -> str | None:
-    """What a build needs and does not find here."""
-    if importlib.util.find_spec("torch") is None:
-        return "torch at build time: pip install --no-build-isolation"
-    compiler = os.environ.get("CXX", "c++")
-    return None if shutil.which(compiler) else f"a C++ compiler: {compiler}"
+    if not find_torch():
+        return "torch at build time: pip install torch, then again"
+    return None if compiler() else f"a C++ compiler: {os.environ.get('CXX', 'c++')}"
+
+
+def torch_release() -> str:
+    import torch
+
+    return ".".join(torch.__version__.split(".")[:2])
 
 
 def extension() -> dict:
-    """Build arguments for sepo_kernels._C; none without sources or, under "auto", without torch."""
+    """Build arguments for the native libraries; none without sources or, under "auto", torch."""
     mode = os.environ.get("SEPO_EXT", "auto")
     if mode not in ("auto", "none", "cpu", "cuda"):
         raise SystemExit(f'SEPO_EXT is "{mode}", expected auto, none, cpu or cuda')
@@ -55,21 +72,49 @@ def extension() -> dict:
     can_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     if mode == "cuda" and not can_cuda:
         raise SystemExit("SEPO_EXT=cuda needs a CUDA build of torch and nvcc")
-    cuda = mode == "cuda" or (mode == "auto" and can_cuda)
-    folders = ("csrc", "csrc/cpu", "csrc/cuda") if cuda else ("csrc", "csrc/cpu")
-    sources = sorted(str(path) for f in folders for path in Path(f).glob("*.c[pu]*"))
-    kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    flags = {"cxx": cpu_flags(), **({"nvcc": ["-O3"]} if cuda else {})}
-    headers = sorted(map(str, Path("csrc").rglob("*.h")))
-    module = kind("sepo_kernels._C", sources, extra_compile_args=flags, depends=headers)
+    modules = [library(cpp_extension.CppExtension, level, "csrc/cpu") for level in levels()]
+    if mode == "cuda" or (mode == "auto" and can_cuda):
+        modules.append(library(cpp_extension.CUDAExtension, "cuda", "csrc/cuda"))
     return {
-        "ext_modules": [module],
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "ext_modules": modules,
+        "cmdclass": {"build_ext": in_folders_of_their_own(cpp_extension.BuildExtension)},
+        "options": {"bdist_wheel": {"py_limited_api": f"cp{OLDEST_PYTHON}"}},
     }
 
 
+def library(kind, level: str, folder: str):
+    """One library; its name says which torch it is for, because no other could load it."""
+    flags = [*FLAGS, *LEVELS.get(level, [])]
+    if LEVELS.get(level):
+        flags += [f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}"]
+    return kind(
+        f"sepo_kernels._C_{level.lower()}_torch_{torch_release().replace('.', '_')}",
+        sorted(str(path) for path in Path(folder).glob("*.c[pu]*")),
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+        extra_link_args=["-s"],
+        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+        py_limited_api=True,
+    )
+
+
+def in_folders_of_their_own(build_ext):
+    """The libraries have sources in common, whose objects must not be taken for each other's."""
+
+    class BuildLibraries(build_ext):
+        def build_extension(self, ext):
+            shared = self.build_temp
+            self.build_temp = str(Path(shared) / ext.name)
+            super().build_extension(ext)
+            self.build_temp = shared
+
+    return BuildLibraries
+
+
+built = extension()
 setup(
     packages=find_packages("python") + find_packages(include=["sepo_kernels", "sepo_kernels.*"]),
     package_dir={"sepo": "python/sepo"},
-    **extension(),
+    # torch has no stable interface for what the kernels use: they need the release they are for
+    install_requires=[f"torch=={torch_release()}.*" if built else TORCH, *DEPENDENCIES],
+    **built,
 )

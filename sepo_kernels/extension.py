@@ -1,24 +1,111 @@
 """The compiled half of the package, where it was built: its operators are torch.ops.sepo.native_*.
 
-Implementations ask `why_not` and call the operators; nothing else knows that there is a library.
+There is a library for each instruction set and torch release; one of them is loaded, once, at
+import. SEPO_CPU names a lesser instruction set than the machine's. Implementations ask `why_not`
+and call the operators; nothing else knows that there are libraries.
 """
+
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
 
 import torch
 
-try:
-    from sepo_kernels import _C  # noqa: F401  registers the operators
+HERE = Path(__file__).parent
+# instruction sets, each with those before it. The last has no library of its own: with it oneDNN
+# multiplies bfloat16 tiles, by AMX where that is
+LEVELS = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
+RELEASE = ".".join(torch.__version__.split(".")[:2])
 
-    _MISSING = None
-except ImportError as error:
-    _MISSING = f"the native extension is not here ({error}); build it with: pip install -e ."
+
+def level_of_this_cpu() -> str:
+    cpu = torch.cpu
+    if cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported():
+        return "AVX512_BF16"
+    if cpu._is_avx512_supported():
+        return "AVX512"
+    return "AVX2" if cpu._is_avx2_supported() else "DEFAULT"
+
+
+def choose_level() -> str:
+    """SEPO_CPU, or what the CPU has and torch may use (ATEN_CPU_CAPABILITY).
+
+    Raises ValueError for a name that is none, or of what the CPU lacks.
+    """
+    most, asked = level_of_this_cpu(), os.environ.get("SEPO_CPU")
+    if asked is None:
+        torch_uses = torch.backends.cpu.get_cpu_capability()
+        if torch_uses == "AVX512":
+            return most
+        return min(most, torch_uses if torch_uses in LEVELS else "DEFAULT", key=LEVELS.index)
+    name = asked.upper()
+    if name not in LEVELS:
+        raise ValueError(f"SEPO_CPU: expected one of {', '.join(LEVELS)}, got {asked}")
+    if LEVELS.index(name) > LEVELS.index(most):
+        raise ValueError(f"SEPO_CPU: expected at most {most}, which this CPU has, got {asked}")
+    return name
+
+
+def load(level: str) -> str | None:
+    """Register the operators of the best library up to `level`; None, or why there are none."""
+    built = {release: found for release in _releases() if (found := _libraries(release))}
+    if not built:
+        return "the native extension is not here"
+    if RELEASE not in built:
+        have = ", ".join(sorted(built))
+        return f"the native extension was built for torch {have}, this is torch {RELEASE}"
+    found = built[RELEASE]
+    names = [name for name in LEVELS[: LEVELS.index(level) + 1] if name.lower() in found]
+    try:
+        torch.ops.load_library(found[names[-1].lower()])
+        if "cuda" in found:
+            torch.ops.load_library(found["cuda"])
+    except OSError as error:  # of another architecture, say
+        return f"the native extension cannot be loaded ({str(error).strip().splitlines()[0]})"
+    return None
 
 
 def why_not(operator: str, device: torch.device) -> str | None:
     """None if `torch.ops.sepo.<operator>` has a kernel for tensors on `device`, else the reason."""
-    if _MISSING is not None:
-        return _MISSING
+    if MISSING is not None:
+        return MISSING
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
     known = key is not None and hasattr(torch.ops.sepo, operator)
     if not known or not torch._C._dispatch_has_kernel_for_dispatch_key(f"sepo::{operator}", key):
         return f"the native extension was built without a {device.type} kernel for {operator}"
     return None
+
+
+def how_to_build() -> str:
+    tree = HERE.parent
+    if (tree / "setup.py").exists():
+        return f"cd {tree} && SEPO_EXT=cpu python setup.py build_ext --inplace"
+    return "pip install --force-reinstall --no-deps --no-cache-dir with a C++ compiler at hand"
+
+
+def _releases() -> list[str]:
+    names = (re.search(r"_torch_(\d+)_(\d+)\.", path.name) for path in HERE.glob("_C_*"))
+    return sorted({f"{m[1]}.{m[2]}" for m in names if m})
+
+
+def _libraries(release: str) -> dict[str, Path]:
+    """Paths by instruction set in small letters, and "cuda"."""
+    end = f"_torch_{release.replace('.', '_')}"
+    paths = [*HERE.glob(f"_C_*{end}.*so"), *HERE.glob(f"_C_*{end}.pyd")]
+    return {path.name.removeprefix("_C_").partition(end)[0]: path for path in paths}
+
+
+LEVEL = choose_level()
+MISSING = load(LEVEL)
+if MISSING is not None:
+    MISSING += f"; build it with: {how_to_build()}"
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) and os.environ.get("SEPO_EXT") != "none":
+        warnings.warn(f"sepo runs in plain PyTorch: {MISSING}", RuntimeWarning, stacklevel=2)
+# oneDNN's bfloat16 x bfloat16 -> float32 tiles: asked by trying, since ONEDNN_MAX_CPU_ISA too can
+# take them away; read at import, because Dynamo traces its readers
+BFLOAT16_TILES = (
+    MISSING is None and LEVEL == "AVX512_BF16" and torch.ops.sepo.native_bfloat16_tiles()
+)

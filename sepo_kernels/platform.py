@@ -18,12 +18,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# oneDNN's bfloat16 x bfloat16 -> float32 tiles; read at import, because Dynamo traces its readers
-BFLOAT16_PRODUCTS = torch.backends.mkldnn.is_available() and (
-    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-)
-
-
 @cache
 def bfloat16_speed(device_type: str) -> float:
     """How many times as fast as float32 this machine multiplies bfloat16: below 1, it is slower.

@@ -7,7 +7,7 @@ The other dtypes, and bfloat16 without the instructions: a library product, then
 import torch
 from torch import Tensor
 
-from sepo_kernels import extension, platform, products
+from sepo_kernels import extension, products
 from sepo_kernels.selected_logprob.loops import RowKernels
 
 # asked once, at import: Dynamo traces why_not
@@ -43,7 +43,7 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
 
 
 def fused(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and platform.BFLOAT16_PRODUCTS
+    return dtype == torch.bfloat16 and extension.BFLOAT16_TILES
 
 
 KERNELS = RowKernels(forward, again, fused)

@@ -7,7 +7,7 @@ the cache. The other dtypes, and bfloat16 without the instructions: library prod
 import torch
 from torch import Tensor
 
-from sepo_kernels import extension, platform, products
+from sepo_kernels import extension, products
 from sepo_kernels.selected_logprob_kl.loops import RowKernels
 from sepo_kernels.selected_logprob_kl.schedule import DIRECTIONS
 
@@ -80,7 +80,7 @@ def why_not(hidden: Tensor, *others: Tensor) -> str | None:
 
 
 def fused(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and platform.BFLOAT16_PRODUCTS
+    return dtype == torch.bfloat16 and extension.BFLOAT16_TILES
 
 
 def second_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sepo.attention.terms import Attend, Span, Terms
-from sepo_kernels import extension, platform
+from sepo_kernels import extension
 
 # asked once, at import, as the operators of sepo.ops do
 _MISSING = extension.why_not("native_packed_attention", torch.device("cpu"))
@@ -18,7 +18,7 @@ LANES = 32  # bfloat16 numbers of the widest vector: a head is a whole number of
 def absent() -> str | None:
     if _MISSING is not None:
         return _MISSING
-    if not platform.BFLOAT16_PRODUCTS:
+    if not extension.BFLOAT16_TILES:
         return "it needs a CPU with AVX-512 BF16 or AMX"
     return None
 

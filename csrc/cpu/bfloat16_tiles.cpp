@@ -1,0 +1,27 @@
+// Whether oneDNN multiplies bfloat16 tiles here: found out by multiplying one.
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <vector>
+
+namespace sepo {
+namespace {
+
+bool bfloat16_tiles() {
+  constexpr int64_t N = 32;
+  const std::vector<at::BFloat16> ones(N * N, at::BFloat16(1.f));
+  std::vector<float> sum(N * N, 0.f);
+  try {
+    at::native::cpublas::brgemm(N, N, N, N, N, N, /*add_C=*/false, ones.data(), ones.data(), sum.data());
+    at::native::cpublas::brgemm_release();
+  } catch (const c10::Error&) {
+    return false;
+  }
+  return sum[0] == N;
+}
+
+}  // namespace
+}  // namespace sepo
+
+TORCH_LIBRARY_FRAGMENT(sepo, m) { m.def("native_bfloat16_tiles() -> bool", &sepo::bfloat16_tiles); }
