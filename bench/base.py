@@ -59,7 +59,7 @@ def _build(tree: Path, commit: str) -> None:
         return
     differs = _git("diff", "--name-only", commit, "--", *NATIVE)
     differs += _git("ls-files", "--others", "--exclude-standard", "--", *NATIVE)
-    built = list((ROOT / "sepo_kernels").glob("_C.*so"))
+    built = list((ROOT / "sepo_kernels").glob("_C*.so"))
     if built and not differs:
         for path in built:
             shutil.copy2(path, tree / "sepo_kernels")

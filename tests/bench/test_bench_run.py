@@ -249,13 +249,14 @@ def test_a_native_extension_is_built_or_copied(tmp_path, monkeypatch):
     here, tree = tmp_path / "here", tmp_path / "tree"
     for folder in (here / "sepo_kernels", tree / "sepo_kernels", tree / "csrc"):
         folder.mkdir(parents=True)
-    (here / "sepo_kernels" / "_C.cpython.so").write_text("built")
-    (tree / "setup.py").write_text("open('sepo_kernels/_C.cpython.so', 'w').write('its own')")
+    (here / "sepo_kernels" / "_C_avx2_torch_2_13.abi3.so").write_text("built")
+    program = "open('sepo_kernels/_C_avx2_torch_2_13.abi3.so', 'w').write('its own')"
+    (tree / "setup.py").write_text(program)
     monkeypatch.setattr(base, "ROOT", here)
     for differs, expected in (("", "built"), ("csrc/a.cpp", "its own")):
         monkeypatch.setattr(base, "_git", lambda *args, differs=differs: differs)
         base._build(tree, "0" * 40)
-        assert (tree / "sepo_kernels" / "_C.cpython.so").read_text() == expected
+        assert (tree / "sepo_kernels" / "_C_avx2_torch_2_13.abi3.so").read_text() == expected
     (tree / "setup.py").write_text("raise SystemExit('no compiler')")
     with pytest.raises(InputError, match="000000000000 does not build: no compiler"):
         base._build(tree, "0" * 40)
