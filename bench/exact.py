@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from bench.dtypes import product
+
 BLOCK = 16384  # rows of the weight in float64 at once: 0.5 GB at D = 4096
 
 
@@ -43,8 +45,8 @@ def rounded_once(
 ) -> dict[str, Tensor]:  # grad_hidden (N, D), grad_weight (V, D), in the dtype of the inputs
     """What the products of the input's dtype give when dZ is exact but for one rounding to it."""
     dz = d_logits.to(weight.dtype)
-    grad_hidden = torch.zeros_like(hidden).index_add_(0, rows.long(), dz @ weight)
-    return {"grad_hidden": grad_hidden, "grad_weight": dz.T @ hidden[rows]}
+    grad_hidden = torch.zeros_like(hidden).index_add_(0, rows.long(), product(dz, weight))
+    return {"grad_hidden": grad_hidden, "grad_weight": product(dz.T, hidden[rows])}
 
 
 def relative_error(got: Tensor, true: Tensor) -> float:

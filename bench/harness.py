@@ -12,13 +12,14 @@ from functools import partial
 
 import torch
 
-from bench import measure, report
+from bench import dtypes, measure, report
 from bench.provider import Provider
 from bench.roof import Roof
 
 ROUNDS = 5
 # seconds a call: above it a peer is out of the race, and SLOW_ROUNDS tell by how much
 SLOW, SLOW_ROUNDS = 8.0, 2
+EMULATED = "torch multiplies bfloat16 slowly on this machine; --providers {} has it measured"
 
 
 @dataclass
@@ -56,8 +57,16 @@ class Row:
 class CaseJob:
     """A case as the run takes it: `gate`, and after the gates of all cases `ready`, `turn`, `finish`."""
 
-    def __init__(self, case, providers: Sequence[Provider], *, device: str, rounds: int = ROUNDS):
-        self.case, self.device, self.rounds = case, device, rounds
+    def __init__(
+        self,
+        case,
+        providers: Sequence[Provider],
+        *,
+        device: str,
+        rounds: int = ROUNDS,
+        slow_too: bool = True,  # peers whose products torch emulates here: minutes a call
+    ):
+        self.case, self.device, self.rounds, self.slow_too = case, device, rounds, slow_too
         self.name, self.suite = case.name, case.suite
         self.providers = [p for p in providers if takes_part(p, case)]
         self.rows: list[Row] = []
@@ -67,7 +76,7 @@ class CaseJob:
         """A row a provider, in their order; the truth and the inputs are let go of again."""
         torch.compiler.reset()  # a peer recompiled too often would silently run eager
         inputs = self.case.inputs(self.device)
-        self.rows = [_gate(provider, self.case, inputs) for provider in self.providers]
+        self.rows = [self._gate(provider, inputs) for provider in self.providers]
         return self.rows
 
     def ready(self) -> None:
@@ -118,6 +127,13 @@ class CaseJob:
     def text(self) -> str:
         return report.table(self.rows, self.roof)
 
+    def _gate(self, provider: Provider, inputs) -> Row:
+        peer = provider.gated and not provider.ours
+        slow = dtypes.quick(self.case.dtype, self.device) != self.case.dtype
+        if slow and peer and not self.slow_too:
+            return _row(provider, self.case, reason=EMULATED.format(provider.name))
+        return _gate(provider, self.case, inputs)
+
 
 def takes_part(provider: Provider, case) -> bool:
     name = provider.name.partition(":")[0]  # "sepo" in a case's list means all of ours
@@ -125,8 +141,7 @@ def takes_part(provider: Provider, case) -> bool:
 
 
 def _gate(provider: Provider, case, inputs) -> Row:
-    about = case.suite, case.name, provider.name
-    row = Row(*about, "", "skipped", provider.ours, shape=_shape(case))
+    row = _row(provider, case)
     if reason := provider.why_not(inputs):
         row.reason = reason
         return row
@@ -157,6 +172,11 @@ def _gate(provider: Provider, case, inputs) -> Row:
                 if name in row.errors:
                     row.gradient_ratios[f"{name}/{baseline}"] = row.errors[name] / max(error, 1e-30)
     return row
+
+
+def _row(provider: Provider, case, reason: str = "") -> Row:
+    about = case.suite, case.name, provider.name, "", "skipped", provider.ours
+    return Row(*about, reason, shape=_shape(case))
 
 
 def _shape(case) -> dict:

@@ -1,4 +1,9 @@
-"""What a trainer without fused operations writes: the contender, and the yardstick of precision."""
+"""What a trainer without fused operations writes: the contender, and the yardstick of precision.
+
+`product` is torch's own for the contender; the yardstick takes one that is nowhere slow.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,11 +16,12 @@ def selected_logprob(
     targets: Tensor,  # (M,)
     *,
     gather_first: bool,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Tensor:  # (M,) float32
     if gather_first:
-        logp = (hidden[rows] @ weight.T).float().log_softmax(-1)  # (M, V)
+        logp = product(hidden[rows], weight.T).float().log_softmax(-1)  # (M, V)
         return logp.gather(-1, targets[:, None])[:, 0]
-    logp = (hidden @ weight.T).float().log_softmax(-1)  # (N, V)
+    logp = product(hidden, weight.T).float().log_softmax(-1)  # (N, V)
     return logp[rows.long(), targets]
 
 
@@ -29,6 +35,7 @@ def selected_logprob_kl(
     *,
     direction: str,  # "ref||policy" | "policy||ref"
     gather_first: bool,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, (M,) float32 each
     rows = rows.long()
     if gather_first:
@@ -37,9 +44,9 @@ def selected_logprob_kl(
             ref_hidden[rows],
             torch.arange(len(rows), device=rows.device),
         )
-    log_p = (hidden @ weight.T).float().log_softmax(-1)  # (N or M, V)
+    log_p = product(hidden, weight.T).float().log_softmax(-1)  # (N or M, V)
     with torch.no_grad():
-        log_q = (ref_hidden @ ref_weight.T).float().log_softmax(-1)
+        log_q = product(ref_hidden, ref_weight.T).float().log_softmax(-1)
     if direction == "ref||policy":
         kl = (log_q.exp() * (log_q - log_p)).sum(-1)
     else:

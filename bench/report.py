@@ -16,15 +16,19 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+EMULATED = " alone, emulated"  # after the instruction set: the CPU has more than torch may use
+# what takes instructions away, from torch, oneDNN, MKL and from us
+VARIABLES = "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "SEPO_CPU"
 PACKAGES = "torch", "transformers", "triton", "trl", "liger-kernel", "cut-cross-entropy"
 HEADER = (
     f"{'':23}{'ms':>9}{'q1':>9}{'q3':>9}{'x gemm':>8}{'x sepo':>8}{'GFLOP':>8}{'MB':>7}{'roof':>7}"
     f"{'MiB':>8}  {'values':<9}{'grads':<9}{'/plain':<8}"
 )
 LEGEND = """\
-ms: median of the rounds, q1 and q3 their quartiles. x gemm: over the bare products of this run; x sepo:
-over impl="auto". GFLOP, MB: what the work can't do without; roof: the share of what a matrix product and
-a copy reach in the same rounds. MiB: allocator's peak above the inputs, gradients included. values:
+ms: median of the rounds, q1 and q3 their quartiles. x gemm: over the bare products of this run, of
+float32 where the machine multiplies that faster than bfloat16; x sepo: over impl="auto". GFLOP, MB: what
+the work can't do without; roof: the share of what a matrix product (again of the faster dtype) and a copy
+reach in the same rounds. MiB: allocator's peak above the inputs, gradients included. values:
 largest error of log-probabilities and KL in nats (l: of the loss, where a provider returns only that),
 of an attention's output over its largest entry, of a selection in tokens; grads: largest error over
 largest entry; /plain: that over plain PyTorch's in this dtype. Truth is float64. Nothing is timed whose
@@ -82,7 +86,7 @@ def default_path(device: str) -> Path:
 
 
 def path_of(machine: str) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.removesuffix(EMULATED).lower()).strip("-")
     return RESULTS / f"{slug}.jsonl"
 
 
@@ -92,6 +96,7 @@ def surroundings(device: str) -> dict:
         "machine": machine(device),
         "device": device,
         "threads": torch.get_num_threads(),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "python": platform.python_version(),
         "torch": torch.__version__,
         "versions": versions(),
@@ -112,14 +117,24 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: str) -> str:
-    """GPU name, or CPU model with the number of cores this process may use."""
+    """GPU name, or CPU model with the number of cores this process may use.
+
+    A CPU whose widest instructions torch was told to do without is another machine.
+    """
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", text)
     model = found.group(1).strip() if found else platform.processor() or platform.machine()
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    return f"{model}, {len(os.sched_getaffinity(0))} cores{_emulated()}"
+
+
+def _emulated() -> str:
+    has = torch.cpu._is_avx512_supported(), torch.cpu._is_avx2_supported()
+    most = next((name for name, there in zip(("AVX512", "AVX2"), has, strict=True) if there), None)
+    used = torch.backends.cpu.get_cpu_capability()
+    return "" if most in (None, used) else f", {used}{EMULATED}"
 
 
 def short(commit: str) -> str:

@@ -5,6 +5,7 @@ import statistics
 import torch
 
 from bench import measure
+from bench.dtypes import quick
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the product's square matrices
 SIZE = {"cpu": 2**27, "cuda": 2**30}  # bytes that the copy reads, and as many that it writes
@@ -14,6 +15,7 @@ class Roof:
     """What this machine reaches in these minutes, whatever its data sheet says."""
 
     def __init__(self, device: str, dtype: torch.dtype):
+        dtype = quick(dtype, device)  # what can be reached is what is fastest
         side, generator = SIDE[device], torch.Generator(device).manual_seed(0)
         # drawn: a GPU multiplies zeros faster, and tells of a roof that nothing can reach
         draw = lambda: torch.randn(side, side, generator=generator, device=device).to(dtype)

@@ -1,6 +1,7 @@
 """Time, memory and error of what this project replaces and of what it does instead.
 
-    python bench/run.py                     a correctness gate, then one case of each suite
+    python bench/run.py                     a correctness gate, then one case of each suite,
+                                            in the dtype that the machine multiplies fastest
     python bench/run.py --suite head        head | select | attention | step | full
     python bench/run.py --case 'head-bf16-*' --providers sepo cce
     python bench/run.py --case head-bf16-30 --base main    here and at another commit, in turn
@@ -25,7 +26,7 @@ if not __package__:  # run as a program: its own folder is no place to import fr
     sys.path[:1] = [str(ROOT), str(ROOT / "python")]
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of itself in every table
-from bench import base, figure, jobs, report  # noqa: E402
+from bench import base, dtypes, figure, jobs, report  # noqa: E402
 from bench.harness import device_here  # noqa: E402
 from sepo.errors import InputError  # noqa: E402
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = dict(
             device=args.device, cases=tuple(args.case), providers=tuple(args.providers),
             rounds=args.rounds, model=args.model, data=args.data, pairs=args.pairs,
-            max_length=args.max_length, float32=args.float32,
+            max_length=args.max_length, dtype=dtype_of_steps(args),
         )  # fmt: skip
         if args.serve:
             return base.serve(jobs.jobs(tuple(args.suite), **options))
@@ -81,9 +82,22 @@ def parser() -> argparse.ArgumentParser:
     )
     step.add_argument("--pairs", type=int, help="of one step")
     step.add_argument("--max_length", type=int, help="tokens of a prompt and one response")
-    step.add_argument("--float32", action="store_true", help="no autocast")
+    step.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="bfloat16: autocast; default what the device multiplies fastest, for all contenders",
+    )
+    step.add_argument("--float32", action="store_const", dest="dtype", const="float32")
     add("--serve", action="store_true", help=argparse.SUPPRESS)  # base.py's other end
     return found
+
+
+def dtype_of_steps(args: argparse.Namespace) -> str:
+    """Told once, so that the other side of --base takes the same."""
+    if args.dtype != "auto":
+        return args.dtype
+    return str(dtypes.fast(args.device)).removeprefix("torch.")
 
 
 def hours(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import exact
+from bench.dtypes import product
 from bench.end_to_end.rows import drawn_pairs
 from sepo.data import all_positions, pack, truncate
 
@@ -171,19 +172,21 @@ def _softmax(
 ) -> Tensor:  # (H, L, E)
     repeats = len(query) // len(key)
     key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-    logits = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
+    logits = product(query, key.transpose(1, 2)) * query.shape[-1] ** -0.5
     L, keys = logits.shape[1:]
     seen = torch.ones(L, keys, dtype=torch.bool, device=logits.device).tril(keys - L)
-    return logits.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+    return product(logits.masked_fill(~seen, -torch.inf).softmax(-1), value)
 
 
 def cases(device: str) -> list[AttentionCase]:
-    if device == "cpu":
-        full = dict(dtype=torch.float32, long=True)
-        return [AttentionCase("attention-bf16-8"), AttentionCase("attention-fp32-8", **full)]
-    llama = dict(pairs=16, max_length=2048, heads=32, groups=8, width=128)
-    return [
+    found = [
         AttentionCase("attention-bf16-8"),
+        AttentionCase("attention-fp32-8", dtype=torch.float32, long=True),
+    ]
+    if device == "cpu":
+        return found
+    llama = dict(pairs=16, max_length=2048, heads=32, groups=8, width=128)
+    return found + [
         AttentionCase("attention-large-16", **llama),
         AttentionCase(
             "attention-large-long-8", **llama | dict(pairs=8, max_length=8192), long=True

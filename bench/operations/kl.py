@@ -1,6 +1,7 @@
 """selected_logprob_kl: log-probabilities under two heads and the KL between them, per token."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -8,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench import exact, plain
+from bench import dtypes, exact, plain
 from bench.provider import gradients
 
 DIRECTIONS = ("ref||policy", "policy||ref")
@@ -59,12 +60,12 @@ class KLInputs:
     def leaves(self) -> tuple[Tensor, Tensor]:
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
 
-    def plain(self, gather_first: bool) -> dict[str, Tensor]:
+    def plain(self, gather_first: bool, product: Callable = torch.matmul) -> dict[str, Tensor]:
         """Values and gradients by softmax of both logits, in plain PyTorch."""
         hidden, weight = self.leaves()
         logp, ref_logp, kl = plain.selected_logprob_kl(
             hidden, weight, self.ref_hidden, self.ref_weight, self.rows, self.targets,
-            direction=self.case.direction, gather_first=gather_first,
+            direction=self.case.direction, gather_first=gather_first, product=product,
         )  # fmt: skip
         return self.result(logp, ref_logp, kl, hidden, weight)
 
@@ -92,6 +93,12 @@ class KLInputs:
     @cached_property
     def gathered(self) -> tuple[Tensor, Tensor]:  # (M, D) of the policy and of the reference
         return self.hidden[self.rows], self.ref_hidden[self.rows]
+
+    @cached_property
+    def operands(self) -> tuple[Tensor, ...]:  # (M, D), (V, D), and both of the reference
+        """Of the bare products: in the dtype that the machine multiplies fastest, converted once."""
+        dtype, (x, ref_x) = dtypes.quick(self.case.dtype, self.device), self.gathered
+        return tuple(a.to(dtype) for a in (x, self.weight, ref_x, self.ref_weight))
 
     @cached_property
     def _exact(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -131,14 +138,15 @@ class KLInputs:
 
     def limits(self, ours: bool) -> dict[str, float]:
         """The largest errors that are given a speed."""
-        values = dict.fromkeys(("logp", "ref_logp", "kl"), 1e-4 if ours else 0.1)
+        value = 1e-4 if ours else 0.1 if self.case.dtype.itemsize == 2 else 1e-3
+        values = dict.fromkeys(("logp", "ref_logp", "kl"), value)
         plain = self.baselines["plain"]
         return values | exact.gradient_limits(plain, ours, self.case.dtype)
 
     @cached_property
     def baselines(self) -> dict[str, dict[str, float]]:
         once = exact.rounded_once(self._exact[1], self.hidden, self.weight, self.rows)
-        found = {"plain": self.plain(gather_first=True), "once": once}
+        found = {"plain": self.plain(gather_first=True, product=dtypes.product), "once": once}
         return {name: self.errors(result, "weighted") for name, result in found.items()}
 
 
@@ -149,6 +157,8 @@ def cases(device: str) -> list[KLCase]:
     found = [
         KLCase(f"kl-{name(d)}", d, without=w) for d, w in zip(DIRECTIONS, without, strict=True)
     ]
+    full = dict(dtype=torch.float32, without=("softmax_both",), long=True)
+    found += [KLCase(f"kl-fp32-{name(d)}", d, **full) for d in DIRECTIONS]
     if device == "cuda":
         large = dict(
             N=8192, M=4096, D=4096, V=128256, only=("gemm", "sepo", "softmax_both_gathered")

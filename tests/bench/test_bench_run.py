@@ -115,13 +115,15 @@ def test_no_round_after_the_deadline():
 
 def test_choice_of_cases():
     names = lambda *suites, **options: [x.name for x in jobs.jobs(suites, device="cpu", **options)]
-    assert names() == list(jobs.SHORT)
+    assert names() == list(jobs.short("cpu"))
     assert {"head-bf16-15", "kl-ref-policy"} < set(names("head")) and "topk-30" not in names("head")
     assert "head-D4096" not in names("head") and "head-D4096" in names("full")
     assert names("head", cases=("head-D4096", "kl-*")) == [
         "head-D4096",
         "kl-ref-policy",
         "kl-policy-ref",
+        "kl-fp32-ref-policy",
+        "kl-fp32-policy-ref",
     ]
     assert names("step") == ["step", "step-tdpo2", "step-sparsepo"]
     assert names(cases=("step-short",)) == ["step-short"]
