@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench.report import RESULTS, ROOT, short
@@ -18,6 +19,7 @@ README = ROOT / "README.md"
 BLOCK = re.compile(
     r"(<!-- bench:(?P<table>[\w-]+) (?P<machine>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL
 )
+KINDS = {"bf16": "bfloat16", "fp32": "float32"}  # as the cases' names have them
 HEAD = {  # provider: what the README calls it
     "sepo": "**sepo**",
     "cce": "{version} (`{impl}`), gathered rows",
@@ -66,14 +68,15 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
     return BLOCK.sub(block, text)
 
 
-def head_table(rows: list[dict]) -> str:
-    """The bfloat16 head, 30 % of the rows selected."""
-    found, when = _run(rows, "head-bf16-30", [*HEAD, "gemm"])
-    shape = found["sepo"]["shape"]
+def head_table(rows: list[dict], kind: str) -> str:
+    """A head, 30 % of the rows selected."""
+    found, when = _run(rows, f"head-{kind}-30", [*HEAD, "gemm"])
+    shape, gemm = found["sepo"]["shape"], found["gemm"]
+    where = gemm["note"].partition(" bare products")[2]  # " in float32", of a bfloat16 head
     lines = [
-        f"A bfloat16 head of {_thousands(shape['V'])} words of width {shape['D']}, forward and backward, "
-        f"{shape['M']} of {shape['N']} tokens selected; {when}. GEMMs: its three bare products, "
-        f"{1e3 * found['gemm']['median']:.0f} ms.",
+        f"A {KINDS[kind]} head of {_thousands(shape['V'])} words of width {shape['D']}, forward and backward, "
+        f"{shape['M']} of {shape['N']} tokens selected; {when}. GEMMs: its three bare products{where}, "
+        f"{1e3 * gemm['median']:.0f} ms.",
         "",
         "| | time / GEMMs | quartiles, ms | memory beyond inputs, MiB | error of logp, nats |",
         "|---|---|---|---|---|",
@@ -117,7 +120,11 @@ def step_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[list[dict]], str]] = {"head": head_table, "step": step_table}
+TABLES: dict[str, Callable[[list[dict]], str]] = {
+    "head": partial(head_table, kind="bf16"),
+    "head-fp32": partial(head_table, kind="fp32"),
+    "step": step_table,
+}
 
 
 def _run(rows: list[dict], case: str, names) -> tuple[dict[str, dict], str]:

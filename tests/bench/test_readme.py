@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[2]
 def test_the_readme_is_current():
     text = (ROOT / "README.md").read_text()
     tables = {found["table"] for found in readme.BLOCK.finditer(text)}
-    assert tables == set(readme.TABLES), "a table has no <!-- bench:TABLE MACHINE --> block"
+    assert {"head", "step"} <= tables <= set(readme.TABLES), "a table has no block, or no name"
     assert readme.rewritten(text) == text, "out of date: python -m bench.readme"
 
 
-def head(provider, date, median, **more):
-    row = dict(case="head-bf16-30", provider=provider, status="measured", ours=provider == "sepo")
+def head(provider, date, median, case="head-bf16-30", **more):
+    row = dict(case=case, provider=provider, status="measured", ours=provider == "sepo")
     row |= dict(date=date, machine="a CPU", commit="0123456789", version="peer 1.0", note="")
     row |= dict(shape=dict(V=50000, D=64, M=30, N=100), median=median, times_gemm=median / 0.1)
     return row | dict(quartiles=[median, median], extra_bytes=2**20, errors=dict(logp=2e-7)) | more
@@ -59,10 +59,27 @@ def test_a_table_tells_of_one_run(rewritten):
     assert rewritten(*rows) == text
 
 
+def test_heads_of_a_machine_that_is_slow_in_bfloat16(rewritten):
+    """Its float32 head beside all peers; its bfloat16 head beside products of the faster dtype."""
+    machine = dict(machine="a CPU, AVX2 alone, emulated")
+    rows = [head(n, "2026", 0.3, "head-fp32-30", **machine) for n in ("gemm", "sepo", "dense")]
+    rows += [
+        head("gemm", "2026", 0.3, note="3 bare products in float32"),
+        head("sepo", "2026", 0.4),
+    ]
+    full, half = rewritten(*rows, table="head-fp32"), rewritten(*rows)
+    assert "A float32 head of" in full and "dense log-softmax" in full
+    assert (
+        "; a CPU, AVX2 alone, emulated, 2026, 01234567. GEMMs: its three bare products, 300" in full
+    )
+    assert "A bfloat16 head of" in half and "dense log-softmax" not in half
+    assert "GEMMs: its three bare products in float32, 300 ms." in half
+
+
 def test_a_table_that_cannot_be_made_is_named(rewritten):
     with pytest.raises(InputError, match="no run of head-bf16-30 has measured ours"):
         rewritten(head("dense", "2026-01-01", 0.1))
-    with pytest.raises(InputError, match="expected a table of head, step, got heads"):
+    with pytest.raises(InputError, match="expected a table of head, head-fp32, step, got heads"):
         rewritten(table="heads")
     with pytest.raises(InputError, match="gpu.jsonl is not there"):
         rewritten(machine="gpu")
