@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_attention import plain, plain_flash, visible_rows
 
-from sepo.attention import Layout, Terms, check_name, choose, explain, flex, layout, sdpa, varlen
+from sepo.attention import (
+    Layout,
+    Terms,
+    check_name,
+    choose,
+    explain,
+    flex,
+    layout,
+    native,
+    sdpa,
+    varlen,
+)
 from sepo.config import AttnImpl
 from sepo.errors import InputError
 
@@ -181,6 +192,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(varlen, "find_spec", lambda name: None)
 
 
+ON_A_CPU = "sdpa" if native.absent() else "native"
+
+
 def asked(device="cuda", dtype=torch.bfloat16, width=64, gradient=True, **options):
     return Terms(torch.device(device), dtype, width, options.pop("value_width", width), gradient,
                  **options)  # fmt: skip
@@ -198,8 +212,9 @@ def asked(device="cuda", dtype=torch.bfloat16, width=64, gradient=True, **option
         (asked(dropout=0.1), "sdpa"),
         (asked(width=12), "sdpa"),
         (asked(dtype=torch.float32), "sdpa"),
-        (asked("cpu", torch.float32), "sdpa"),
-        (asked("cpu", torch.float32, gradient=False), "sdpa"),
+        (asked("cpu", torch.float32), ON_A_CPU),
+        (asked("cpu", torch.float32, gradient=False), ON_A_CPU),
+        (asked("cpu", torch.float64), "sdpa"),
     ],
     ids=str,
 )

@@ -7,8 +7,9 @@ import torch
 from plain_attention import plain, visible_rows
 from torch import Tensor
 
-from sepo.attention import native
+from sepo.attention import native, sdpa
 from sepo.attention.terms import Span, Terms
+from sepo_kernels import extension
 
 pytestmark = pytest.mark.skipif(native.absent() is not None, reason=str(native.absent()))
 
@@ -18,6 +19,16 @@ LENGTHS = {
     "short": [(5, 7, 9), (1, 0, 3), (2, 4, 0), (1, 0, 0)],
     "tiles": [(64, 64, 64), (63, 1, 65), (130, 70, 129)],
 }
+
+
+@pytest.fixture(params=["float32", "bfloat16", "widened"], autouse=True)
+def dtype(request, monkeypatch):
+    """Of the tensors; bfloat16 as oneDNN's tiles where there are such, and widened to float32."""
+    if request.param == "bfloat16" and not extension.BFLOAT16_TILES:
+        pytest.skip("no bfloat16 tiles here: the widened ones are what runs")
+    if request.param == "widened":
+        monkeypatch.setattr(extension, "BFLOAT16_TILES", False)
+    return torch.float32 if request.param == "float32" else torch.bfloat16
 
 
 def spans_of(lengths) -> tuple[Span, ...]:
@@ -41,19 +52,19 @@ def run(attention, tensors, upstream):
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
 
 
-def attend(spans, window=None):
+def attend(spans, window=None, implementation=native):
     def call(query, key, value):
         terms = Terms(query.device, query.dtype, query.shape[2], value.shape[2], True, 0.0, window)
-        assert native.why_not(terms) is None
+        assert implementation.why_not(terms) is None
         in_layers = [x.transpose(0, 1)[None] for x in (query, key, value)]
-        return native.build(spans, terms)(*in_layers, None)[0]
+        return implementation.build(spans, terms)(*in_layers, None)[0]
 
     return call
 
 
-def random_tensors(spans, heads, groups, width, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    make = lambda n: torch.randn(spans[-1][3], n, width, generator=draw).bfloat16()
+def random_tensors(spans, heads, groups, width, dtype):
+    draw = torch.Generator().manual_seed(0)
+    make = lambda n: torch.randn(spans[-1][3], n, width, generator=draw).to(dtype)
     return [make(heads), make(groups), make(groups)], make(heads)
 
 
@@ -71,32 +82,41 @@ def errors(found, exact):
 @pytest.mark.parametrize("window", [None, 1, 20])
 @pytest.mark.parametrize(("heads", "groups", "width"), [(6, 2, 64), (2, 2, 32), (4, 1, 96)])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_as_accurate_as_plain_pytorch(lengths, heads, groups, width, window):
+def test_as_accurate_as_plain_pytorch(lengths, heads, groups, width, window, dtype):
     spans = spans_of(LENGTHS[lengths])
-    tensors, upstream = random_tensors(spans, heads, groups, width)
+    tensors, upstream = random_tensors(spans, heads, groups, width, dtype)
     exact = run(lambda *x: definition(*x, spans, window), [x.double() for x in tensors], upstream)
     plain = run(lambda *x: definition(*x, spans, window), tensors, upstream)
     found = run(attend(spans, window), tensors, upstream)
-    for mine, theirs in zip(errors(found, exact), errors(plain, exact), strict=True):
-        assert mine <= 1.5 * theirs + 2**-9  # one rounding of the largest entry is no error
+    theirs = errors(plain, exact)
+    if dtype == torch.float32:
+        # delta, made of the output, is a fused kernel's own rounding: where a query has one key its
+        # gradient is not the exact zero of a softmax's, in torch's kernel neither
+        fused = run(attend(spans, window, sdpa), tensors, upstream)
+        theirs = [max(x) for x in zip(theirs, errors(fused, exact), strict=True)]
+    rounding = 2**-9 if dtype == torch.bfloat16 else 2**-22  # of the largest entry: no error
+    for mine, other in zip(errors(found, exact), theirs, strict=True):
+        assert mine <= (1.5 if dtype == torch.bfloat16 else 2) * other + rounding
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0], ids=["flat", "peaked"])
-def test_scores_of_any_size(scale):
+def test_scores_of_any_size(scale, dtype):
     """Weights that are all alike, and weights that are one and zeros, without overflow."""
     spans = spans_of(LENGTHS["tiles"])
-    (query, key, value), upstream = random_tensors(spans, 2, 1, 32)
+    (query, key, value), upstream = random_tensors(spans, 2, 1, 32, dtype)
     tensors = [query * scale, key, value]
     exact = run(lambda *x: definition(*x, spans), [x.double() for x in tensors], upstream)
     found = run(attend(spans), tensors, upstream)
     assert all(x.isfinite().all() for x in found)
-    assert max(errors(found, exact)) < 0.02
+    plain = run(lambda *x: definition(*x, spans), tensors, upstream)
+    for mine, other in zip(errors(found, exact), errors(plain, exact), strict=True):
+        assert mine <= 2 * other + torch.finfo(dtype).eps
 
 
-def test_pairs_and_responses_do_not_see_each_other():
+def test_pairs_and_responses_do_not_see_each_other(dtype):
     """A mask that only multiplies by zero would let a NaN through."""
     spans = spans_of([(40, 30, 20), (10, 70, 50)])
-    tensors, upstream = random_tensors(spans, 2, 2, 32)
+    tensors, upstream = random_tensors(spans, 2, 2, 32, dtype)
     whole = run(attend(spans), tensors, upstream)[0]
     for broken, clean in (
         (slice(40, 70), slice(70, 220)),  # chosen: not the rejected response, not the other pair
@@ -111,9 +131,9 @@ def test_pairs_and_responses_do_not_see_each_other():
         assert out[broken].isnan().all()
 
 
-def test_the_same_bits_for_any_number_of_threads():
+def test_the_same_bits_for_any_number_of_threads(dtype):
     spans = spans_of([*LENGTHS["tiles"], *LENGTHS["short"]])
-    tensors, upstream = random_tensors(spans, 6, 3, 64)
+    tensors, upstream = random_tensors(spans, 6, 3, 64, dtype)
     results = []
     for threads in (1, 2, 3):
         before = torch.get_num_threads()
@@ -126,10 +146,10 @@ def test_the_same_bits_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_tensors_of_any_layout():
+def test_tensors_of_any_layout(dtype):
     """As a layer hands them down: heads cut out of one wide row, rotated, or already (H, N)."""
     spans = spans_of(LENGTHS["tiles"])
-    (query, key, value), upstream = random_tensors(spans, 4, 4, 32)
+    (query, key, value), upstream = random_tensors(spans, 4, 4, 32, dtype)
     expected = run(attend(spans), (query, key, value), upstream)
     fused = torch.cat([query, key, value], 2)  # (N, 4, 96), as GPT-NeoX has them
     views = fused.split(32, 2)
@@ -143,14 +163,14 @@ def test_tensors_of_any_layout():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (dict(dtype=torch.float32), "it needs bfloat16, got torch.float32"),
+        (dict(dtype=torch.float64), "it needs float32 or bfloat16, got torch.float64"),
         (dict(device=torch.device("meta")), "it needs tensors on a CPU, got meta"),
         (dict(width=48), "it needs heads of one width, a multiple of 32, got 48 and 64"),
         (dict(dropout=0.1), "it has no dropout, the model's is 0.1"),
         (dict(softcap=50.0), "the logits are soft-capped at 50.0"),
     ],
 )
-def test_what_it_does_not_serve(change, reason):
-    terms = dict(device=torch.device("cpu"), dtype=torch.bfloat16, width=64, value_width=64)
+def test_what_it_does_not_serve(change, reason, dtype):
+    terms = dict(device=torch.device("cpu"), dtype=dtype, width=64, value_width=64)
     assert native.why_not(Terms(**terms, gradient=True)) is None
     assert native.why_not(Terms(**(terms | change), gradient=True)) == reason

@@ -1,5 +1,5 @@
-// Attention of packed pairs on a CPU, bfloat16 operands and float32 sums: scores are made, turned
-// into weights and used while they are in cache, and never stored; backward makes them again.
+// Attention of packed pairs on a CPU, with float32 sums: scores are made, turned into weights and
+// used while they are in cache, and never stored; backward makes them again.
 //
 // A task is one pair and one head of keys with all queries that share it, so a task owns its part
 // of every gradient: nothing is shared, and any number of threads gives the same bits.
@@ -55,6 +55,7 @@ float reduce_sum(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
 }
 
+template <typename In, typename T>
 class Forward {
  public:
   Forward(const Shape& shape, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -63,8 +64,8 @@ class Forward {
 
   void run(const Sequence& s, int64_t group) {
     if (s.length == s.first_query) return;
-    keys_.transposed(s, HeadOf(k_, group), shape_.d);
-    values_.as_it_is(s, HeadOf(v_, group), shape_.d);
+    keys_.transposed(s, HeadOf<In>(k_, group), shape_.d);
+    values_.as_it_is(s, HeadOf<In>(v_, group), shape_.d);
     scores_.resize(s.tiles() * TILE * TILE);
     query_.resize(TILE * shape_.d);
     sum_.resize(TILE * shape_.d);
@@ -77,7 +78,7 @@ class Forward {
   void block(const Sequence& s, int64_t head, int64_t first) {
     const QueryBlock queries(s, first, shape_.window);
     const int64_t d = shape_.d;
-    queries.copy(s, HeadOf(q_, head), d, query_.data());
+    queries.copy(s, HeadOf<In>(q_, head), d, query_.data());
     Vec largest[TILE], total[TILE];
     std::fill_n(largest, TILE, Vec(-std::numeric_limits<float>::infinity()));
     std::fill_n(total, TILE, Vec(0.f));
@@ -91,22 +92,21 @@ class Forward {
     for (int64_t i = 0; i < TILE; ++i) top[i] = reduce_max(largest[i]) * shape_.scale;
     for (int64_t t = queries.tile_begin; t < queries.tile_end; ++t) {
       const float* z = scores_.data() + t * TILE * TILE;
-      alignas(64) Tile16 weights;
+      alignas(64) TileOf<T> weights;
       const Vec scale(shape_.scale);
       for (int64_t i = 0; i < TILE; ++i) {
         const Vec shift(-top[i]);
         for (int64_t j = 0; j < TILE; j += 2 * LANES) {
           const float* at = z + i * TILE + j;
-          const auto a = at::vec::fmadd(Vec::loadu(at), scale, shift).exp_u20();
-          const auto b =
-              at::vec::fmadd(Vec::loadu(at + LANES), scale, shift).exp_u20();
+          const Vec a = exponential<In>(at::vec::fmadd(Vec::loadu(at), scale, shift));
+          const Vec b = exponential<In>(at::vec::fmadd(Vec::loadu(at + LANES), scale, shift));
           total[i] = total[i] + (a + b);
-          at::vec::convert_float_bfloat16(a, b).store(weights + i * TILE + j);
+          store(a, b, weights + i * TILE + j);
         }
       }
       multiply(TILE, d, TILE, weights, values_.tile(t), sum_.data(), t > queries.tile_begin);
     }
-    auto* out = out_.mutable_data_ptr<at::BFloat16>();
+    In* out = out_.mutable_data_ptr<In>();
     float* lse = lse_.mutable_data_ptr<float>();
     for (int64_t i = 0; i < queries.count(); ++i) {
       const float sum = reduce_sum(total[i]);
@@ -118,9 +118,9 @@ class Forward {
 
   const Shape& shape_;
   const at::Tensor &q_, &k_, &v_, &out_, &lse_;
-  Operand keys_, values_;
+  Operand<T> keys_, values_;
   std::vector<float> scores_, sum_;
-  std::vector<at::BFloat16> query_;
+  std::vector<T> query_;
 };
 
 // Two rows as brgemm wants its right operand: the bfloat16 of `low` and `high` side by side
@@ -136,7 +136,8 @@ void store_interleaved(const Vec& low, const Vec& high, at::BFloat16* to) {
 }
 
 // (64, d) to (d, 64)
-void transpose(const at::BFloat16* from, int64_t d, at::BFloat16* to) {
+template <typename T>
+void transpose(const T* from, int64_t d, T* to) {
   for (int64_t i = 0; i < TILE; ++i)
     for (int64_t j = 0; j < d; ++j) to[j * TILE + i] = from[i * d + j];
 }
@@ -148,6 +149,7 @@ struct Gradients {
   const at::Tensor &q, &k, &v;
 };
 
+template <typename In, typename T>
 class Backward {
  public:
   Backward(const Shape& shape, const Inputs& in, const Gradients& grad)
@@ -174,9 +176,9 @@ class Backward {
     sums.k.assign(s.tiles() * TILE * d, 0.f);
     sums.v.assign(s.tiles() * TILE * d, 0.f);
     if (s.length == s.first_query) return;
-    keys_transposed_.transposed(s, HeadOf(in_.k, group), d);
-    values_transposed_.transposed(s, HeadOf(in_.v, group), d);
-    keys_.as_it_is(s, HeadOf(in_.k, group), d);
+    keys_transposed_.transposed(s, HeadOf<In>(in_.k, group), d);
+    values_transposed_.transposed(s, HeadOf<In>(in_.v, group), d);
+    keys_.as_it_is(s, HeadOf<In>(in_.k, group), d);
     for (auto* x : {&query_, &query_transposed_, &grad_out_, &grad_out_transposed_})
       x->resize(TILE * d);
     grad_query_.resize(TILE * d);
@@ -188,58 +190,67 @@ class Backward {
   void block(const Sequence& s, int64_t head, int64_t first, Sums& sums) {
     const QueryBlock queries(s, first, shape_.window);
     const int64_t d = shape_.d;
-    queries.copy(s, HeadOf(in_.q, head), d, query_.data());
-    queries.copy(s, HeadOf(in_.grad_out, head), d, grad_out_.data());
+    queries.copy(s, HeadOf<In>(in_.q, head), d, query_.data());
+    queries.copy(s, HeadOf<In>(in_.grad_out, head), d, grad_out_.data());
     transpose(query_.data(), d, query_transposed_.data());
     transpose(grad_out_.data(), d, grad_out_transposed_.data());
     // rows after the last query: exp(0 - inf) is zero, so they give nothing
     float lse[TILE], delta[TILE] = {};
     std::fill_n(lse, TILE, std::numeric_limits<float>::infinity());
-    const HeadOf out(in_.out, head);
+    const HeadOf<In> out(in_.out, head);
     for (int64_t i = 0; i < queries.count(); ++i) {
       const int64_t row = s.row(first + i);
       lse[i] = in_.lse.const_data_ptr<float>()[row * shape_.heads + head];
+      double sum = 0;  // what it is taken from agrees with it to the last digits, where keys are few
       for (int64_t j = 0; j < d; ++j)
-        delta[i] += static_cast<float>(out.row(row)[j]) * static_cast<float>(grad_out_[i * d + j]);
+        sum += static_cast<double>(out.row(row)[j]) * static_cast<double>(grad_out_[i * d + j]);
+      delta[i] = sum;
     }
     for (int64_t t = queries.tile_begin; t < queries.tile_end; ++t) {
-      alignas(64) Tile32 z, grad_weight;
-      alignas(64) Tile16 grad_score, paired_weight, paired_grad_score;
+      alignas(64) TileOf<float> z, grad_weight;
+      alignas(64) TileOf<T> grad_score, weight, right_grad_score;
       multiply(TILE, TILE, d, query_.data(), keys_transposed_.tile(t), z, false);
       queries.mask(t, z);
       multiply(TILE, TILE, d, grad_out_.data(), values_transposed_.tile(t), grad_weight, false);
-      slopes(z, grad_weight, lse, delta, grad_score, paired_weight, paired_grad_score);
+      slopes(z, grad_weight, lse, delta, grad_score, weight, right_grad_score);
       multiply(TILE, d, TILE, grad_score, keys_.tile(t), grad_query_.data(), t > queries.tile_begin);
       float *to_k = sums.k.data() + t * TILE * d, *to_v = sums.v.data() + t * TILE * d;
-      multiply(d, TILE, TILE, query_transposed_.data(), paired_grad_score, to_k, true);
-      multiply(d, TILE, TILE, grad_out_transposed_.data(), paired_weight, to_v, true);
+      multiply(d, TILE, TILE, query_transposed_.data(), PAIRED ? right_grad_score : grad_score,
+               to_k, true);
+      multiply(d, TILE, TILE, grad_out_transposed_.data(), weight, to_v, true);
     }
-    auto* grad_q = grad_.q.mutable_data_ptr<at::BFloat16>();
+    In* grad_q = grad_.q.mutable_data_ptr<In>();
     for (int64_t i = 0; i < queries.count(); ++i)
       store_row(grad_query_.data() + i * d, 1.f, d,
                 grad_q + (s.row(first + i) * shape_.heads + head) * d);
   }
 
-  // weight = exp(score - lse), and the gradient of the score, weight (grad_weight - delta) scale
+  // weight = exp(score - lse), and the gradient of the score, weight (grad_weight - delta) scale;
+  // as right operands brgemm wants them paired, the gradient once more beside the left operand
   void slopes(const float* z, const float* grad_weight, const float* lse, const float* delta,
-              at::BFloat16* grad_score, at::BFloat16* paired_weight,
-              at::BFloat16* paired_grad_score) const {
+              T* grad_score, T* weights, [[maybe_unused]] T* right_grad_score) const {
     const Vec scale(shape_.scale);
     for (int64_t i = 0; i < TILE; i += 2) {
       for (int64_t j = 0; j < TILE; j += LANES) {
         Vec weight[2], slope[2];
         for (int64_t r = 0; r < 2; ++r) {
           const int64_t at = (i + r) * TILE + j;
-          weight[r] =
-              at::vec::fmadd(Vec::loadu(z + at), scale, Vec(-lse[i + r])).exp_u20();
-          slope[r] = weight[r] * (Vec::loadu(grad_weight + at) - Vec(delta[i + r])) *
-                     scale;
+          weight[r] = exponential<In>(at::vec::fmadd(Vec::loadu(z + at), scale, Vec(-lse[i + r])));
+          slope[r] = weight[r] * (Vec::loadu(grad_weight + at) - Vec(delta[i + r])) * scale;
         }
-        store_interleaved(weight[0], weight[1], paired_weight + i * TILE + 2 * j);
-        store_interleaved(slope[0], slope[1], paired_grad_score + i * TILE + 2 * j);
-        for (int64_t r = 0; r < 2; ++r)
-          at::vec::convert_float_bfloat16(slope[r], slope[r])
-              .store(grad_score + (i + r) * TILE + j, LANES);
+        if constexpr (PAIRED) {
+          store_interleaved(weight[0], weight[1], weights + i * TILE + 2 * j);
+          store_interleaved(slope[0], slope[1], right_grad_score + i * TILE + 2 * j);
+        }
+        for (int64_t r = 0; r < 2; ++r) {
+          const int64_t at = (i + r) * TILE + j;
+          if constexpr (PAIRED) {
+            at::vec::convert_float_bfloat16(slope[r], slope[r]).store(grad_score + at, LANES);
+          } else {
+            weight[r].store(weights + at);
+            slope[r].store(grad_score + at);
+          }
+        }
       }
     }
   }
@@ -248,7 +259,7 @@ class Backward {
     const int64_t d = shape_.d, at = position / TILE * TILE * d + position % TILE;
     const int64_t to = (row * shape_.groups + group) * d;
     const auto write = [&](const at::Tensor& grad, const float* a, const float* b) {
-      auto* out = grad.mutable_data_ptr<at::BFloat16>() + to;
+      In* out = grad.mutable_data_ptr<In>() + to;
       for (int64_t j = 0; j < d; ++j)
         out[j] = (from_chosen ? a[j * TILE] : 0.f) + (from_rejected ? b[j * TILE] : 0.f);
     };
@@ -259,9 +270,10 @@ class Backward {
   const Shape& shape_;
   const Inputs& in_;
   const Gradients& grad_;
+  static constexpr bool PAIRED = Operand<T>::PAIRED;
   Sums sums_[2];
-  Operand keys_, keys_transposed_, values_transposed_;
-  std::vector<at::BFloat16> query_, query_transposed_, grad_out_, grad_out_transposed_;
+  Operand<T> keys_, keys_transposed_, values_transposed_;
+  std::vector<T> query_, query_transposed_, grad_out_, grad_out_transposed_;
   std::vector<float> grad_query_;
 };
 
@@ -273,18 +285,31 @@ Shape shape_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& spans
 
 at::Tensor last_contiguous(const at::Tensor& x) { return x.stride(2) == 1 ? x : x.contiguous(); }
 
+// work(In(), T()): the tensors' type, and that of the tiles
+template <typename Work>
+void with_types(const at::Tensor& x, bool bfloat16_tiles, const Work& work) {
+  if (x.scalar_type() == at::kFloat)
+    work(float(), float());
+  else if (bfloat16_tiles)
+    work(at::BFloat16(), at::BFloat16());
+  else
+    work(at::BFloat16(), float());
+}
+
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key,
                                            const at::Tensor& value, const at::Tensor& spans,
-                                           double scale, int64_t window) {
+                                           double scale, int64_t window, bool bfloat16_tiles) {
   const auto q = last_contiguous(query), k = last_contiguous(key), v = last_contiguous(value);
   const Shape shape = shape_of(q, k, spans, scale, window);
   const at::Tensor out = at::empty({shape.N, shape.heads, shape.d}, q.options());
   const at::Tensor lse = at::empty({shape.N, shape.heads}, q.options().dtype(at::kFloat));
   const int64_t* span = spans.const_data_ptr<int64_t>();
-  for_each_task(shape, span, [&](int64_t pair, int64_t group) {
-    Forward task(shape, q, k, v, out, lse);
-    task.run(chosen_sequence(span + 4 * pair), group);
-    task.run(rejected_sequence(span + 4 * pair), group);
+  with_types(q, bfloat16_tiles, [&](auto in, auto tile) {
+    for_each_task(shape, span, [&](int64_t pair, int64_t group) {
+      Forward<decltype(in), decltype(tile)> task(shape, q, k, v, out, lse);
+      task.run(chosen_sequence(span + 4 * pair), group);
+      task.run(rejected_sequence(span + 4 * pair), group);
+    });
   });
   return {out, lse};
 }
@@ -292,18 +317,20 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Te
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& spans,
-    double scale, int64_t window) {
+    double scale, int64_t window, bool bfloat16_tiles) {
   const auto q = last_contiguous(query), k = last_contiguous(key), v = last_contiguous(value);
   const auto grad = last_contiguous(grad_out);
   const Shape shape = shape_of(q, k, spans, scale, window);
   const at::Tensor grad_q = at::empty({shape.N, shape.heads, shape.d}, q.options());
   const at::Tensor grad_k = at::empty({shape.N, shape.groups, shape.d}, q.options());
-  const at::Tensor grad_v = at::empty_like(grad_k);
+  const at::Tensor grad_v = at::empty({shape.N, shape.groups, shape.d}, q.options());
   const Inputs inputs{grad, q, k, v, out, lse};
   const Gradients gradients{grad_q, grad_k, grad_v};
   const int64_t* span = spans.const_data_ptr<int64_t>();
-  for_each_task(shape, span, [&](int64_t pair, int64_t group) {
-    Backward(shape, inputs, gradients).run(span + 4 * pair, group);
+  with_types(q, bfloat16_tiles, [&](auto in, auto tile) {
+    for_each_task(shape, span, [&](int64_t pair, int64_t group) {
+      Backward<decltype(in), decltype(tile)>(shape, inputs, gradients).run(span + 4 * pair, group);
+    });
   });
   return {grad_q, grad_k, grad_v};
 }
@@ -312,14 +339,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
 }  // namespace sepo
 
 TORCH_LIBRARY_FRAGMENT(sepo, m) {
-  // query (N, H, d), key and value (N, H_kv, d) bfloat16; spans (P, 4) int64 on the CPU: start,
-  // prefix_end, rejected_start, pair_end of pairs that fill the buffer; window 0: none
+  // query (N, H, d), key and value (N, H_kv, d), float32 or bfloat16; spans (P, 4) int64 on the
+  // CPU: start, prefix_end, rejected_start, pair_end of pairs that fill the buffer; window 0: none;
+  // bfloat16_tiles: oneDNN multiplies them here, else they are widened
   m.def(
       "native_packed_attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale,"
-      " int window) -> (Tensor out, Tensor lse)");
+      " int window, bool bfloat16_tiles) -> (Tensor out, Tensor lse)");
   m.def(
       "native_packed_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
-      " Tensor out, Tensor lse, Tensor spans, float scale, int window)"
+      " Tensor out, Tensor lse, Tensor spans, float scale, int window, bool bfloat16_tiles)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 TORCH_LIBRARY_IMPL(sepo, CPU, m) {

@@ -1,7 +1,8 @@
-"""The native kernel of csrc/cpu/packed_attention.cpp: one call a layer, bfloat16 on a CPU.
+"""The native kernel of csrc/cpu/packed_attention.cpp: one call a layer on a CPU.
 
 torch's own CPU kernel is called once a segment, and took a third of a SmolLM2 step: its products are
 a BLAS library's, far from the peak in tiles this small, and nothing of it knows that heads share keys.
+Without bfloat16 tiles a bfloat16 operand is widened to float32 as it is copied into a tile.
 """
 
 import torch
@@ -12,22 +13,19 @@ from sepo_kernels import extension
 
 # asked once, at import, as the operators of sepo.ops do
 _MISSING = extension.why_not("native_packed_attention", torch.device("cpu"))
-LANES = 32  # bfloat16 numbers of the widest vector: a head is a whole number of them
+LANES = 32  # numbers of the widest tile of a product: a head is a whole number of them
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def absent() -> str | None:
-    if _MISSING is not None:
-        return _MISSING
-    if not extension.BFLOAT16_TILES:
-        return "it needs a CPU with AVX-512 BF16 or AMX"
-    return None
+    return _MISSING
 
 
 def why_not(terms: Terms) -> str | None:
     if terms.device.type != "cpu":
         return f"it needs tensors on a CPU, got {terms.device.type}"
-    if terms.dtype != torch.bfloat16:
-        return f"it needs bfloat16, got {terms.dtype}"
+    if terms.dtype not in DTYPES:
+        return f"it needs float32 or bfloat16, got {terms.dtype}"
     if terms.width != terms.value_width or terms.width % LANES:
         widths = f"{terms.width} and {terms.value_width}"
         return f"it needs heads of one width, a multiple of {LANES}, got {widths}"
@@ -62,7 +60,9 @@ class _Attention(torch.autograd.Function):
         scale: float,
         window: int,  # 0: none
     ) -> Tensor:  # (N, H, E)
-        out, lse = torch.ops.sepo.native_packed_attention(query, key, value, spans, scale, window)
+        out, lse = torch.ops.sepo.native_packed_attention(
+            query, key, value, spans, scale, window, extension.BFLOAT16_TILES
+        )
         ctx.save_for_backward(query, key, value, out, lse, spans)
         ctx.scale, ctx.window = scale, window
         return out
@@ -71,6 +71,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         query, key, value, out, lse, spans = ctx.saved_tensors
         grads = torch.ops.sepo.native_packed_attention_backward(
-            grad, query, key, value, out, lse, spans, ctx.scale, ctx.window
-        )
+            grad, query, key, value, out, lse, spans, ctx.scale, ctx.window,
+            extension.BFLOAT16_TILES,
+        )  # fmt: skip
         return *grads, None, None, None
