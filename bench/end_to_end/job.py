@@ -151,7 +151,8 @@ def jobs(setting: Setting, wanted: tuple[str, ...], given: dict) -> list[StepJob
     from bench.kl_steps.job import KLJob  # it is made of this module
 
     of = lambda **numbers: replace(setting, **numbers | given)
-    short = of(pairs=2, rounds=3, max_length=192)
+    # in float32 two cores have no time for more than a pair a step
+    short = of(pairs=1 if setting.float32 else 2, rounds=3, max_length=192)
     return [
         StepJob("step-short", short, wanted or SHORT),
         StepJob("step", of(), wanted),

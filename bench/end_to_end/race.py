@@ -61,7 +61,7 @@ class Race:
         *,
         case: str = "",
         truth: Callable[[str, Weights, list], gate.Truth] = gate.truth,  # objective, weights, pairs
-        dtype: torch.dtype = torch.bfloat16,  # of the roof's product
+        dtype: torch.dtype = torch.bfloat16,  # that is timed
     ):
         self.contenders, self.weights, self.deal = contenders, weights, rounds
         self.truth, self.dtype = truth, dtype
@@ -78,7 +78,8 @@ class Race:
             expected = self.truth(objective, self.weights, self.deal[0])
             for contender, row in both:
                 if contender.step and contender.objective == objective:
-                    _gate(contender, row, expected, self.weights, self.deal[0])
+                    check = partial(gate.check, contender, expected, self.weights)
+                    _gate(contender, row, check, self.dtype)
         return self.rows
 
     def ready(self) -> None:
@@ -120,15 +121,18 @@ class Race:
         self.weights.finish()
 
 
-def _gate(
-    contender: Contender, row: Row, expected: gate.Truth, weights: Weights, pairs: list
-) -> None:
+def _gate(contender: Contender, row: Row, check: Callable, dtype: torch.dtype) -> None:
     reason = ""
-    if contender.float32:
-        reason, row.float32_errors = gate.check(contender, expected, weights, gate.FLOAT32)
-    if not reason:
+    if dtype == torch.float32:  # nothing is lowered: what is timed is compared, once
         contender.lower()
-        reason, row.errors = gate.check(contender, expected, weights, gate.BFLOAT16)
+        reason, row.float32_errors = check(gate.FLOAT32)
+        row.errors = row.float32_errors
+    else:
+        if contender.float32:
+            reason, row.float32_errors = check(gate.FLOAT32)
+        if not reason:
+            contender.lower()
+            reason, row.errors = check(gate.BFLOAT16)
     row.status, row.reason = ("refused", reason) if reason else ("passed", "")
 
 

@@ -88,7 +88,8 @@ WRONG = {
 }
 
 
-def test_only_what_is_right_has_a_speed(weights):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_only_what_is_right_has_a_speed(weights, dtype):
     rounds = dealt(weights, rounds=2)
     (right,) = [
         c
@@ -104,7 +105,8 @@ def test_only_what_is_right_has_a_speed(weights):
     ]  # fmt: skip
     others.append(Contender("absent", "trl", "simpo", None, None, absent="not installed"))
     others.append(Contender("other loss", "sepo", "sepo", right.step, right.work))
-    found = {row.contender: row for row in finished(race.Race([right, *others], weights, rounds))}
+    racing = race.Race([right, *others], weights, rounds, dtype=dtype)
+    found = {row.contender: row for row in finished(racing)}
     fine = found.pop("simpo: fused")
     assert fine.status == "measured" and len(fine.seconds) == 1 and fine.median > 0
     assert fine.peak_bytes > 0 and fine.total_bytes > weights.static_bytes
