@@ -5,11 +5,11 @@ from tiny import tiny_model
 
 from sepo.demo.sample import (
     BLOCK,
+    batches,
     continue_batch,
     cut_after_stop,
     draw,
     end_tokens,
-    equal_length_batches,
     sample,
 )
 
@@ -58,12 +58,14 @@ def test_text_has_no_end_token_and_ids_do(model, tokenizer):
 
 
 def test_each_token_is_drawn_from_the_distribution_after_its_own_prefix(model):
-    prompts = torch.tensor([[5, 9, 30], [7, 7, 2]])
-    uniform = torch.rand(2, 6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    found = continue_batch(model, prompts, uniform, 0.7, set())
-    for prompt, ids, u in zip(prompts, found, uniform, strict=True):
+    prompts, rows = [[5, 9, 30], [7], [7, 2, 2, 11, 40]], [0, 1, 2, 0, 1]
+    uniform = torch.rand(5, 6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    found = continue_batch(model, prompts, rows, uniform, 0.7, set())
+    assert len(found) == 5
+    for row, ids, u in zip(rows, found, uniform, strict=True):
+        assert len(ids) == 6
         for t, token in enumerate(ids):
-            prefix = torch.cat([prompt, torch.tensor(ids[:t], dtype=torch.long)])
+            prefix = torch.tensor([*prompts[row], *ids[:t]])
             with torch.no_grad():
                 cumulative = (
                     (model(prefix[None]).logits[0, -1].double() / 0.7).softmax(-1).cumsum(0)
@@ -93,12 +95,13 @@ def test_draw_never_takes_what_has_no_probability():
     assert (draw(logits, uniform, 1.0) == 300).all()
 
 
-def test_batches_share_a_length_and_hold_every_job_once():
+def test_batches_are_full_and_hold_every_job_once_by_length():
     lengths = [4, 2, 4, 4, 2, 9]
-    batches = equal_length_batches(lengths, 2)
-    assert sorted(j for batch in batches for j in batch) == list(range(6))
-    for batch in batches:
-        assert len(batch) <= 2 and len({lengths[j] for j in batch}) == 1
+    found = batches(lengths, 4)
+    assert [len(batch) for batch in found] == [4, 2]
+    order = [j for batch in found for j in batch]
+    assert sorted(order) == list(range(6))
+    assert [lengths[j] for j in order] == sorted(lengths)
 
 
 def test_end_of_turn_and_end_of_document_both_end(tokenizer):

@@ -1,4 +1,4 @@
-"""Continuations of openings, sampled in batches of equal prompt length, so nothing is padded."""
+"""Continuations of openings, sampled in batches; an opening is read once for all of its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
 
 BLOCK = 256  # vocabulary entries summed together when a token is drawn
 
@@ -47,9 +48,12 @@ def sample(
     )
     stop_ids = end_tokens(tokenizer)
     results: dict[int, Completion] = {}
-    for batch in equal_length_batches([len(prompts[i]) for i, _ in jobs], batch_size):
-        prompt_ids = torch.tensor([prompts[jobs[j][0]] for j in batch], device=model.device)
-        sampled = continue_batch(model, prompt_ids, uniform[batch], temperature, stop_ids)
+    for batch in batches([len(prompts[i]) for i, _ in jobs], batch_size):
+        asked = sorted({jobs[j][0] for j in batch})
+        rows = [asked.index(jobs[j][0]) for j in batch]
+        sampled = continue_batch(
+            model, [prompts[i] for i in asked], rows, uniform[batch], temperature, stop_ids
+        )
         for j, ids in zip(batch, sampled, strict=True):
             opening = jobs[j][0]
             kept = ids[:-1] if ids and ids[-1] in stop_ids else ids
@@ -63,28 +67,72 @@ def sample(
 
 def continue_batch(
     model: PreTrainedModel,
-    prompt_ids: Tensor,  # (B, T0) int64, all of one length
+    prompts: list[list[int]],
+    rows: list[int],  # (B,) which prompt each row continues
     uniform: Tensor,  # (B, T) float64 in [0, 1), one number a token
     temperature: float,
     stop_ids: set[int],
 ) -> list[list[int]]:
-    """Sample up to T tokens for each prompt; a row ends with its first stop token."""
-    batch, steps = uniform.shape
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=prompt_ids.device)
-    finished = torch.zeros(batch, dtype=torch.bool, device=prompt_ids.device)
+    """Sample up to T tokens after each row's prompt; a row ends with its first stop token."""
+    device, steps = model.device, uniform.shape[1]
+    rows, uniform = torch.tensor(rows, device=device), uniform.to(device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    length = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    shortest, longest = int(length.min()), int(length.max())
+    cache = Cache(layer_class_to_replicate=lambda: Room(longest + steps))
+    # Padded on the right and not masked here: a causal model cannot see what comes later.
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt, device=device)
+    ends = torch.arange(shortest - 1, longest, device=device)
+    out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=ends).logits
+    logits = out[rows, (length - shortest)[rows]]
+    cache.batch_select_indices(rows)
+    length = length[rows, None]
+    place = torch.arange(longest + steps, device=device)
+    seen = (place < length) | (place >= longest)  # all of the cache but the padding
+
+    finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
     columns: list[Tensor] = []
-    inputs, cache = prompt_ids, None
     for step in range(steps):
-        out = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        token = draw(out.logits[:, -1], uniform[:, step].to(prompt_ids.device), temperature)
+        token = draw(logits, uniform[:, step], temperature)
         columns.append(token)
         finished |= torch.isin(token, stops)
-        if finished.all():
+        if finished.all() or step == steps - 1:
             break
-        inputs = token[:, None]
-    rows = torch.stack(columns, dim=1).tolist()
-    return [cut_after_stop(row, stop_ids) for row in rows]
+        logits = model(
+            token[:, None],
+            attention_mask=seen[:, : longest + step + 1],
+            position_ids=length + step,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, 0]
+    return [cut_after_stop(row, stop_ids) for row in torch.stack(columns, dim=1).tolist()]
+
+
+class Room(DynamicLayer):
+    """A layer's keys and values in room for all: DynamicLayer copies what it has at each token."""
+
+    def __init__(self, size: int):  # tokens
+        super().__init__()
+        self.size, self.length = size, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        room = lambda x: x.new_empty(*x.shape[:-2], self.size, x.shape[-1])
+        self.keys, self.values = room(key_states), room(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self.keys[..., start : self.length, :] = key_states
+        self.values[..., start : self.length, :] = value_states
+        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
+
+    def get_seq_length(self) -> int:
+        return self.length
 
 
 def draw(
@@ -94,7 +142,11 @@ def draw(
 ) -> Tensor:
     """One token per row by inverting the cumulative distribution. Returns (B,) int64."""
     short = -logits.shape[1] % BLOCK
-    logits = torch.nn.functional.pad(logits.float() / temperature, (0, short), value=-torch.inf)
+    logits = logits.float()
+    if temperature != 1:  # each of these is a pass over all of it, as long as the softmax's
+        logits = logits / temperature
+    if short:
+        logits = torch.nn.functional.pad(logits, (0, short), value=-torch.inf)
     blocks = logits.softmax(-1).unflatten(-1, (-1, BLOCK))  # (B, V / BLOCK, BLOCK)
     # Two levels, block then token: a running sum over a whole vocabulary costs more than the
     # model's own step.
@@ -117,19 +169,13 @@ def invert(
     return index, threshold - (ends - mass).gather(1, index)
 
 
-def equal_length_batches(
+def batches(
     lengths: list[int],  # prompt tokens of each job
     batch_size: int,
 ) -> list[list[int]]:
-    """Indices of jobs, at most `batch_size` to a batch and one prompt length in each."""
-    by_length: dict[int, list[int]] = {}
-    for j, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(j)
-    return [
-        jobs[start : start + batch_size]
-        for _, jobs in sorted(by_length.items())
-        for start in range(0, len(jobs), batch_size)
-    ]
+    """Indices of jobs, at most `batch_size` to a batch, by length: little of a batch is padding."""
+    order = sorted(range(len(lengths)), key=lambda j: lengths[j])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
