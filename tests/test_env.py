@@ -6,7 +6,7 @@ import transformers
 import sepo
 from sepo import cli
 from sepo.ops import explain_selected_logprob
-from sepo_kernels import extension
+from sepo_kernels import extension, platform
 
 
 def lines(capsys) -> dict[str, str]:
@@ -22,6 +22,9 @@ def test_a_working_installation(capsys):
     assert found["transformers"] == transformers.__version__
     assert {"trl", "peft", "flash-attn", "nvcc", "driver", "compiler", "CUDA"} <= set(found)
     assert f"{torch.get_num_threads()} CPU threads" in found["devices"]
+    fast, speed = found["cpu, fast in"].split(", bfloat16 at ")
+    assert fast == str(platform.fast_dtype("cpu")).removeprefix("torch.")
+    assert speed == f"{platform.bfloat16_speed('cpu'):.2g} times float32's rate"
     for dtype in ("bfloat16", "float32"):
         x = torch.empty(1, 1, dtype=getattr(torch, dtype))
         none = torch.empty(0, dtype=torch.int32)
@@ -50,4 +53,5 @@ def test_where_torch_cannot_be_loaded(capsys, monkeypatch):
     found = lines(capsys)
     said = "ImportError: libcudart.so.13: cannot open shared object file"
     assert found["devices"] == found["CUDA"] == found["cpu, float32"] == said
+    assert found["cpu, fast in"] == said
     assert found["torch"] == torch.__version__  # what is installed is known all the same

@@ -1,11 +1,16 @@
 """SePOConfig: transformers' TrainingArguments and what preference optimisation adds."""
 
+import argparse
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
 from transformers import TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
+from sepo.arithmetic import warn_if_slow
 from sepo.errors import InputError
+from sepo_kernels.platform import fast_dtype
 
 MethodName = Literal[
     "sft", "dpo", "ipo", "dpop", "tdpo1", "tdpo2", "sparsepo", "mapo", "simpo", "rrhf", "sepo",
@@ -75,6 +80,16 @@ class SePOConfig(TrainingArguments):
         "bfloat16 weights take half the memory, but lose updates below 1/256 of a weight: for "
         "frozen weights under LoRA.",
         "float32",
+    )
+    # str: HfArgumentParser would make `bool | str` a bool; a bool it is after __post_init__
+    bf16: str = field(
+        default=False,
+        metadata={
+            "nargs": "?",
+            "const": True,
+            "help": "Compute in bfloat16; the weights keep their dtype. auto: where the machine "
+            "multiplies it at least as fast as float32.",
+        },
     )
     attn_impl: AttnImpl = _help("Attention for packed pairs; auto: the first that can run.", "auto")
 
@@ -158,6 +173,7 @@ class SePOConfig(TrainingArguments):
         _translate(self)
         super().__post_init__()
         _check(self)
+        _warn(self)
         # a checkpoint every so many steps; the plan, not a sampler, decides the order of the data
         self.remove_unused_columns = False
         if self.ddp_find_unused_parameters is None:  # else DDP walks the graph at every step
@@ -174,6 +190,15 @@ def _translate(args: SePOConfig) -> None:
         args.activation_checkpointing = True  # the new name; the old one alone is a warning
     elif hasattr(args, "activation_checkpointing"):
         args.gradient_checkpointing = None  # False, the old default, is a warning too
+    accelerator = None if args.use_cpu else torch.accelerator.current_accelerator(True)
+    if args.bf16 == "auto":
+        args.bf16 = fast_dtype(accelerator or "cpu") == torch.bfloat16
+    try:
+        args.bf16 = string_to_bool(str(args.bf16))
+    except argparse.ArgumentTypeError:
+        raise InputError(f"--bf16: expected true | false | auto, got {args.bf16}") from None
+    if args.bf16 and accelerator is None:
+        args.use_cpu = True  # transformers wants to be told, though nothing else is there
     if args.use_liger_kernel:
         asked = dict(args.liger_kernel_config or {})
         for loss in LIGER_LOSSES:
@@ -236,6 +261,15 @@ def _check(args: SePOConfig) -> None:
             f"{args.n_gpu} GPUs in one process: start with "
             f"torchrun --nproc-per-node {args.n_gpu} -m sepo.train"
         )
+
+
+def _warn(args: SePOConfig) -> None:
+    if not args.should_log:  # once, not once a rank
+        return
+    if args.bf16:
+        warn_if_slow("--bf16", args.device, "leave it out, or say --bf16 auto")
+    elif args.dtype == "bfloat16":
+        warn_if_slow("--dtype bfloat16", args.device)
 
 
 def _check_selection(args: SePOConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import string_to_bool
 
+from sepo.arithmetic import warn_if_slow
 from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore, is_store, tokenizer_hash
 from sepo.data.types import TokenPair
@@ -78,12 +79,17 @@ def run(args: argparse.Namespace) -> None:
         for role in ("reference", "oracle")
     }
     data = _read(args, tokenizer, dtypes["reference"])
-    models = dict(reference=None, oracle=None)
+    models, slow = dict(reference=None, oracle=None), {}
     for role, dtype in dtypes.items():
         device = getattr(args, f"{role}_device") or args.device or _default_device()
         needed = getattr(args, role) and not (role == "reference" and data.has_reference)
         if needed:
             models[role] = load_model(getattr(args, role), dtype=dtype, device=device)
+        if needed and dtype == torch.bfloat16:
+            own = f"{role}_" * (getattr(args, f"{role}_dtype") is not None)
+            slow[device] = f"--{own}dtype bfloat16"
+    for device, flag in slow.items():
+        warn_if_slow(flag, device)
     wants_score = args.oracle is not None or not args.keep
     score_dataset(
         data.pairs,
