@@ -28,7 +28,7 @@ from sepo.data.types import TokenPair
 from sepo.demo import DATA
 from sepo.demo.evaluate import clustered_mean, kl_per_token
 from sepo.demo.judge import sentiment
-from sepo.demo.run import ORACLE, POLICY, continue_openings, read_openings, score, train
+from sepo.demo.run import ORACLE, POLICY, continue_openings, read_lines, score, train
 from sepo.errors import InputError
 from sepo.model import load_model, load_tokenizer
 from sepo.score import score_dataset
@@ -144,7 +144,7 @@ def train_oracles(
         save_strategy="no",
         logging_steps=5,
         use_cpu=True,
-        bf16=True,  # arithmetic only: weights, and so the saved oracles, stay float32
+        bf16="auto",  # arithmetic only: weights, and so the saved oracles, stay float32
         **ORACLE,
     )
     trainer = SePOTrainer(
@@ -179,7 +179,7 @@ class SaveAt(TrainerCallback):
 def study_policies(args, rows: Rows, pairs, oracles, reference: Path, tokenizer) -> None:
     """Train on each selection with each seed; sentiment and distance of their samples."""
     place, oracle = args.output_dir, oracles[args.policy_oracle]
-    openings = read_openings(args.data / "heldout_openings.txt")
+    openings = read_lines(args.data / "heldout_openings.txt")
     found = {}
     for seed in args.seeds:
         for selection in ("reference", *SELECTIONS):

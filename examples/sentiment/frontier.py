@@ -39,7 +39,7 @@ from sepo.data.types import ScoredPair, TokenPair
 from sepo.demo import DATA
 from sepo.demo.evaluate import Estimate, clustered_mean, first_of_each, token_kl
 from sepo.demo.judge import sentiment
-from sepo.demo.run import continue_openings, read_openings, score, train
+from sepo.demo.run import continue_openings, read_lines, score, train
 from sepo.demo.sample import Completion
 from sepo.errors import InputError, exit_with_one_line
 from sepo.methods import METHODS
@@ -75,7 +75,7 @@ class Shared:
 
     def __init__(self, place: Path, data: Path, model: Path | None, scale: Scale):
         self.place, self.scale = place, scale
-        self.openings = read_openings(data / "heldout_openings.txt")[: scale.openings]
+        self.openings = read_lines(data / "heldout_openings.txt")[: scale.openings]
         place.mkdir(parents=True, exist_ok=True)
         with lock(place, "model", wait=True):
             self.model_dir = model or save_smollm2(place / "model")

@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sepo.demo.sample import sample
+from sepo_kernels.platform import fast_dtype
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sentiment"))
 from openings import training_openings  # noqa: E402  the directory is no package
@@ -23,8 +23,8 @@ from openings import training_openings  # noqa: E402  the directory is no packag
 
 def main() -> None:
     args = parse_args()
-    # bfloat16: a decoding step waits for weights, and these are texts to learn from, not scores
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    # a decoding step waits for weights, and these are texts to learn from, not scores
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=fast_dtype("cpu"))
     openings = training_openings()[: args.limit]
     with tqdm(total=len(openings) * args.samples, unit="sample") as bar:
         completions = sample(

@@ -25,14 +25,13 @@ from sepo.demo.evaluate import clustered_mean, kl_per_token, response_logp
 from sepo.demo.judge import sentiment
 from sepo.demo.lexicon import in_lexicon
 from sepo.demo.sample import sample
+from sepo_kernels.platform import fast_dtype
 
 FRACTION, SEED = 0.3, 0
 FILMS_PER_TEMPLATE = 12  # consecutive openings that differ by their film alone
 
 COMMON = """--lr_scheduler_type constant_with_warmup --max_tokens_per_batch 2048 --append_eos false
-    --save_strategy no --logging_steps 5 --bf16 --disable_tqdm true"""
-if not torch.cuda.is_available():
-    COMMON += " --use_cpu"  # transformers asks for it before it computes in bfloat16
+    --save_strategy no --logging_steps 5 --bf16 auto --disable_tqdm true"""
 ORACLE = "--method dpo --beta 0.1 --learning_rate 5e-6 --num_train_epochs 1 --pairs_per_step 4"
 POLICY = f"""--fraction {FRACTION} --gamma 2 --margin 0.5 --learning_rate 2e-5 --num_train_epochs 1
     --pairs_per_step 12 --seed {SEED}"""
@@ -154,7 +153,7 @@ def evaluate(policy: Path, reference: Path, *, per_opening: int = 4) -> dict:
     load = lambda path, dtype: AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     openings = (DATA / "heldout_openings.txt").read_text().splitlines()
     completions = sample(
-        load(policy, torch.bfloat16),  # every policy alike: a decoding step waits for weights
+        load(policy, fast_dtype("cpu")),  # every policy alike: a decoding step waits for weights
         AutoTokenizer.from_pretrained(reference),
         openings,
         per_opening=per_opening,

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -26,6 +25,7 @@ from sepo.data.segments import make_segments
 from sepo.data.store import ScoredStore
 from sepo.data.types import TokenPair
 from sepo.demo import DATA
+from sepo.demo.estimate import estimate
 from sepo.demo.evaluate import kl_per_token, mean_sentiment, pair_accuracy
 from sepo.demo.lexicon import selection_lift
 from sepo.demo.report import print_report
@@ -35,6 +35,7 @@ from sepo.model import load_model, load_tokenizer
 from sepo.score import score_dataset
 from sepo.smollm2 import save_smollm2
 from sepo.trainer import SePOTrainer
+from sepo_kernels.platform import fast_dtype
 
 FOLDERS = ("reference", "oracle", "scored", "sepo", "sepo_rand")
 SUMMARY = "summary.json"
@@ -72,8 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run every stage, print a table and write summary.json. Raises InputError for missing data."""
     place, stage = args.output_dir, Stages()
-    openings = read_openings(args.data / "heldout_openings.txt")
+    openings = read_lines(args.data / "heldout_openings.txt")
+    counts = {name: len(read_lines(args.data / f"{name}.jsonl")) for name in ("pairs", "heldout")}
     start_afresh(place)
+    print(how_long(args, openings=len(openings), **counts), flush=True)
     with stage("model"):
         model_dir = save_smollm2(place / "model")
         tokenizer = load_tokenizer(str(model_dir))
@@ -115,6 +118,19 @@ def run(args: argparse.Namespace) -> None:
     (place / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     print_report(summary)
     print(f"\n{place / SUMMARY}; the aligned model: {place / 'sepo'}")
+
+
+def how_long(args: argparse.Namespace, *, pairs: int, heldout: int, openings: int) -> str:
+    counts = {
+        "run": 1,
+        "pairs": pairs,
+        "oracle pairs": min(args.oracle_pairs, pairs),
+        "held-out pairs": heldout,
+        "all pairs": pairs + heldout,
+        "openings": openings,
+        "samples": openings * args.per_opening,
+    }
+    return estimate(counts)
 
 
 def score(
@@ -159,7 +175,7 @@ def train(
         save_strategy="no",
         logging_steps=5,
         use_cpu=device == "cpu",
-        bf16=True,  # arithmetic only: weights, and so the saved oracle, stay float32
+        bf16="auto",  # arithmetic only: weights, and so the saved oracle, stay float32
     )
     config = SePOConfig(output_dir=str(place), **defaults | arguments)
     trainer = SePOTrainer(
@@ -184,10 +200,12 @@ def continue_openings(
     name: str,  # on the progress bar
 ) -> list[Completion]:
     """Samples of a policy. A seed means the same random numbers, whichever model is asked."""
+    # a decoding step waits for weights: bfloat16 halves them, for every model alike; but where it
+    # is slow at that, a machine would wait for the products
+    dtype = fast_dtype(model.device)
     with tqdm(total=len(openings) * per_opening, desc=f"sample {name}") as bar:
         return sample(
-            # a decoding step waits for weights: bfloat16 halves them, for every model alike
-            copy.deepcopy(model).to(torch.bfloat16),
+            model if model.dtype == dtype else copy.deepcopy(model).to(dtype),
             tokenizer,
             openings,
             per_opening=per_opening,
@@ -236,7 +254,7 @@ class Stages:
         self.seconds[name] = round(time.perf_counter() - start, 1)
 
 
-def read_openings(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
