@@ -45,7 +45,8 @@ def table(rows: list, roof: str = "") -> str:
         if row.status == "measured":
             lines.append((name + _numbers(row, most)).rstrip())
         else:
-            lines.append(f"{name}{row.status}{': ' + row.reason if row.reason else ''}")
+            # the longest names fill their column
+            lines.append(f"{name} {row.status}{': ' + row.reason if row.reason else ''}")
     return "\n".join(lines)
 
 
