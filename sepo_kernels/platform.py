@@ -18,6 +18,20 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+# of a CPU that torch's library products have instructions for; by its features and not measured,
+# since a run that is resumed must round as it did before
+BFLOAT16_PRODUCTS = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+)
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch's products on this CPU take `dtype` as it is, and not a number at a time."""
+    return dtype == accumulator(dtype) or (dtype == torch.bfloat16 and BFLOAT16_PRODUCTS)
+
+
 @cache
 def bfloat16_speed(device_type: str) -> float:
     """How many times as fast as float32 this machine multiplies bfloat16: below 1, it is slower.

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from sepo_kernels import platform
 from sepo_kernels.platform import accumulator
 
-WEIGHT_TILE_BYTES = 32 << 20  # of weight cast to float32 at once, where the GEMM cannot widen
+WIDE_TILE_BYTES = 2 << 20  # of an operand that is widened at once: it is used while in cache
 
 
 def logits(
@@ -21,9 +22,8 @@ def logits(
         torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
     else:
         wide = x.to(out.dtype)
-        tile = max(1, WEIGHT_TILE_BYTES // (out.itemsize * D))
-        for v in range(0, V, tile):
-            torch.mm(wide, weight[v : v + tile].to(out.dtype).T, out=out[:, v : v + tile])
+        for v in _tiles(V, D * out.itemsize):
+            torch.mm(wide, weight[v].to(out.dtype).T, out=out[:, v])
 
 
 def remark(x: Tensor, fused: bool) -> tuple[str, ...]:
@@ -35,10 +35,46 @@ def remark(x: Tensor, fused: bool) -> tuple[str, ...]:
     return (f"no {x.dtype} tiles with float32 sums here: operands are widened to float32",)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in the accumulator's dtype where the library can: what is summed on is not rounded."""
+def product(
+    a: Tensor,  # (m, k)
+    b: Tensor,  # (k, n), a's dtype
+    *,
+    out: Tensor | None = None,  # (m, n), written
+) -> Tensor:  # (m, n), out or a new one, in the accumulator's dtype where the library can
+    """a @ b, with sums in the accumulator's dtype: what is summed on is not rounded.
+
+    Where a CPU multiplies 16 bits slowly the operands are widened, a tile at a time.
+    """
     acc = accumulator(a.dtype)
-    return torch.mm(a, b, out_dtype=acc) if a.is_cuda and a.dtype != acc else torch.mm(a, b)
+    if not a.is_cuda and a.dtype != acc and not platform.multiplies(a.dtype):
+        return _widened(
+            a, b, a.new_empty((a.shape[0], b.shape[1]), dtype=acc) if out is None else out
+        )
+    if out is None and a.is_cuda and a.dtype != acc:
+        return torch.mm(a, b, out_dtype=acc)
+    return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+
+
+def _widened(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Along the longer of a's sides, which is the vocabulary where there is one."""
+    acc = accumulator(a.dtype)
+    (m, k), n = a.shape, b.shape[1]
+    if m > k:
+        b = b.to(acc)
+        for i in _tiles(m, k * acc.itemsize):
+            out[i] = a[i].to(acc) @ b
+        return out
+    total = out if out.dtype == acc else out.new_empty(out.shape, dtype=acc)
+    total.zero_()
+    for i in _tiles(k, max(m, n) * acc.itemsize):
+        total.addmm_(a[:, i].to(acc), b[i].to(acc))
+    return out if total is out else out.copy_(total)
+
+
+def _tiles(count: int, bytes_each: int):  # slices of as many as are widened at once
+    step = max(1, WIDE_TILE_BYTES // max(1, bytes_each))
+    for start in range(0, count, step):
+        yield slice(start, start + step)
 
 
 def add_rows(

@@ -86,7 +86,7 @@ def fwd(
             x, weight, bias, targets[part], scale, softcap, slope, logits
         )
         if schedule == plan.FROZEN_HEAD:
-            torch.mm(slope, weight, out=kept[part])
+            product(slope, weight, out=kept[part])
     return logp, lse, unit, kept
 
 
@@ -151,11 +151,11 @@ def bwd(
         if need_weight:
             scaled = (x * (factor * scale)).to(dtype)  # (chunk, D)
             if one:
-                grad_weight = slope.T @ scaled
+                grad_weight = product(slope.T, scaled, out=weight.new_empty(weight.shape))
             else:
                 grad_weight += product(slope.T, scaled)
         if need_bias:
-            grad_bias += (slope.T @ factor.to(dtype))[:, 0]
+            grad_bias += product(slope.T, factor.to(dtype))[:, 0]
     if fused and need_weight:
         add_targets(grad_weight, targets, hidden.index_select(0, rows) * (at_target * scale))
     if fused and need_bias:

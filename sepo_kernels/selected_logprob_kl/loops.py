@@ -194,11 +194,11 @@ def bwd(
             if need_hidden:
                 dx += product(dz, weight[c])
             if need_weight and one:
-                torch.mm(dz.T, x, out=grad_weight[c])
+                product(dz.T, x, out=grad_weight[c])
             elif need_weight:
                 grad_weight[c] += product(dz.T, x)
             if need_bias:
-                grad_bias[c] += (dz.T @ ones)[:, 0]
+                grad_bias[c] += product(dz.T, ones)[:, 0]
         if layout.fused:
             of_row = [x[part] for x in (logp, ref_logp, kl, state, grad_logp, grad_kl)]
             entry = _at_target(*of_row, direction, softcap)

@@ -55,7 +55,7 @@ def test_largest_block_is_within_budget(impl, dtype, kind, softcap):
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_all_blocks_together_are_within_budget(impl, dtype, kind, direction, monkeypatch):
     """Counts what ATen allocates inside an operation too, such as the copies of a log-sum-exp."""
-    monkeypatch.setattr(products, "WEIGHT_TILE_BYTES", 1 << 14)
+    monkeypatch.setattr(products, "WIDE_TILE_BYTES", 1 << 14)
     monkeypatch.setattr(chunked, "TILE_BYTES", {"cpu": 4 * V})  # one row, up to seven temporaries
     torch.use_deterministic_algorithms(False)  # filling with NaN is not free either
     budget = budget_of(kind, dtype, impl)

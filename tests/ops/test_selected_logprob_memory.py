@@ -52,7 +52,7 @@ def test_largest_logits_are_within_budget(dtype, schedule, softcap, impl):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_all_buffers_together_are_within_budget(dtype, schedule, impl, monkeypatch):
     """Counts what ATen allocates inside an operation too, such as the copies of a log-sum-exp."""
-    monkeypatch.setattr(products, "WEIGHT_TILE_BYTES", 1 << 14)
+    monkeypatch.setattr(products, "WIDE_TILE_BYTES", 1 << 14)
     torch.use_deterministic_algorithms(False)  # filling with NaN is not free either
     budget = budget_of(schedule, dtype, impl)
     inputs = make_inputs(N, M, D, V, dtype=dtype)
