@@ -50,9 +50,10 @@ def estimate(
     }
     speed = bfloat16_speed("cpu") if fast == torch.float32 else rate[fast] / rate[torch.float32]
     stages = ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
+    several = lambda n, what: f"{n} {what}" + "s" * (n != 1)
     return (
-        f"about {max(1, round(sum(seconds.values()) / 60))} minutes on this machine ({cores} cores,"
-        f" {rate[torch.float32]:.2f} TFLOP/s in float32, bfloat16 at {speed:.2g} times that); "
+        f"about {several(max(1, round(sum(seconds.values()) / 60)), 'minute')} on this machine "
+        f"({several(cores, 'core')}, {rate[torch.float32]:.2f} TFLOP/s in float32, bfloat16 at {speed:.2g} times that); "
         f"stages, seconds: {stages}"
     )
 
