@@ -5,6 +5,7 @@ which sepo_kernels/extension.py loads one. In a single library the linker would 
 each template that the sets share, perhaps the one that this CPU can't run.
 """
 
+import copy
 import os
 import platform
 import sys
@@ -31,8 +32,10 @@ LEVELS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
 }
-# unknown pragmas: at::vec's own, once for each line that includes it
-FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
+# unknown pragmas: at::vec's own, once for each line that includes it; uninitialized: gcc 12's own
+# AVX-512 intrinsics, once for each that is inlined
+QUIET = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", *QUIET]
 OLDEST_PYTHON = "311"  # the libraries use none of Python's functions: one serves every later one
 
 
@@ -77,7 +80,7 @@ def extension() -> dict:
         modules.append(library(cpp_extension.CUDAExtension, "cuda", "csrc/cuda"))
     return {
         "ext_modules": modules,
-        "cmdclass": {"build_ext": in_folders_of_their_own(cpp_extension.BuildExtension)},
+        "cmdclass": {"build_ext": side_by_side(cpp_extension.BuildExtension)},
         "options": {"bdist_wheel": {"py_limited_api": f"cp{OLDEST_PYTHON}"}},
     }
 
@@ -97,15 +100,21 @@ def library(kind, level: str, folder: str):
     )
 
 
-def in_folders_of_their_own(build_ext):
-    """The libraries have sources in common, whose objects must not be taken for each other's."""
+def side_by_side(build_ext):
+    """Each library has a folder for its objects, since they share sources, and a ninja."""
 
     class BuildLibraries(build_ext):
+        def build_extensions(self):
+            if self.use_ninja:  # else nvcc would take the compiler's place in another's thread
+                jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+                self.parallel = min(jobs, len(self.extensions))
+                os.environ["MAX_JOBS"] = str(-(-jobs // self.parallel))
+            super().build_extensions()
+
         def build_extension(self, ext):
-            shared = self.build_temp
-            self.build_temp = str(Path(shared) / ext.name)
-            super().build_extension(ext)
-            self.build_temp = shared
+            one = copy.copy(self)
+            one.build_temp = str(Path(self.build_temp) / ext.name)
+            super(BuildLibraries, one).build_extension(ext)
 
     return BuildLibraries
 

@@ -1,12 +1,12 @@
 // Whether oneDNN multiplies bfloat16 tiles here: found out by multiplying one.
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/Exception.h>
-#include <torch/library.h>
 
 #include <vector>
 
+#include "operators.h"
+
 namespace sepo {
-namespace {
 
 bool bfloat16_tiles() {
   constexpr int64_t N = 32;
@@ -21,7 +21,4 @@ bool bfloat16_tiles() {
   return sum[0] == N;
 }
 
-}  // namespace
 }  // namespace sepo
-
-TORCH_LIBRARY_FRAGMENT(sepo, m) { m.def("native_bfloat16_tiles() -> bool", &sepo::bfloat16_tiles); }

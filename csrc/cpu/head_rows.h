@@ -1,15 +1,19 @@
 // One row of logits that a library product has written: finished in place (scale, bias, soft cap).
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <cmath>
 #include <limits>
 #include <optional>
 
 namespace sepo {
+
+constexpr int64_t SUM_BLOCK = 512;  // entries of a row that are summed in the logits' own type
 
 template <typename T>
 using VecOf = at::vec::Vectorized<T>;

@@ -95,6 +95,9 @@ struct Heads {
   int64_t M() const { return rows[0].M; }
   int64_t padded() const { return rows[0].blocks * TILE_M; }
   int64_t groups() const { return ceil_div(V(), GROUP_V); }
+  at::Tensor floats(at::IntArrayRef sizes) const {  // uninitialised
+    return head[0].x.new_empty(sizes, at::kFloat);
+  }
 };
 
 inline Heads<1> pack(const Head& a) { return {{a}, {PackedRows(a.x)}}; }
@@ -167,6 +170,12 @@ std::array<std::vector<float>, N> largest_logits(const Heads<N>& heads) {
   for (size_t i = 0; i < N; ++i)
     for (int64_t m = 0; m < heads.M(); ++m) found[i].push_back(top[i].max(m));
   return found;
+}
+
+inline at::Tensor as_index(const std::vector<int64_t>& rows, const at::Tensor& targets) {
+  at::Tensor index = targets.new_empty({static_cast<int64_t>(rows.size())});
+  std::copy(rows.begin(), rows.end(), index.mutable_data_ptr<int64_t>());
+  return index;
 }
 
 inline std::vector<float> padded_copy(const std::vector<float>& values, int64_t padded) {

@@ -5,8 +5,8 @@
 // once and as it lies; only the few rows are packed; and a row's sums are lanes of a vector.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
@@ -26,7 +26,7 @@ class PackedRows {
  public:
   explicit PackedRows(const at::Tensor& x)  // (M, D) bfloat16, last dimension contiguous
       : M(x.size(0)), D(x.size(1)), blocks(ceil_div(M, TILE_M)), pairs(ceil_div(D, 2)) {
-    data_ = at::empty({blocks, pairs, TILE_M, 2}, x.options());
+    data_ = x.new_empty({blocks, pairs, TILE_M, 2});
     auto* out = reinterpret_cast<uint16_t*>(data_.mutable_data_ptr<at::BFloat16>());
     const auto* in = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
     const int64_t stride = x.stride(0);

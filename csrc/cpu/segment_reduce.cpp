@@ -1,10 +1,12 @@
 // Sums over segments on the CPU: each segment alone, in a fixed order, without atomics.
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
+#include "operators.h"
+
+namespace sepo {
 namespace {
 
 constexpr int64_t GRAIN = 1 << 15;  // values a thread takes at least
@@ -46,6 +48,8 @@ void for_each_segment(const at::Tensor& cu_rows, const Body& body) {
   });
 }
 
+}  // namespace
+
 at::Tensor segment_sum(  // (S,)
     const at::Tensor& values,  // (M,) float32 or float64, contiguous
     const at::Tensor& cu_rows  // (S + 1,) int32 contiguous, from 0 to M
@@ -53,7 +57,7 @@ at::Tensor segment_sum(  // (S,)
   TORCH_CHECK_VALUE(values.dim() == 1 && values.is_contiguous(),
                     "expected contiguous values (M,), got ", values.sizes());
   check(cu_rows, values.numel());
-  at::Tensor sum = at::empty({cu_rows.numel() - 1}, values.options());
+  at::Tensor sum = values.new_empty({cu_rows.numel() - 1});
   AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "native_segment_sum", [&] {
     const scalar_t* in = values.const_data_ptr<scalar_t>();
     scalar_t* out = sum.mutable_data_ptr<scalar_t>();
@@ -73,7 +77,7 @@ at::Tensor segment_sum_bwd(  // (M,)
                         grad_sum.numel() == cu_rows.numel() - 1,
                     "expected contiguous grad_sum (", cu_rows.numel() - 1, ",), got ",
                     grad_sum.sizes());
-  at::Tensor grad_values = at::empty({M}, grad_sum.options());
+  at::Tensor grad_values = grad_sum.new_empty({M});
   AT_DISPATCH_FLOATING_TYPES(grad_sum.scalar_type(), "native_segment_sum_bwd", [&] {
     const scalar_t* in = grad_sum.const_data_ptr<scalar_t>();
     scalar_t* out = grad_values.mutable_data_ptr<scalar_t>();
@@ -84,13 +88,4 @@ at::Tensor segment_sum_bwd(  // (M,)
   return grad_values;
 }
 
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(sepo, m) {
-  m.def("native_segment_sum(Tensor values, Tensor cu_rows) -> Tensor");
-  m.def("native_segment_sum_bwd(Tensor grad_sum, Tensor cu_rows, int M) -> Tensor");
-}
-TORCH_LIBRARY_IMPL(sepo, CPU, m) {
-  m.impl("native_segment_sum", &segment_sum);
-  m.impl("native_segment_sum_bwd", &segment_sum_bwd);
-}
+}  // namespace sepo

@@ -3,9 +3,7 @@
 // Bisection counts keys a whole vector at a time, without order, copy or pivot: it takes at most as
 // many passes as a key has bits, whatever the data, and about half of them as a rule. A sort or
 // nth_element spends its time on mispredicted branches.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -15,7 +13,9 @@
 #include <vector>
 
 #include "../ordered_key.h"
+#include "operators.h"
 
+namespace sepo {
 namespace {
 
 constexpr int64_t LINE = 64;           // keys counted at once; the buffer is padded to a multiple
@@ -131,12 +131,14 @@ void run(
       if (static_cast<int64_t>(key.size()) < padded) key.resize(padded);
       const Bits* bits = static_cast<const Bits*>(score) + start;
       const bool highest = side == 0 || (side == 2 && s % 2 == 0);
-      for (int64_t i = 0; i < T; ++i) key[i] = sepo::ordered_key(bits[i], infinity, highest);
+      for (int64_t i = 0; i < T; ++i) key[i] = ordered_key(bits[i], infinity, highest);
       std::fill(key.begin() + T, key.begin() + padded, Bits(0));
       select(key.data(), T, K, start, index + cu_rows[s]);
     }
   });
 }
+
+}  // namespace
 
 at::Tensor segment_topk(  // (M,) int32
     const at::Tensor& score,      // (T_all,) contiguous
@@ -164,7 +166,7 @@ at::Tensor segment_topk(  // (M,) int32
     TORCH_CHECK_VALUE(0 <= K && K <= T, "expected 0 <= K <= T, got K = ", K, " and T = ", T,
                       " in segment ", s);
   }
-  at::Tensor index = at::empty({M}, cu_rows.options());
+  at::Tensor index = cu_rows.new_empty({M});
   const void* data = score.const_data_ptr();
   int32_t* out = index.mutable_data_ptr<int32_t>();
   switch (score.scalar_type()) {
@@ -177,11 +179,4 @@ at::Tensor segment_topk(  // (M,) int32
   return index;
 }
 
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(sepo, m) {
-  m.def(
-      "native_segment_topk(Tensor score, Tensor cu_tokens, Tensor cu_rows, int side, int M)"
-      " -> Tensor");
-}
-TORCH_LIBRARY_IMPL(sepo, CPU, m) { m.impl("native_segment_topk", &segment_topk); }
+}  // namespace sepo

@@ -10,11 +10,11 @@
 // its part in float32, from logp.
 // bfloat16 has float32's range: e_v cannot be rounded away where it matters. Only a target less
 // likely than 2^-60 needs another c; such rows are done again from their largest logit.
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "head_tiles.h"
+#include "operators.h"
 
 namespace sepo {
 namespace {
@@ -76,8 +76,7 @@ Found run(
   const TargetIndex index(targets, M, heads.V());
   const Partial partial = out ? sum_pass<true>(heads, index, targets, c, out, ld)
                               : sum_pass<false>(heads, index, targets, c, nullptr, 0);
-  const auto floats = heads.head[0].x.options().dtype(at::kFloat);
-  Found found{at::empty({M}, floats), at::empty({M}, floats), at::empty({M}, floats), {}};
+  Found found{heads.floats({M}), heads.floats({M}), heads.floats({M}), {}};
   float *logp = found.logp.mutable_data_ptr<float>(), *lse = found.lse.mutable_data_ptr<float>(),
         *unit = found.unit.mutable_data_ptr<float>();
   for (int64_t m = 0; m < M; ++m) {
@@ -91,7 +90,9 @@ Found run(
   return found;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> fused(
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> logprob_fused(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const at::Tensor& targets, double scale, std::optional<double> softcap,
     const std::optional<at::Tensor>& slope) {
@@ -100,11 +101,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fused(
   const auto target = target_logits(head, at.const_data_ptr<int64_t>());
   Found found = run(pack(head), at.const_data_ptr<int64_t>(), target, target, out);
   if (!found.again.empty()) {
-    const at::Tensor index = at::tensor(found.again, at::kLong), some_at = at.index_select(0, index);
+    const at::Tensor index = as_index(found.again, at), some_at = at.index_select(0, index);
     const Head some = head.at_rows(index);
     const auto heads = pack(some);
     const at::Tensor some_out =
-        slope ? at::empty({heads.V(), heads.M()}, out.options()).t() : at::Tensor();
+        slope ? out.new_empty({heads.V(), heads.M()}).t() : at::Tensor();
     const int64_t* some_targets = some_at.const_data_ptr<int64_t>();
     const Found redone = run(heads, some_targets, target_logits(some, some_targets),
                              largest_logits(heads)[0], some_out);
@@ -116,14 +117,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fused(
   return {found.logp, found.lse, found.unit};
 }
 
-}  // namespace
 }  // namespace sepo
-
-TORCH_LIBRARY_FRAGMENT(sepo, m) {
-  // slope (M, V) with its rows as the fast dimension is written: slope / unit of loops.py, zero at
-  // the targets
-  m.def(
-      "native_logprob_fused(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float scale,"
-      " float? softcap, Tensor(a!)? slope) -> (Tensor logp, Tensor lse, Tensor unit)");
-}
-TORCH_LIBRARY_IMPL(sepo, CPU, m) { m.impl("native_logprob_fused", &sepo::fused); }

@@ -10,11 +10,11 @@
 // Kept for the backward, because A and B are known only at the end: max(e^a, e^b) in bfloat16 and
 // d in float16. Of p and q the larger is exact to its rounding, the other is it times e^-|d|, and
 // near the reference p - q comes from d, not from two rounded numbers.
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "head_tiles.h"
+#include "operators.h"
 
 namespace sepo {
 namespace {
@@ -115,9 +115,8 @@ Found run(
   const TargetIndex index(targets, M, heads.V());
   const Sums sums = first ? sum_pass<true>(heads, index, targets, shift, direction, kept)
                           : sum_pass<false>(heads, index, targets, shift, direction, kept);
-  const auto floats = heads.head[0].x.options().dtype(at::kFloat);
-  Found found{at::empty({M}, floats), at::empty({M}, floats), at::empty({M}, floats),
-              at::empty({M, NUM_STATE}, floats), {}};
+  Found found{heads.floats({M}), heads.floats({M}), heads.floats({M}),
+              heads.floats({M, NUM_STATE}), {}};
   float* state = found.state.mutable_data_ptr<float>();
   float *logp = found.logp.mutable_data_ptr<float>(),
         *ref_logp = found.ref_logp.mutable_data_ptr<float>(), *kl = found.kl.mutable_data_ptr<float>();
@@ -139,7 +138,9 @@ Found run(
   return found;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused(
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_fused(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const at::Tensor& ref_x, const at::Tensor& ref_weight, const std::optional<at::Tensor>& ref_bias,
     const at::Tensor& targets, double scale, std::optional<double> softcap, int64_t direction,
@@ -150,12 +151,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused(
   const Pair target{target_logits(a, where), target_logits(b, where)};
   Found found = run(pack(a, b), where, target, target, Direction(direction), first, second);
   if (!found.again.empty()) {
-    const at::Tensor index = at::tensor(found.again, at::kLong), some_at = at.index_select(0, index);
+    const at::Tensor index = as_index(found.again, at), some_at = at.index_select(0, index);
     const int64_t* some_where = some_at.const_data_ptr<int64_t>();
     const Head some_a = a.at_rows(index), some_b = b.at_rows(index);
     const auto heads = pack(some_a, some_b);
     const auto block = [&](const std::optional<at::Tensor>& whole) {
-      return whole ? std::optional(at::empty({heads.V(), heads.M()}, whole->options()).t())
+      return whole ? std::optional(whole->new_empty({heads.V(), heads.M()}).t())
                    : std::nullopt;
     };
     const auto some_first = block(first), some_second = block(second);
@@ -177,9 +178,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused(
 
 // out = dZ for the columns that start at `start`, but zero at the targets, whose part the caller
 // adds in float32; all blocks (rows, columns), rows the fast dimension
-void combine(
+void kl_combine(
     const at::Tensor& first, const at::Tensor& second, const at::Tensor& targets, int64_t start,
-    const at::Tensor& kl, const at::Tensor& state, const at::Tensor& grad_logp, const at::Tensor& grad_kl, int64_t direction, at::Tensor out) {
+    const at::Tensor& kl, const at::Tensor& state, const at::Tensor& grad_logp,
+    const at::Tensor& grad_kl, int64_t direction, at::Tensor out) {
   const int64_t M = out.size(0), columns = out.size(1), padded = ceil_div(M, 2 * LANES) * 2 * LANES;
   const at::Tensor rows = state.t().contiguous();  // (NUM_STATE, M)
   const auto lanes = [&](const at::Tensor& values) {
@@ -187,9 +189,9 @@ void combine(
     const float* data = flat.const_data_ptr<float>();
     return padded_copy(std::vector<float>(data, data + M), padded);
   };
-  const auto log_a = lanes(rows[LOG_A]), log_b = lanes(rows[LOG_B]), shift = lanes(rows[SHIFT]);
+  const auto log_a = lanes(rows.select(0, LOG_A)), log_b = lanes(rows.select(0, LOG_B)), shift = lanes(rows.select(0, SHIFT));
   const auto g_logp = lanes(grad_logp), g_kl = lanes(grad_kl), kls = lanes(kl);
-  const float inverse_cap = M ? rows[INVERSE_CAP].const_data_ptr<float>()[0] : 0.f;
+  const float inverse_cap = M ? rows.select(0, INVERSE_CAP).const_data_ptr<float>()[0] : 0.f;
   const auto* from = first.const_data_ptr<at::BFloat16>();
   const auto* distance = second.const_data_ptr<at::Half>();
   auto* to = out.mutable_data_ptr<at::BFloat16>();
@@ -239,23 +241,4 @@ void combine(
   }
 }
 
-}  // namespace
 }  // namespace sepo
-
-TORCH_LIBRARY_FRAGMENT(sepo, m) {
-  // direction 0: KL(ref||policy), 1: KL(policy||ref); first, second (M, V) with the rows as their
-  // fast dimension, bfloat16 and float16, are written for combine
-  m.def(
-      "native_kl_fused(Tensor x, Tensor weight, Tensor? bias, Tensor ref_x, Tensor ref_weight,"
-      " Tensor? ref_bias, Tensor targets, float scale, float? softcap, int direction,"
-      " Tensor(a!)? first, Tensor(b!)? second)"
-      " -> (Tensor logp, Tensor ref_logp, Tensor kl, Tensor state)");
-  m.def(
-      "native_kl_combine(Tensor first, Tensor second, Tensor targets, int start,"
-      " Tensor kl, Tensor state, Tensor grad_logp, Tensor grad_kl, int direction, Tensor(a!) out)"
-      " -> ()");
-}
-TORCH_LIBRARY_IMPL(sepo, CPU, m) {
-  m.impl("native_kl_fused", &sepo::fused);
-  m.impl("native_kl_combine", &sepo::combine);
-}

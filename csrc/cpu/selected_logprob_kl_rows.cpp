@@ -1,16 +1,13 @@
 // selected_logprob_kl from both heads' logits, which library products have written: one thread a
 // row; sums in float64 from blocks of a row, so that near the reference the KL keeps its digits.
-#include <torch/library.h>
-
 #include <algorithm>
 #include <tuple>
 
 #include "head_rows.h"
+#include "operators.h"
 
 namespace sepo {
 namespace {
-
-constexpr int64_t BLOCK = 512;  // entries that are summed in the logits' own type
 
 enum Direction : int64_t { REF_POLICY = 0, POLICY_REF = 1 };
 
@@ -23,9 +20,9 @@ struct Sums {
 template <typename T>
 Sums<T> sum_row(const T* z, const T* ref_z, int64_t V, T c, T ref_c, Direction direction) {
   Sums<T> total;
-  for (int64_t start = 0; start < V; start += BLOCK) {
+  for (int64_t start = 0; start < V; start += SUM_BLOCK) {
     VecOf<T> sum_a(T(0)), sum_b(T(0)), weighted(T(0));
-    for (int64_t v = start; v < std::min(V, start + BLOCK); v += VecOf<T>::size()) {
+    for (int64_t v = start; v < std::min(V, start + SUM_BLOCK); v += VecOf<T>::size()) {
       const int64_t width = std::min<int64_t>(VecOf<T>::size(), V - v);
       const VecOf<T> a = VecOf<T>::loadu(z + v, width) - VecOf<T>(c);
       const VecOf<T> b = VecOf<T>::loadu(ref_z + v, width) - VecOf<T>(ref_c);
@@ -105,13 +102,15 @@ void do_rows(
   });
 }
 
-at::Tensor rows(
+}  // namespace
+
+at::Tensor kl_rows(
     const at::Tensor& z, const at::Tensor& ref_z, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ref_bias, const at::Tensor& targets, double scale,
     std::optional<double> softcap, int64_t direction, const std::optional<at::Tensor>& first,
     const std::optional<at::Tensor>& second) {
   const at::Tensor at = targets.contiguous();
-  auto found = at::empty({3, z.size(0)}, z.options());
+  auto found = z.new_empty({3, z.size(0)});
   const auto to = first ? first->scalar_type() : z.scalar_type();
   const auto call = [&](auto kernel) {
     kernel(z, ref_z, bias, ref_bias, at, scale, softcap, Direction(direction), first, second, found);
@@ -127,6 +126,8 @@ at::Tensor rows(
   }
   return found;
 }
+
+namespace {
 
 template <typename T, typename Acc>
 void do_combine(const at::Tensor& first, const at::Tensor& second, const at::Tensor& grad_logp,
@@ -144,9 +145,12 @@ void do_combine(const at::Tensor& first, const at::Tensor& second, const at::Ten
   });
 }
 
+}  // namespace
+
 // out = -grad_logp * first + grad_kl * second, row by row, rounded once
-void combine_rows(const at::Tensor& first, const at::Tensor& second, const at::Tensor& grad_logp,
-                  const at::Tensor& grad_kl, at::Tensor out) {
+void kl_combine_rows(
+    const at::Tensor& first, const at::Tensor& second, const at::Tensor& grad_logp,
+    const at::Tensor& grad_kl, at::Tensor out) {
   const auto call = [&](auto kernel) {
     kernel(first, second, grad_logp.contiguous(), grad_kl.contiguous(), out);
   };
@@ -158,20 +162,4 @@ void combine_rows(const at::Tensor& first, const at::Tensor& second, const at::T
   }
 }
 
-}  // namespace
 }  // namespace sepo
-
-TORCH_LIBRARY_FRAGMENT(sepo, m) {
-  // z, ref_z (M, V) float32 or float64 products, overwritten; first, second (M, V), which may be
-  // they, are written with -dlogp/dz and dKL/dz; returns logp, ref_logp and KL (3, M)
-  m.def(
-      "native_kl_rows(Tensor(a!) z, Tensor(b!) ref_z, Tensor? bias, Tensor? ref_bias, Tensor targets,"
-      " float scale, float? softcap, int direction, Tensor(c!)? first, Tensor(d!)? second) -> Tensor");
-  m.def(
-      "native_kl_combine_rows(Tensor first, Tensor second, Tensor grad_logp, Tensor grad_kl,"
-      " Tensor(a!) out) -> ()");
-}
-TORCH_LIBRARY_IMPL(sepo, CPU, m) {
-  m.impl("native_kl_rows", &sepo::rows);
-  m.impl("native_kl_combine_rows", &sepo::combine_rows);
-}

@@ -1,0 +1,64 @@
+// The schemas of all operators and their kernels for the CPU; csrc/cuda adds its own to some.
+#include "operators.h"
+
+#include <torch/library.h>
+
+TORCH_LIBRARY_FRAGMENT(sepo, m) {
+  m.def("native_bfloat16_tiles() -> bool", &sepo::bfloat16_tiles);
+  m.def(
+      "native_segment_topk(Tensor score, Tensor cu_tokens, Tensor cu_rows, int side, int M)"
+      " -> Tensor");
+  m.def("native_segment_sum(Tensor values, Tensor cu_rows) -> Tensor");
+  m.def("native_segment_sum_bwd(Tensor grad_sum, Tensor cu_rows, int M) -> Tensor");
+  // slope (M, V) with its rows as the fast dimension is written: slope / unit of loops.py, zero at
+  // the targets
+  m.def(
+      "native_logprob_fused(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float scale,"
+      " float? softcap, Tensor(a!)? slope) -> (Tensor logp, Tensor lse, Tensor unit)");
+  // direction 0: KL(ref||policy), 1: KL(policy||ref); first, second (M, V) with the rows as their
+  // fast dimension, bfloat16 and float16, are written for combine
+  m.def(
+      "native_kl_fused(Tensor x, Tensor weight, Tensor? bias, Tensor ref_x, Tensor ref_weight,"
+      " Tensor? ref_bias, Tensor targets, float scale, float? softcap, int direction,"
+      " Tensor(a!)? first, Tensor(b!)? second)"
+      " -> (Tensor logp, Tensor ref_logp, Tensor kl, Tensor state)");
+  m.def(
+      "native_kl_combine(Tensor first, Tensor second, Tensor targets, int start,"
+      " Tensor kl, Tensor state, Tensor grad_logp, Tensor grad_kl, int direction, Tensor(a!) out)"
+      " -> ()");
+  // z, ref_z (M, V) float32 or float64 products, overwritten; first, second (M, V), which may be
+  // they, are written with -dlogp/dz and dKL/dz; returns logp, ref_logp and KL (3, M)
+  m.def(
+      "native_kl_rows(Tensor(a!) z, Tensor(b!) ref_z, Tensor? bias, Tensor? ref_bias, Tensor targets,"
+      " float scale, float? softcap, int direction, Tensor(c!)? first, Tensor(d!)? second) -> Tensor");
+  // z (M, V) float32 or float64 products, overwritten; slope (M, V) may be z: slope / unit of loops.py
+  m.def(
+      "native_logprob_rows(Tensor(a!) z, Tensor? bias, Tensor targets, float scale, float? softcap,"
+      " Tensor(b!)? slope) -> (Tensor logp, Tensor lse, Tensor unit)");
+  m.def(
+      "native_kl_combine_rows(Tensor first, Tensor second, Tensor grad_logp, Tensor grad_kl,"
+      " Tensor(a!) out) -> ()");
+  // query (N, H, d), key and value (N, H_kv, d), float32 or bfloat16; spans (P, 4) int64 on the
+  // CPU: start, prefix_end, rejected_start, pair_end of pairs that fill the buffer; window 0: none;
+  // bfloat16_tiles: oneDNN multiplies them here, else they are widened
+  m.def(
+      "native_packed_attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale,"
+      " int window, bool bfloat16_tiles) -> (Tensor out, Tensor lse)");
+  m.def(
+      "native_packed_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
+      " Tensor out, Tensor lse, Tensor spans, float scale, int window, bool bfloat16_tiles)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+}
+TORCH_LIBRARY_IMPL(sepo, CPU, m) {
+  m.impl("native_segment_topk", &sepo::segment_topk);
+  m.impl("native_segment_sum", &sepo::segment_sum);
+  m.impl("native_segment_sum_bwd", &sepo::segment_sum_bwd);
+  m.impl("native_logprob_fused", &sepo::logprob_fused);
+  m.impl("native_logprob_rows", &sepo::logprob_rows);
+  m.impl("native_kl_fused", &sepo::kl_fused);
+  m.impl("native_kl_combine", &sepo::kl_combine);
+  m.impl("native_kl_rows", &sepo::kl_rows);
+  m.impl("native_kl_combine_rows", &sepo::kl_combine_rows);
+  m.impl("native_packed_attention", &sepo::packed_attention);
+  m.impl("native_packed_attention_backward", &sepo::packed_attention_backward);
+}
