@@ -4,13 +4,13 @@
 // A task is one pair and one head of keys with all queries that share it, so a task owns its part
 // of every gradient: nothing is shared, and any number of threads gives the same bits.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <atomic>
 #include <cmath>
 #include <numeric>
 
 #include "attention_tiles.h"
+#include "operators.h"
 
 namespace sepo {
 namespace {
@@ -296,9 +296,11 @@ void with_types(const at::Tensor& x, bool bfloat16_tiles, const Work& work) {
     work(at::BFloat16(), float());
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key,
-                                           const at::Tensor& value, const at::Tensor& spans,
-                                           double scale, int64_t window, bool bfloat16_tiles) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> packed_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& spans, double scale,
+    int64_t window, bool bfloat16_tiles) {
   const auto q = last_contiguous(query), k = last_contiguous(key), v = last_contiguous(value);
   const Shape shape = shape_of(q, k, spans, scale, window);
   const at::Tensor out = at::empty({shape.N, shape.heads, shape.d}, q.options());
@@ -314,10 +316,10 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Te
   return {out, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
-    const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
-    const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& spans,
-    double scale, int64_t window, bool bfloat16_tiles) {
+std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out, const Tensor& lse, const Tensor& spans, double scale, int64_t window,
+    bool bfloat16_tiles) {
   const auto q = last_contiguous(query), k = last_contiguous(key), v = last_contiguous(value);
   const auto grad = last_contiguous(grad_out);
   const Shape shape = shape_of(q, k, spans, scale, window);
@@ -335,22 +337,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   return {grad_q, grad_k, grad_v};
 }
 
-}  // namespace
 }  // namespace sepo
-
-TORCH_LIBRARY_FRAGMENT(sepo, m) {
-  // query (N, H, d), key and value (N, H_kv, d), float32 or bfloat16; spans (P, 4) int64 on the
-  // CPU: start, prefix_end, rejected_start, pair_end of pairs that fill the buffer; window 0: none;
-  // bfloat16_tiles: oneDNN multiplies them here, else they are widened
-  m.def(
-      "native_packed_attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale,"
-      " int window, bool bfloat16_tiles) -> (Tensor out, Tensor lse)");
-  m.def(
-      "native_packed_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
-      " Tensor out, Tensor lse, Tensor spans, float scale, int window, bool bfloat16_tiles)"
-      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
-}
-TORCH_LIBRARY_IMPL(sepo, CPU, m) {
-  m.impl("native_packed_attention", &sepo::forward);
-  m.impl("native_packed_attention_backward", &sepo::backward);
-}

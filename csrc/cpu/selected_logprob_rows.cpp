@@ -1,30 +1,33 @@
 // selected_logprob from logits that a library product has written: one thread a row, passes over a
 // row that the first of them brought into cache.
-#include <torch/library.h>
-
 #include <tuple>
 
 #include "head_rows.h"
+#include "operators.h"
 
 namespace sepo {
 namespace {
 
 // z becomes exp(z - c) * cap'(z) if SLOPE; returns the sum of exp(z - c)
 template <typename T, bool SLOPE>
-T exponentials(T* z, int64_t V, T c, const Finish<T>& finish) {
+double exponentials(T* z, int64_t V, T c, const Finish<T>& finish) {
   const VecOf<T> reference(c);
-  VecOf<T> sum(T(0));
-  for (int64_t v = 0; v < V; v += VecOf<T>::size()) {
-    const int64_t width = std::min<int64_t>(VecOf<T>::size(), V - v);
-    const VecOf<T> y = VecOf<T>::loadu(z + v, width);
-    VecOf<T> e = (y - reference).exp();
-    sum = sum + only(e, width);
-    if constexpr (SLOPE) {
-      if (finish.softcap) e = e * finish.derivative(y);
-      e.store(z + v, width);
+  double total = 0;  // of blocks: the fewer lanes a vector has, the longer the sum in each
+  for (int64_t start = 0; start < V; start += SUM_BLOCK) {
+    VecOf<T> sum(T(0));
+    for (int64_t v = start; v < std::min(V, start + SUM_BLOCK); v += VecOf<T>::size()) {
+      const int64_t width = std::min<int64_t>(VecOf<T>::size(), V - v);
+      const VecOf<T> y = VecOf<T>::loadu(z + v, width);
+      VecOf<T> e = (y - reference).exp();
+      sum = sum + only(e, width);
+      if constexpr (SLOPE) {
+        if (finish.softcap) e = e * finish.derivative(y);
+        e.store(z + v, width);
+      }
     }
+    total += sum_lanes(sum);
   }
-  return at::vec::vec_reduce_all<T>([](const VecOf<T>& a, const VecOf<T>& b) { return a + b; }, sum);
+  return total;
 }
 
 struct Row {
@@ -76,9 +79,11 @@ void do_rows(
   });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> rows(
-    const at::Tensor& z, const std::optional<at::Tensor>& bias, const at::Tensor& targets, double scale,
-    std::optional<double> softcap, const std::optional<at::Tensor>& slope) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> logprob_rows(
+    const Tensor& z, const Maybe& bias, const Tensor& targets, double scale,
+    std::optional<double> softcap, const Maybe& slope) {
   const at::Tensor at = targets.contiguous();
   auto logp = at::empty({z.size(0)}, z.options());
   auto lse = at::empty_like(logp), unit = at::empty_like(logp);
@@ -98,13 +103,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rows(
   return {logp, lse, unit};
 }
 
-}  // namespace
 }  // namespace sepo
-
-TORCH_LIBRARY_FRAGMENT(sepo, m) {
-  // z (M, V) float32 or float64 products, overwritten; slope (M, V) may be z: slope / unit of loops.py
-  m.def(
-      "native_logprob_rows(Tensor(a!) z, Tensor? bias, Tensor targets, float scale, float? softcap,"
-      " Tensor(b!)? slope) -> (Tensor logp, Tensor lse, Tensor unit)");
-}
-TORCH_LIBRARY_IMPL(sepo, CPU, m) { m.impl("native_logprob_rows", &sepo::rows); }

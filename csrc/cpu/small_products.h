@@ -12,7 +12,7 @@ inline void multiply_rows(int64_t k, int64_t n, const float* a, const float* b, 
   Vec sum[ROWS][2];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < 2; ++j) sum[i][j] = add ? Vec::loadu(c + i * n + j * LANES) : Vec(0.f);
+    for (int j = 0; j < 2; ++j) sum[i][j] = Vec(0.f);
   for (int64_t l = 0; l < k; ++l) {
     const Vec b0 = Vec::loadu(b + l * n), b1 = Vec::loadu(b + l * n + LANES);
 #pragma GCC unroll 8
@@ -22,9 +22,13 @@ inline void multiply_rows(int64_t k, int64_t n, const float* a, const float* b, 
       sum[i][1] = at::vec::fmadd(factor, b1, sum[i][1]);
     }
   }
+  // added at the end: k terms at a time round less than one long sum in c
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < 2; ++j) sum[i][j].store(c + i * n + j * LANES);
+    for (int j = 0; j < 2; ++j) {
+      float* at = c + i * n + j * LANES;
+      (add ? sum[i][j] + Vec::loadu(at) : sum[i][j]).store(at);
+    }
 }
 
 // c (m, n) = or += a (m, k) b (k, n), all contiguous; m even, n a multiple of two vectors
