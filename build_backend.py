@@ -7,28 +7,21 @@ there; if it has none, the build asks pip for one, as the installation does righ
 import importlib.util
 import os
 import shutil
-import site
+import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403  the hooks that need nothing of their own
+from setuptools.build_meta import *  # noqa: F403  every other hook
 
 TORCH = "torch>=2.11"
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *lacking_torch()]
-
-
-def get_requires_for_build_editable(config_settings=None) -> list[str]:
-    return [*build_meta.get_requires_for_build_editable(config_settings), *lacking_torch()]
-
-
-def lacking_torch() -> list[str]:
     wanted = os.environ.get("SEPO_EXT", "auto") != "none" and compiler() is not None
     return [TORCH] if wanted and not find_torch() else []
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
 
 
 def compiler() -> str | None:
@@ -37,12 +30,16 @@ def compiler() -> str | None:
 
 def find_torch() -> bool:
     """Whether torch can be imported, from the environment behind an isolated build if need be."""
-    if importlib.util.find_spec("torch") is not None:
-        return True
-    places = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
-    for place in (*places, site.getusersitepackages()):
-        if (Path(place) / "torch").is_dir():
-            sys.path.append(place)  # last: what builds comes from the build's own environment
-            importlib.invalidate_caches()
-            return True
-    return False
+    if importlib.util.find_spec("torch") is None and (place := torch_outside()):
+        sys.path.append(place)  # last: what builds comes from the build's own environment
+        importlib.invalidate_caches()
+    return importlib.util.find_spec("torch") is not None
+
+
+def torch_outside() -> str | None:
+    """Where the interpreter has torch when pip does not tell it where to look."""
+    code = "import importlib.util as i; s = i.find_spec('torch'); print(s.origin if s else '')"
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    asked = subprocess.run([sys.executable, "-c", code], env=env, cwd="/", capture_output=True)
+    origin = asked.stdout.decode().strip()
+    return str(Path(origin).parents[1]) if origin and asked.returncode == 0 else None

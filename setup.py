@@ -26,16 +26,16 @@ DEPENDENCIES = [
     "numpy>=2.0",
     "pyyaml>=6.0",
 ]
+# unknown pragmas: at::vec's own, once for each line that includes it
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
+# gcc 12 says it of its own AVX-512 intrinsics, once for each that is inlined
+QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # what at::vec needs to be a vector of so many bits: torch's own flags, by its own names
 LEVELS = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
+    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", *QUIET],
 }
-# unknown pragmas: at::vec's own, once for each line that includes it; uninitialized: gcc 12's own
-# AVX-512 intrinsics, once for each that is inlined
-QUIET = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
-FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", *QUIET]
 OLDEST_PYTHON = "311"  # the libraries use none of Python's functions: one serves every later one
 
 
@@ -100,16 +100,27 @@ def library(kind, level: str, folder: str):
     )
 
 
+def failed(error: Exception) -> str:
+    return (
+        f"the kernels cannot be compiled here ({error}). SEPO_EXT=none pip install . leaves them out,"
+        " and everything runs in plain PyTorch"
+    )
+
+
 def side_by_side(build_ext):
     """Each library has a folder for its objects, since they share sources, and a ninja."""
 
     class BuildLibraries(build_ext):
         def build_extensions(self):
             if self.use_ninja:  # else nvcc would take the compiler's place in another's thread
-                jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-                self.parallel = min(jobs, len(self.extensions))
-                os.environ["MAX_JOBS"] = str(-(-jobs // self.parallel))
-            super().build_extensions()
+                asked, libraries = int(os.environ.get("MAX_JOBS") or 0), len(self.extensions)
+                self.parallel = min(asked or libraries, libraries)
+                jobs = -(-(asked or os.cpu_count() or 1) // self.parallel)
+                os.environ["MAX_JOBS"] = str(jobs)  # of one ninja
+            try:
+                super().build_extensions()
+            except Exception as error:  # after what the compiler said, a traceback hides what to do
+                raise SystemExit(f"sepo: {failed(error)}") from error
 
         def build_extension(self, ext):
             one = copy.copy(self)
