@@ -58,12 +58,16 @@ def load(level: str) -> str | None:
         return f"the native extension was built for torch {have}, this is torch {RELEASE}"
     found = built[RELEASE]
     names = [name for name in LEVELS[: LEVELS.index(level) + 1] if name.lower() in found]
+    if not names:
+        have = ", ".join(sorted(found))
+        return f"the native extension was built for {have}, this CPU has {level}"
     try:
         torch.ops.load_library(found[names[-1].lower()])
         if "cuda" in found:
             torch.ops.load_library(found["cuda"])
     except OSError as error:  # of another architecture, say
-        return f"the native extension cannot be loaded ({str(error).strip().splitlines()[0]})"
+        reason = str(error.__cause__ or error).strip().splitlines()[0]  # torch says which alone
+        return f"the native extension cannot be loaded ({reason})"
     return None
 
 
@@ -76,6 +80,17 @@ def why_not(operator: str, device: torch.device) -> str | None:
     if not known or not torch._C._dispatch_has_kernel_for_dispatch_key(f"sepo::{operator}", key):
         return f"the native extension was built without a {device.type} kernel for {operator}"
     return None
+
+
+def in_force() -> str:
+    """Which instruction set computes here, of which; or why none does."""
+    if MISSING is not None:
+        return MISSING
+    found = _libraries(RELEASE)
+    built = ", ".join(name.lower() for name in LEVELS if name.lower() in found)
+    tiles = "with" if BFLOAT16_TILES else "without"
+    best = level_of_this_cpu()
+    return f"{LEVEL} of {best}, {tiles} bfloat16 tiles; built: {built}, for torch {RELEASE}"
 
 
 def how_to_build() -> str:

@@ -31,13 +31,19 @@ def test_a_working_installation(capsys):
         impl = explain_selected_logprob(x, x, none, none.long()).impl
         assert found[f"cpu, {dtype}"].startswith(f"head {impl}")
         assert "attention " in found[f"cpu, {dtype}"]
-    built = extension.why_not("native_segment_sum", torch.device("cpu")) is None
-    assert (found["extension on cpu"] == "built") == built
+    if extension.MISSING is None:
+        levels = f"{extension.LEVEL} of {extension.level_of_this_cpu()}, with"
+        tiles = "" if extension.BFLOAT16_TILES else "out"
+        said = found["extension on cpu"]
+        assert said.startswith(f"{levels}{tiles} bfloat16 tiles; built: default")
+        assert said.endswith(f"for torch {extension.RELEASE}")
+    else:
+        assert found["extension on cpu"] == extension.MISSING
 
 
 def test_without_an_extension_or_a_compiler(capsys, monkeypatch):
-    reason = "the native extension is not here (no module); build it with: pip install -e ."
-    monkeypatch.setattr(extension, "_MISSING", reason)
+    reason = "the native extension is not here ; build it with: make"
+    monkeypatch.setattr(extension, "MISSING", reason)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     found = lines(capsys)

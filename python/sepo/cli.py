@@ -18,6 +18,7 @@ def main() -> None:
 
 def run(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    _check_settings()
     if argv and argv[0] == "train":  # SePOConfig has a parser of its own
         from sepo.train import main as train
 
@@ -36,6 +37,15 @@ def run(argv: list[str] | None = None) -> None:
     commands.add_parser("env", help="versions and devices, for a bug report").set_defaults(run=env)
     args = parser.parse_args(argv)
     args.run(args)
+
+
+def _check_settings() -> None:
+    """The kernels read SEPO_CPU when they are imported; a wrong one is the user's to mend."""
+    if "SEPO_CPU" in os.environ:
+        try:
+            import sepo_kernels.extension  # noqa: F401
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
 
 COMMANDS = (
@@ -126,9 +136,10 @@ def _devices() -> str:
 
 
 def _extension(device: str) -> str:
-    from sepo_kernels.extension import why_not
+    from sepo_kernels import extension
 
-    return why_not("native_segment_sum", _torch().device(device)) or "built"
+    missing = extension.why_not("native_segment_sum", _torch().device(device))
+    return missing or (extension.in_force() if device == "cpu" else "built")
 
 
 def _fast_dtype(device: str) -> str:
