@@ -303,8 +303,8 @@ std::tuple<Tensor, Tensor> packed_attention(
     int64_t window, bool bfloat16_tiles) {
   const auto q = last_contiguous(query), k = last_contiguous(key), v = last_contiguous(value);
   const Shape shape = shape_of(q, k, spans, scale, window);
-  const at::Tensor out = at::empty({shape.N, shape.heads, shape.d}, q.options());
-  const at::Tensor lse = at::empty({shape.N, shape.heads}, q.options().dtype(at::kFloat));
+  const at::Tensor out = q.new_empty({shape.N, shape.heads, shape.d});
+  const at::Tensor lse = q.new_empty({shape.N, shape.heads}, at::kFloat);
   const int64_t* span = spans.const_data_ptr<int64_t>();
   with_types(q, bfloat16_tiles, [&](auto in, auto tile) {
     for_each_task(shape, span, [&](int64_t pair, int64_t group) {
@@ -323,9 +323,9 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
   const auto q = last_contiguous(query), k = last_contiguous(key), v = last_contiguous(value);
   const auto grad = last_contiguous(grad_out);
   const Shape shape = shape_of(q, k, spans, scale, window);
-  const at::Tensor grad_q = at::empty({shape.N, shape.heads, shape.d}, q.options());
-  const at::Tensor grad_k = at::empty({shape.N, shape.groups, shape.d}, q.options());
-  const at::Tensor grad_v = at::empty({shape.N, shape.groups, shape.d}, q.options());
+  const at::Tensor grad_q = q.new_empty({shape.N, shape.heads, shape.d});
+  const at::Tensor grad_k = q.new_empty({shape.N, shape.groups, shape.d});
+  const at::Tensor grad_v = q.new_empty({shape.N, shape.groups, shape.d});
   const Inputs inputs{grad, q, k, v, out, lse};
   const Gradients gradients{grad_q, grad_k, grad_v};
   const int64_t* span = spans.const_data_ptr<int64_t>();

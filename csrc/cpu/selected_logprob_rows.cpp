@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> logprob_rows(
     const Tensor& z, const Maybe& bias, const Tensor& targets, double scale,
     std::optional<double> softcap, const Maybe& slope) {
   const at::Tensor at = targets.contiguous();
-  auto logp = at::empty({z.size(0)}, z.options());
-  auto lse = at::empty_like(logp), unit = at::empty_like(logp);
+  auto logp = z.new_empty({z.size(0)});
+  auto lse = z.new_empty({z.size(0)}), unit = z.new_empty({z.size(0)});
   const auto to = slope ? slope->scalar_type() : z.scalar_type();
   const auto call = [&](auto kernel) {
     kernel(z, bias, at, scale, softcap, slope, logp, lse, unit);
