@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 install: .venv/.installed
 
 # torch first and alone: a looser requirement asked for before it would bring another build of it
-.venv/.installed: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+.venv/.installed: constraints.txt pyproject.toml setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) "setuptools>=77" wheel ninja  # ninja: the extension's files are compiled side by side
