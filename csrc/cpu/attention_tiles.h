@@ -113,6 +113,24 @@ struct Operand {
   }
 };
 
+// What is computed of a tile: queries that there are, each with the keys that it sees, in whole
+// panels. brgemm takes whole tiles.
+struct Part {
+  int64_t queries;  // even
+  int64_t offset;   // query i sees keys before offset + i + 1
+
+  int64_t seen(int64_t query) const { return std::clamp<int64_t>(offset + query + 1, 0, TILE); }
+  int64_t first_query(int64_t key) const { return std::clamp<int64_t>(key - offset, 0, queries); }
+
+  // Calls block(first, rows, keys) for blocks of queries: rows is a constant, keys whole panels
+  template <typename Block>
+  void for_blocks(const Block& block) const {
+    for_row_blocks(queries, [&](int64_t first, auto rows) {
+      block(first, rows, ceil_div(seen(first + rows - 1), PANEL) * PANEL);
+    });
+  }
+};
+
 // The queries of one tile, and which tiles of keys they see
 struct QueryBlock {
   int64_t first, last;  // positions
@@ -127,20 +145,28 @@ struct QueryBlock {
 
   int64_t count() const { return last - first; }
 
+  template <typename T>
+  Part part(int64_t tile) const {
+    if constexpr (Operand<T>::PAIRED) return {TILE, TILE};
+    return {ceil_div(count(), 2) * 2, first - tile * TILE};
+  }
+
   // Scores of what a query does not see become -inf: exp makes zeros of them
-  void mask(int64_t tile, float* z) const {
+  void mask(int64_t tile, const Part& part, float* z) const {
     const int64_t key = tile * TILE;
     const bool whole = key + TILE - 1 <= first && (!window || last - key <= window);
     if (whole) return;
     constexpr float hidden = -std::numeric_limits<float>::infinity();
-    for (int64_t i = 0; i < TILE; ++i) {
-      const int64_t position = std::min(first + i, last - 1);  // padding rows: as the last real one
-      const int64_t end = std::clamp<int64_t>(position + 1 - key, 0, TILE);
-      std::fill(z + i * TILE + end, z + (i + 1) * TILE, hidden);
-      if (!window) continue;
-      const int64_t begin = std::clamp<int64_t>(position - window + 1 - key, 0, TILE);
-      std::fill(z + i * TILE, z + i * TILE + begin, hidden);
-    }
+    part.for_blocks([&](int64_t block, int64_t rows, int64_t keys) {
+      for (int64_t i = block; i < block + rows; ++i) {
+        const int64_t position = std::min(first + i, last - 1);  // padding rows: as the last real one
+        const int64_t end = std::clamp<int64_t>(position + 1 - key, 0, keys);
+        std::fill(z + i * TILE + end, z + i * TILE + keys, hidden);
+        if (!window) continue;
+        const int64_t begin = std::clamp<int64_t>(position - window + 1 - key, 0, keys);
+        std::fill(z + i * TILE, z + i * TILE + begin, hidden);
+      }
+    });
   }
 
   // Rows of x as a left operand, (64, d), zeros after the last
@@ -151,10 +177,49 @@ struct QueryBlock {
   }
 };
 
-// c (m, n) = or += a (m, k) b, b in brgemm's order; every leading dimension is its matrix's width
-inline void multiply(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, const at::BFloat16* b,
-                     float* c, bool add) {
-  at::native::cpublas::brgemm(m, n, k, k, n, n, add, a, b, c);
+// Products of a part: of bfloat16 by oneDNN's brgemm, right operands in its order; of float in blocks
+
+// scores (queries, keys) = x (queries, d) y (d, keys)
+inline void make_scores(const Part&, int64_t d, const at::BFloat16* x, const at::BFloat16* y,
+                        float* scores) {
+  at::native::cpublas::brgemm(TILE, TILE, d, d, TILE, TILE, false, x, y, scores);
+}
+inline void make_scores(const Part& part, int64_t d, const float* x, const float* y, float* scores) {
+  part.for_blocks([&](int64_t i, auto rows, int64_t keys) {
+    for (int64_t j = 0; j < keys; j += PANEL)
+      multiply_rows<rows>(d, {x + i * d, d}, {y + j, TILE}, {scores + i * TILE + j, TILE}, false);
+  });
+}
+
+// sums (queries, d) = or += weights (queries, keys) y (keys, d)
+inline void sum_over_keys(const Part&, int64_t d, const at::BFloat16* weights,
+                          const at::BFloat16* y, float* sums, bool add) {
+  at::native::cpublas::brgemm(TILE, d, TILE, TILE, d, d, add, weights, y, sums);
+}
+inline void sum_over_keys(const Part& part, int64_t d, const float* weights, const float* y,
+                          float* sums, bool add) {
+  part.for_blocks([&](int64_t i, auto rows, int64_t) {
+    const int64_t seen = part.seen(i + rows - 1);
+    for (int64_t j = 0; j < d; j += PANEL)
+      multiply_rows<rows>(seen, {weights + i * TILE, TILE}, {y + j, d}, {sums + i * d + j, d}, add);
+  });
+}
+
+// sums (d, keys) += x (d, queries) weights (queries, keys)
+inline void add_over_queries(const Part&, int64_t d, const at::BFloat16* x,
+                             const at::BFloat16* weights, float* sums) {
+  at::native::cpublas::brgemm(d, TILE, TILE, TILE, TILE, TILE, true, x, weights, sums);
+}
+inline void add_over_queries(const Part& part, int64_t d, const float* x, const float* weights,
+                             float* sums) {
+  for (int64_t j = 0; j < TILE; j += PANEL) {
+    const int64_t k = part.first_query(j);
+    if (k == part.queries) return;  // nor does any query see the keys after these
+    for_row_blocks(d, [&](int64_t i, auto rows) {
+      multiply_rows<rows>(part.queries - k, {x + i * TILE + k, TILE}, {weights + k * TILE + j, TILE},
+                          {sums + i * TILE + j, TILE}, true);
+    });
+  }
 }
 
 // Two vectors, rounded to T if need be
@@ -173,11 +238,25 @@ inline void store_row(const float* from, float scale, int64_t d, In* to) {
     store(Vec::loadu(from + j) * factor, Vec::loadu(from + j + LANES) * factor, to + j);
 }
 
-// e^x: to float's last bits where the tensors are float, else to about 20 bits of them
-template <typename In>
+// e^x for x of at most 0, and 0 for what float32 has no normal number for: to its last digit, or to
+// about 20 bits where the tiles are bfloat16
+template <typename T>
 inline Vec exponential(const Vec& x) {
-  if constexpr (std::is_same_v<In, float>) return x.exp();
-  return x.exp_u20();
+  if constexpr (std::is_same_v<T, at::BFloat16>) return x.exp_u20();
+  const Vec least(-87.33f);  // a little more than the logarithm of 2^-126
+  const Vec y = at::vec::clamp_min(x, least);
+  const Vec n = (y * Vec(1.44269504f)).round();
+  // log 2 in two parts: n times the first has no rounding error
+  const Vec r = at::vec::fmadd(n, Vec(2.12194440e-4f), at::vec::fmadd(n, Vec(-0.693359375f), y));
+  // (e^r - 1 - r) / r^2 for |r| <= log(2) / 2: the polynomial whose largest relative error in e^r is
+  // least, 3e-9
+  Vec q(1.38145400e-3f);
+  for (const float next : {8.36874511e-3f, 4.16683908e-2f, 0.166665204f, 0.499999934f})
+    q = at::vec::fmadd(q, r, Vec(next));
+  const Vec value = at::vec::fmadd(q, r * r, r) + Vec(1.f);
+  using Int = at::vec::Vectorized<int32_t>;
+  const Int power = (at::vec::convert_to_int_of_same_size(n) + Int(127)) << Int(23);
+  return Vec::blendv(value * at::vec::cast<float>(power), Vec(0.f), x < least);
 }
 
 }  // namespace sepo

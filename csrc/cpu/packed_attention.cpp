@@ -39,13 +39,6 @@ void for_each_task(const Shape& shape, const int64_t* spans, const Work& work) {
   });
 }
 
-// Largest score of each row, folded from a vector a row
-void row_maximum(const float* z, Vec* largest) {
-  for (int64_t i = 0; i < TILE; ++i)
-    for (int64_t j = 0; j < TILE; j += LANES)
-      largest[i] = at::vec::maximum(largest[i], Vec::loadu(z + i * TILE + j));
-}
-
 float reduce_max(const Vec& x) {
   return at::vec::vec_reduce_all<float>(
       [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
@@ -84,27 +77,35 @@ class Forward {
     std::fill_n(total, TILE, Vec(0.f));
     for (int64_t t = queries.tile_begin; t < queries.tile_end; ++t) {
       float* z = scores_.data() + t * TILE * TILE;
-      multiply(TILE, TILE, d, query_.data(), keys_.tile(t), z, false);
-      queries.mask(t, z);
-      row_maximum(z, largest);
+      const Part part = queries.part<T>(t);
+      make_scores(part, d, query_.data(), keys_.tile(t), z);
+      queries.mask(t, part, z);
+      part.for_blocks([&](int64_t first, int64_t rows, int64_t keys) {
+        for (int64_t i = first; i < first + rows; ++i)
+          for (int64_t j = 0; j < keys; j += LANES)
+            largest[i] = at::vec::maximum(largest[i], Vec::loadu(z + i * TILE + j));
+      });
     }
-    float top[TILE];  // every query sees itself, so it is finite
-    for (int64_t i = 0; i < TILE; ++i) top[i] = reduce_max(largest[i]) * shape_.scale;
+    float top[TILE] = {};  // every query sees itself, so it is finite
+    for (int64_t i = 0; i < queries.count(); ++i) top[i] = reduce_max(largest[i]) * shape_.scale;
     for (int64_t t = queries.tile_begin; t < queries.tile_end; ++t) {
       const float* z = scores_.data() + t * TILE * TILE;
       alignas(64) TileOf<T> weights;
       const Vec scale(shape_.scale);
-      for (int64_t i = 0; i < TILE; ++i) {
-        const Vec shift(-top[i]);
-        for (int64_t j = 0; j < TILE; j += 2 * LANES) {
-          const float* at = z + i * TILE + j;
-          const Vec a = exponential<In>(at::vec::fmadd(Vec::loadu(at), scale, shift));
-          const Vec b = exponential<In>(at::vec::fmadd(Vec::loadu(at + LANES), scale, shift));
-          total[i] = total[i] + (a + b);
-          store(a, b, weights + i * TILE + j);
+      const Part part = queries.part<T>(t);
+      part.for_blocks([&](int64_t first, int64_t rows, int64_t keys) {
+        for (int64_t i = first; i < first + rows; ++i) {
+          const Vec shift(-top[i]);
+          for (int64_t j = 0; j < keys; j += PANEL) {
+            const float* at = z + i * TILE + j;
+            const Vec a = exponential<T>(at::vec::fmadd(Vec::loadu(at), scale, shift));
+            const Vec b = exponential<T>(at::vec::fmadd(Vec::loadu(at + LANES), scale, shift));
+            total[i] = total[i] + (a + b);
+            store(a, b, weights + i * TILE + j);
+          }
         }
-      }
-      multiply(TILE, d, TILE, weights, values_.tile(t), sum_.data(), t > queries.tile_begin);
+      });
+      sum_over_keys(part, d, weights, values_.tile(t), sum_.data(), t > queries.tile_begin);
     }
     In* out = out_.mutable_data_ptr<In>();
     float* lse = lse_.mutable_data_ptr<float>();
@@ -209,15 +210,16 @@ class Backward {
     for (int64_t t = queries.tile_begin; t < queries.tile_end; ++t) {
       alignas(64) TileOf<float> z, grad_weight;
       alignas(64) TileOf<T> grad_score, weight, right_grad_score;
-      multiply(TILE, TILE, d, query_.data(), keys_transposed_.tile(t), z, false);
-      queries.mask(t, z);
-      multiply(TILE, TILE, d, grad_out_.data(), values_transposed_.tile(t), grad_weight, false);
-      slopes(z, grad_weight, lse, delta, grad_score, weight, right_grad_score);
-      multiply(TILE, d, TILE, grad_score, keys_.tile(t), grad_query_.data(), t > queries.tile_begin);
+      const Part part = queries.part<T>(t);
+      make_scores(part, d, query_.data(), keys_transposed_.tile(t), z);
+      queries.mask(t, part, z);
+      make_scores(part, d, grad_out_.data(), values_transposed_.tile(t), grad_weight);
+      slopes(part, z, grad_weight, lse, delta, grad_score, weight, right_grad_score);
+      sum_over_keys(part, d, grad_score, keys_.tile(t), grad_query_.data(), t > queries.tile_begin);
       float *to_k = sums.k.data() + t * TILE * d, *to_v = sums.v.data() + t * TILE * d;
-      multiply(d, TILE, TILE, query_transposed_.data(), PAIRED ? right_grad_score : grad_score,
-               to_k, true);
-      multiply(d, TILE, TILE, grad_out_transposed_.data(), weight, to_v, true);
+      add_over_queries(part, d, query_transposed_.data(), PAIRED ? right_grad_score : grad_score,
+                       to_k);
+      add_over_queries(part, d, grad_out_transposed_.data(), weight, to_v);
     }
     In* grad_q = grad_.q.mutable_data_ptr<In>();
     for (int64_t i = 0; i < queries.count(); ++i)
@@ -227,32 +229,35 @@ class Backward {
 
   // weight = exp(score - lse), and the gradient of the score, weight (grad_weight - delta) scale;
   // as right operands brgemm wants them paired, the gradient once more beside the left operand
-  void slopes(const float* z, const float* grad_weight, const float* lse, const float* delta,
-              T* grad_score, T* weights, [[maybe_unused]] T* right_grad_score) const {
+  void slopes(const Part& part, const float* z, const float* grad_weight, const float* lse,
+              const float* delta, T* grad_score, T* weights,
+              [[maybe_unused]] T* right_grad_score) const {
     const Vec scale(shape_.scale);
-    for (int64_t i = 0; i < TILE; i += 2) {
-      for (int64_t j = 0; j < TILE; j += LANES) {
-        Vec weight[2], slope[2];
-        for (int64_t r = 0; r < 2; ++r) {
-          const int64_t at = (i + r) * TILE + j;
-          weight[r] = exponential<In>(at::vec::fmadd(Vec::loadu(z + at), scale, Vec(-lse[i + r])));
-          slope[r] = weight[r] * (Vec::loadu(grad_weight + at) - Vec(delta[i + r])) * scale;
-        }
-        if constexpr (PAIRED) {
-          store_interleaved(weight[0], weight[1], weights + i * TILE + 2 * j);
-          store_interleaved(slope[0], slope[1], right_grad_score + i * TILE + 2 * j);
-        }
-        for (int64_t r = 0; r < 2; ++r) {
-          const int64_t at = (i + r) * TILE + j;
+    part.for_blocks([&](int64_t first, int64_t rows, int64_t keys) {
+      for (int64_t i = first; i < first + rows; i += 2) {
+        for (int64_t j = 0; j < keys; j += LANES) {
+          Vec weight[2], slope[2];
+          for (int64_t r = 0; r < 2; ++r) {
+            const int64_t at = (i + r) * TILE + j;
+            weight[r] = exponential<T>(at::vec::fmadd(Vec::loadu(z + at), scale, Vec(-lse[i + r])));
+            slope[r] = weight[r] * (Vec::loadu(grad_weight + at) - Vec(delta[i + r])) * scale;
+          }
           if constexpr (PAIRED) {
-            at::vec::convert_float_bfloat16(slope[r], slope[r]).store(grad_score + at, LANES);
-          } else {
-            weight[r].store(weights + at);
-            slope[r].store(grad_score + at);
+            store_interleaved(weight[0], weight[1], weights + i * TILE + 2 * j);
+            store_interleaved(slope[0], slope[1], right_grad_score + i * TILE + 2 * j);
+          }
+          for (int64_t r = 0; r < 2; ++r) {
+            const int64_t at = (i + r) * TILE + j;
+            if constexpr (PAIRED) {
+              at::vec::convert_float_bfloat16(slope[r], slope[r]).store(grad_score + at, LANES);
+            } else {
+              weight[r].store(weights + at);
+              slope[r].store(grad_score + at);
+            }
           }
         }
       }
-    }
+    });
   }
 
   void store(int64_t row, int64_t group, int64_t position, bool from_chosen, bool from_rejected) {
