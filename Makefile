@@ -22,7 +22,8 @@ demo: .venv/.installed
 	$(BIN)/sepo demo --output_dir runs/demo
 
 test: .venv/.installed lint
-	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4 --dist loadscope
+	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4 --dist loadscope \
+		--max-worker-restart=0  # a worker that dies is a failure at once; xdist waits for ever else
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
