@@ -64,13 +64,15 @@ Sums sum_pass(
           const Vec to_a = Vec::loadu(&shift_a[m + i * LANES]);
           const Vec to_b = Vec::loadu(&shift_b[m + i * LANES]);
           const Vec exp_a = (a - to_a).exp_u20(), exp_b = (b - to_b).exp_u20();
-          // b - a first: near the reference it is exact
-          const Vec d = at::vec::clamp(
-              (b - a) - (to_b - to_a), Vec(-LARGEST_HALF), Vec(LARGEST_HALF));
+          larger[i] = at::vec::maximum(exp_a, exp_b);
+          // b - a first: near the reference it is exact. It is none where both heads rule a word
+          // out; what has no weight may have 0
+          const Vec zero(0.f), any = (b - a) - (to_b - to_a);
+          const Vec d = Vec::blendv(at::vec::clamp(any, Vec(-LARGEST_HALF), Vec(LARGEST_HALF)), zero,
+                                    larger[i] == zero);
           sum_a[i] = sum_a[i] + exp_a;
           sum_b[i] = sum_b[i] + exp_b;
           weighted[i] = at::vec::fmadd(direction == REF_POLICY ? exp_b : exp_a, d, weighted[i]);
-          larger[i] = at::vec::maximum(exp_a, exp_b);
           distance[i] = d;
         }
         if constexpr (KEEP) {

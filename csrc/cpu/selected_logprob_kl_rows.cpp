@@ -16,6 +16,13 @@ struct Sums {
   double a = 0, b = 0, weighted = 0;  // of e^a, of e^b, of (b - a) weighted with e^b or e^a
 };
 
+// Their product; 0 where the weight is 0, for an infinite x and for none (NaN) too
+template <typename T>
+VecOf<T> weighed(const VecOf<T>& weight, const VecOf<T>& x) {
+  const VecOf<T> zero(T(0));
+  return VecOf<T>::blendv(weight * x, zero, weight == zero);
+}
+
 // z, ref_z (V,) finished logits, less their shifts c: nothing is written
 template <typename T>
 Sums<T> sum_row(const T* z, const T* ref_z, int64_t V, T c, T ref_c, Direction direction) {
@@ -32,7 +39,7 @@ Sums<T> sum_row(const T* z, const T* ref_z, int64_t V, T c, T ref_c, Direction d
       // raw difference first: near the reference it is exact
       const VecOf<T> d = (VecOf<T>::loadu(ref_z + v, width) - VecOf<T>::loadu(z + v, width)) -
           VecOf<T>(ref_c - c);
-      weighted = weighted + only((direction == REF_POLICY ? exp_b : exp_a) * d, width);
+      weighted = weighted + only(weighed<T>(direction == REF_POLICY ? exp_b : exp_a, d), width);
     }
     total.a += sum_lanes(sum_a), total.b += sum_lanes(sum_b), total.weighted += sum_lanes(weighted);
   }
@@ -53,9 +60,9 @@ void slope_row(T* z, T* ref_z, int64_t V, T lse, T ref_lse, T shift, T kl, Direc
     VecOf<T> p = log_p.exp(), grad;
     if (direction == REF_POLICY) {  // p - q, from the larger of both and their ratio
       const VecOf<T> loss = (zero - ratio.abs()).expm1();
-      grad = VecOf<T>::blendv(zero - p * loss, log_q.exp() * loss, ratio > zero);
+      grad = VecOf<T>::blendv(zero - weighed<T>(p, loss), log_q.exp() * loss, ratio > zero);
     } else {
-      grad = zero - p * (ratio + VecOf<T>(kl));
+      grad = zero - weighed<T>(p, ratio + VecOf<T>(kl));
     }
     if (finish.softcap) {
       p = p * finish.derivative(y);

@@ -106,17 +106,20 @@ def _rows(
     a_total, b_total = a_total.log_(), b_total.log_()
     logp, ref_logp = a.gather(-1, at) - a_total, b.gather(-1, at) - b_total
     p, q = a.sub_(a_total).exp_(), b.sub_(b_total).exp_()
+    # log q - log p is NaN where both heads rule a word out: it has no weight there, and may be 0
+    larger = torch.maximum(p, q)
+    ratio.masked_fill_(larger == 0, 0)
     # p - q from the larger of both: p * expm1(ratio) is 0 * inf on a row with extreme logits
-    difference = torch.copysign(torch.maximum(p, q), ratio).mul_(ratio.abs().neg_().expm1_())
+    difference = larger.copysign_(ratio).mul_(ratio.abs().neg_().expm1_())
     # the sum of p - q is zero: with it each term is positive, and an error that ratio has all
     # along the row, from the log-sum-exps, cancels
     if direction == REF_POLICY:
-        kl = (q * ratio).add_(difference).sum(-1, keepdim=True)
+        kl = _weighted(q, ratio).add_(difference).sum(-1, keepdim=True)
     else:
-        kl = (p * ratio).add_(difference).sum(-1, keepdim=True).neg_()
+        kl = _weighted(p, ratio).add_(difference).sum(-1, keepdim=True).neg_()
     if blocks is not None:
         first, second = blocks
-        grad = difference if direction == REF_POLICY else ratio.add_(kl).mul_(p).neg_()
+        grad = difference if direction == REF_POLICY else _weighted(p, ratio.add_(kl)).neg_()
         p.scatter_(-1, at, logp.expm1())
         if slope is not None:
             p *= slope
@@ -125,6 +128,11 @@ def _rows(
         if first.data_ptr() != p.data_ptr():
             first.copy_(p)
     return logp[:, 0], ref_logp[:, 0], kl[:, 0]
+
+
+def _weighted(weight: Tensor, x: Tensor) -> Tensor:
+    """Their product; 0 where the weight is 0, for an infinite x too."""
+    return (weight * x).masked_fill_(weight == 0, 0)
 
 
 def _shift(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,12 +28,16 @@ def selected_logprob_kl(
     log_p = _log_softmax(hidden, weight, bias, rows, scale, softcap)
     with torch.no_grad():
         log_q = _log_softmax(ref_hidden, ref_weight, ref_bias, rows, scale, softcap)
-    if direction == "ref||policy":
-        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-    else:
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    kl = _divergence(log_q, log_p) if direction == "ref||policy" else _divergence(log_p, log_q)
     at = targets[:, None]
     return log_p.gather(-1, at)[:, 0], log_q.gather(-1, at)[:, 0], kl
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:  # (M, V) each -> (M,)
+    """sum p (log p - log q); 0 where p is 0, whatever q is: two heads may both rule a word out."""
+    none = log_p == -torch.inf
+    ratio = log_p.masked_fill(none, 0) - log_q.masked_fill(none, 0)
+    return (log_p.exp() * ratio).sum(-1)
 
 
 def _log_softmax(hidden, weight, bias, rows, scale, softcap) -> Tensor:  # (M, V)

@@ -194,6 +194,76 @@ def test_one_direction_is_the_other_with_the_heads_exchanged(impl):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=3e-6)
 
 
+# Words that a head rules out with a bias of -inf, as the padding of a vocabulary
+
+
+def ruled_out(inputs, policy: list[int], reference: list[int]):
+    """Both biases, -inf at these words; no target among them."""
+    bias, ref_bias = inputs.bias.clone(), inputs.ref_bias.clone()
+    bias[policy], ref_bias[reference] = -torch.inf, -torch.inf
+    inputs = inputs._replace(bias=bias, ref_bias=ref_bias)
+    out = torch.tensor(sorted({*policy, *reference}))
+    return inputs._replace(targets=torch.where(torch.isin(inputs.targets, out), 0, inputs.targets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_words_that_both_heads_rule_out_are_not_there(impl, direction, schedule, dtype):
+    """The vocabulary without them has the same values and gradients; theirs are exactly zero."""
+    padded = [5, 29, 30]
+    whole = ruled_out(make_inputs(9, 20, 24, 16, 31, bias=True, dtype=dtype), padded, padded)
+    kept = [v for v in range(31) if v not in padded]
+    of_kept = lambda x: x[kept].contiguous()
+    cut = whole._replace(
+        **{
+            name: of_kept(getattr(whole, name))
+            for name in whole._fields[1:6]
+            if "hidden" not in name
+        },
+        targets=torch.searchsorted(torch.tensor(kept), whole.targets),
+    )
+    options = dict(direction=direction, impl=impl, schedule=schedule)
+    budgets = (budget_for(schedule, V, dtype) for V in (31, 28))
+    ours, truth = (
+        run(selected_logprob_kl, i, budget=b, **options)
+        for i, b in zip((whole, cut), budgets, strict=True)
+    )
+    for name, value in truth.items():
+        found = ours[name]
+        if name in ("weight", "bias"):
+            assert not found[padded].any(), name
+            found = found[kept]
+        # a shorter row and another shape of product are summed in another order
+        limit = 32 * torch.finfo(value.dtype).eps * value.abs().max().item()
+        torch.testing.assert_close(found, value, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("fn", [DEFINITION, selected_logprob_kl], ids=["definition", "ops"])
+def test_a_word_without_weight_adds_nothing(fn, impl, direction):
+    """0 (log 0 - log q) is 0: only one head rules the word out, the one that weighs."""
+    some = [3, 17]
+    first, second = (some, []) if direction == "policy||ref" else ([], some)
+    i = ruled_out(make_inputs(9, 20, 24, 16, 31, bias=True, dtype=torch.float64), first, second)
+    options = {} if fn is DEFINITION else dict(impl=impl)
+    found = run(fn, i, direction=direction, **options)
+
+    logits = (
+        i.hidden[i.rows] @ i.weight.T + i.bias,
+        i.ref_hidden[i.rows] @ i.ref_weight.T + i.ref_bias,
+    )
+    p, q = (x.softmax(-1) for x in logits)
+    seen = [v for v in range(31) if v not in some]
+    ratio = (p[:, seen] / q[:, seen]).log()
+    kl = (p[:, seen] * ratio if direction == "policy||ref" else -q[:, seen] * ratio).sum(-1)
+    torch.testing.assert_close(found["kl"], kl, rtol=1e-12, atol=1e-13)
+    # dKL/dz, by hand
+    grad = p * ((p / q).log() - kl[:, None]) if direction == "policy||ref" else p - q
+    grad = grad.nan_to_num(0) * i.upstream[1].double()[:, None]
+    onehot = torch.nn.functional.one_hot(i.targets, 31)
+    grad += (onehot - p) * i.upstream[0].double()[:, None]
+    torch.testing.assert_close(found["bias"], grad.sum(0), rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_repeatable_bit_for_bit(impl, direction, schedule):
     i = make_inputs(37, 53, 45, 29, 101, bias=True)
