@@ -3,8 +3,9 @@
 import pytest
 import torch
 from ops.kl_cases import make_inputs
+from torch.autograd import forward_ad
 
-from sepo.ops import selected_logprob, selected_logprob_kl
+from sepo.ops import segment_mean, segment_sum, selected_logprob, selected_logprob_kl
 
 OPERATIONS = {
     "selected_logprob": lambda i: selected_logprob(i.hidden, i.weight, i.rows, i.targets),
@@ -44,3 +45,31 @@ def test_the_first_and_the_last_index_and_a_width_of_one_are_fine(operation):
     found = OPERATIONS[operation](i)
     first = found if isinstance(found, torch.Tensor) else found[0]
     assert torch.isfinite(first).all()
+
+
+FROM_HIDDEN = {
+    "selected_logprob": lambda i: selected_logprob(i.hidden, i.weight, i.rows, i.targets),
+    "selected_logprob_kl": lambda i: i.call(selected_logprob_kl)[2],
+    "segment_sum": lambda i: segment_sum(i.hidden.flatten(), index(0, 7, 32)),
+    "segment_mean": lambda i: segment_mean(i.hidden.flatten(), index(0, 7, 32)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.func imports it
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("operation", FROM_HIDDEN)
+def test_a_tangent_is_refused_and_not_lost(operation, gradient):
+    """Without a gradient to make, the operator alone runs, and torch would give a tangent of 0."""
+    i = make_inputs(4, 2, 8, 8, 16)
+    call = lambda hidden: FROM_HIDDEN[operation](i._replace(hidden=hidden))
+    hidden = i.hidden.requires_grad_(gradient)
+    name = operation.replace("mean", "sum")
+    with pytest.raises(
+        NotImplementedError, match=f"{name}: expected reverse mode .* got .* tangent"
+    ):
+        torch.func.jvp(call, (hidden,), (torch.ones_like(hidden),))
+    with forward_ad.dual_level():
+        expected = call(hidden).detach()  # no tangent: as ever
+        with pytest.raises(NotImplementedError, match=name):
+            call(forward_ad.make_dual(hidden, torch.ones_like(hidden)))
+    assert torch.equal(call(hidden), expected)

@@ -6,6 +6,7 @@ are checked inside the operators, and on the CPU only: a GPU would wait for the 
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def check_head(
@@ -59,6 +60,17 @@ def check_one_device(hidden: Tensor, *others: Tensor | None) -> None:
 def check_softcap(softcap: float | None) -> None:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"expected softcap > 0 or None, got {softcap}")
+
+
+def check_reverse_mode(operation: str, *inputs: Tensor | None) -> None:
+    """Raise NotImplementedError for an input with a tangent, which would be lost without a word."""
+    if forward_ad._current_level < 0:  # no dual level is open: nothing to look for
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            f"{operation}: expected reverse mode (backward, torch.autograd.grad), got an input with a"
+            " tangent (jvp, jacfwd)"
+        )
 
 
 def check_index_values(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sepo.ops.checks import check_reverse_mode
 from sepo.ops.offsets import check_values
 from sepo_kernels.registry import pick
 from sepo_kernels.segment_reduce import IMPLS
@@ -19,6 +20,7 @@ def segment_sum(
     offsets on the CPU that do not rise from 0 to M.
     """
     _check(values, cu_rows)
+    check_reverse_mode("segment_sum", values)
     return _SegmentSum.apply(values, cu_rows, pick(IMPLS, "auto", values, cu_rows).name)
 
 

@@ -14,6 +14,7 @@ from sepo.ops.checks import (
     check_index_values,
     check_indices,
     check_one_device,
+    check_reverse_mode,
     check_softcap,
 )
 from sepo_kernels.platform import accumulator
@@ -51,6 +52,7 @@ def selected_logprob(
     cannot run.
     """
     _check(hidden, weight, rows, targets, bias, softcap)
+    check_reverse_mode("selected_logprob", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
     schedule, budget, _ = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
     args = (hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, chosen.name)

@@ -12,6 +12,7 @@ from sepo.ops.checks import (
     check_index_values,
     check_indices,
     check_one_device,
+    check_reverse_mode,
     check_softcap,
 )
 from sepo.ops.selected_logprob import Explanation, needs_grad
@@ -55,6 +56,7 @@ def selected_logprob_kl(
     ref_bias = None if ref_bias is None else ref_bias.detach()
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     _check(*heads, rows, targets, direction, scale, softcap)
+    check_reverse_mode("selected_logprob_kl", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
     schedule, budget, _ = _schedule(chosen, hidden, weight, bias, rows, budget)
     args = (
