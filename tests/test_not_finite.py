@@ -2,22 +2,26 @@
 
 import json
 import math
+import os
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from processes import exit_line
+from processes import exit_line, run_jobs
 from test_trainer import LONGEST, PAIRS, make_trainer
-from tiny import V
-from training_run import make_run
+from tiny import V, random_scored_pairs
+from training_run import make_run, write_store
 
 from sepo.checkpoints import last_checkpoint
 from sepo.errors import InputError
+from sepo.lock import lock
 from sepo.methods import METHODS
 from sepo.metrics import MetricsFile
 
 STEPS = dict(save_strategy="steps", save_steps=1, optim="adamw_torch", max_grad_norm=1.0)
+SIDES = ("chosen", "rejected")
 TOKEN = V - 1  # of the poisoned rows alone
 
 
@@ -128,6 +132,34 @@ def test_a_run_that_becomes_nan_exits_with_one_line(tmp_path):
     line = exit_line("-m", "sepo.train", *arguments, "--output_dir", tmp_path / "out")
     assert line.startswith("sepo: error: step ") and "expected" in line and "finite" in line
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_ranks_end_together_and_all_name_the_row(tmp_path):
+    """Only one of them has it; and a folder that another process holds is refused on both."""
+    arguments = make_run(tmp_path, save_steps=1)
+    heavy = random_scored_pairs(12)
+    weights = {f"{s}_weight": np.full(len(getattr(heavy[5], s)), 3e38, np.float32) for s in SIDES}
+    heavy[5] = replace(heavy[5], **weights)  # times a log-probability: beyond float32
+    write_store(tmp_path / "heavy", heavy)
+    job = lambda name, *more: dict(
+        argv=[*arguments, "--output_dir", str(tmp_path / name / "out"), *more], ranks=2, code=1
+    )
+    for name in ("row", "held"):
+        (tmp_path / name).mkdir()
+    with lock(tmp_path / "held" / "out"):
+        run_jobs(tmp_path, [job("row", "--dataset_name", str(tmp_path / "heavy")), job("held")])
+    errors = lambda name: [
+        line
+        for line in (tmp_path / name / "forks.log").read_text().splitlines()
+        if line.startswith("sepo.errors.InputError: ")
+    ]
+    found = errors("row")
+    assert len(found) == 2 and len(set(found)) == 1
+    assert re.search(r"step \d: .*got the loss of row 5 \((inf|nan)\);", found[0])
+    assert not list((tmp_path / "row" / "out").glob("*.safetensors"))
+    found = errors("held")
+    assert len(found) == 2 and all(f"by process {os.getpid()} on" in line for line in found)
 
 
 def test_a_step_waits_once_for_the_device(tmp_path, monkeypatch):
