@@ -280,6 +280,25 @@ def test_what_a_kill_left_beyond_the_limit_is_collected(tmp_path, monkeypatch):
     assert steps_in(tmp_path) == [3]
 
 
+def test_the_last_step_is_kept_beside_the_best(tmp_path, monkeypatch):
+    """Else a finished run would make its last steps again, whenever it is continued."""
+    run = lambda: make_trainer(
+        tmp_path, eval_pairs=PAIRS[:4], eval_strategy="steps", eval_steps=1, save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=1.0,
+        warmup_steps=0, method="simpo",
+    )  # fmt: skip
+    first = run()
+    first.train()
+    best = first.state.best_global_step
+    assert best < 3 and steps_in(tmp_path) == [best, 3] and first.args.save_total_limit == 1
+    monkeypatch.setattr(SePOTrainer, "training_step", lambda *_: pytest.fail("a step"))
+    again = run()
+    again.train(resume_from_checkpoint=True)
+    assert steps_in(tmp_path) == [best, 3]
+    for name, expected in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], expected)
+
+
 def test_weights_alone_are_rotated_too(tmp_path):
     make_trainer(tmp_path, save_only_model=True, save_total_limit=2).train()
     assert steps_in(tmp_path) == [2, 3]

@@ -19,14 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
-from sepo.checkpoints import (
-    check_room,
-    find_checkpoint,
-    read_mark,
-    remove,
-    rotate,
-    write_mark,
-)
+from sepo.checkpoints import check_room, find_checkpoint, read_mark, remove, rotate, write_mark
 from sepo.config import SePOConfig
 from sepo.errors import InputError
 from sepo.identity import OF_THE_OPTIMISER, changed_flags, check_same_run, describe_flags, notes
@@ -61,6 +54,7 @@ class ResumableTrainer(Trainer):
         self._metrics_file = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
         self._mark: dict | None = None  # of the checkpoint that training goes on from
         self._newest: Path | None = None  # checkpoint of this run in its output directory
+        self._limit = args.save_total_limit
         self.add_callback(_SaveLast())  # after the user's: it must see what they asked for
         self.add_callback(_ContinueLog(self))
 
@@ -88,7 +82,13 @@ class ResumableTrainer(Trainer):
             if self.is_world_process_zero():
                 with self._or_one_line(self._metrics_file.path):
                     self._metrics_file.rewrite(history)
-            output = super().train(checkpoint, **kwargs)
+            # by _rotate alone: nothing older is deleted before the next is whole, nor the last
+            # at the end, for a best one
+            self._limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                output = super().train(checkpoint, **kwargs)
+            finally:
+                self.args.save_total_limit = self._limit
             self._check_weights()
             self._rotate()  # a kill may have come between a checkpoint and this
         return output
@@ -139,13 +139,16 @@ class ResumableTrainer(Trainer):
         told = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in groups]
         rates = list(getattr(scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
-        mark = read_mark(checkpoint) if checkpoint else None
-        changed = OF_THE_OPTIMISER & changed_flags(mark or {}, self._flags).keys()
+        changed = {
+            name: values
+            for name, values in changed_flags(self._mark or {}, self._flags).items()
+            if name in OF_THE_OPTIMISER
+        }
         if not changed:
             return
         if self.is_deepspeed_enabled or not hasattr(scheduler, "lr_lambdas"):
             keeper = "DeepSpeed" if self.is_deepspeed_enabled else "this --lr_scheduler_type"
-            was, now = changed_flags(mark, self._flags)[name := min(changed)]
+            name, (was, now) = next(iter(changed.items()))
             raise InputError(
                 f"{checkpoint}: expected --{name} {was}, which {keeper} goes on with, got {now}"
             )
@@ -171,9 +174,11 @@ class ResumableTrainer(Trainer):
     def _check_weights(self) -> None:
         """Raises InputError for a trained weight that is not finite; waits for the device once."""
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        finite = torch.stack([_is_finite(p).to(self.args.device) for p in trained.values()])
-        for name, fine in zip(trained, finite.tolist(), strict=True):
-            if not fine:
+        finite = [_is_finite(p).to(self.args.device) for p in trained.values()]
+        for name, is_fine in zip(
+            trained, torch.stack(finite).tolist() if finite else (), strict=True
+        ):
+            if not is_fine:
                 raise InputError(
                     f"step {self.state.global_step}: expected finite weights, got some in {name} "
                     f"that are not; nothing of them is saved, {self._whole()}: try a lower "
@@ -200,8 +205,8 @@ class ResumableTrainer(Trainer):
 
     def _rotate(self) -> None:
         if self.args.should_save and self._newest is not None:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate(self._newest.parent, limit, self._newest, best)
+            best = self.state.best_model_checkpoint
+            rotate(self._newest.parent, self._limit, self._newest, best)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -215,19 +220,13 @@ class ResumableTrainer(Trainer):
         if args.should_save:
             remove(folder)  # what a killed run left there would get into the mark
         self.accelerator.wait_for_everyone()
-        # nothing older is deleted before the mark is there
-        limit, args.save_total_limit = args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            args.save_total_limit = limit
+        super()._save_checkpoint(model, trial)
         unlogged = gather_object([self._unlogged()])
         self.accelerator.wait_for_everyone()  # every rank wrote the state of its generators
-        if (
-            args.should_save and not args.save_only_model
-        ):  # else there is no optimiser to go on with
-            step, run = self.state.global_step, self.run
-            write_mark(folder, step=step, run=run, flags=self._flags, unlogged=unlogged)
+        if args.save_only_model or not args.should_save:
+            return  # without its optimiser there is nothing to go on with
+        step, run = self.state.global_step, self.run
+        write_mark(folder, step=step, run=run, flags=self._flags, unlogged=unlogged)
 
     def _unlogged(self) -> dict:
         """What the next line of the log says about steps that this checkpoint has behind it."""
