@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from sepo import fingerprint
 from sepo.errors import InputError
-from sepo.fingerprint import checkpoint_hash, weights_hash
+from sepo.fingerprint import UNREAD, checkpoint_hash, quick_hash, weights_hash
 
 
 def reload(path, dtype):
@@ -88,6 +88,51 @@ def test_meta_device_is_refused():
         model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="bias is on the meta device, expected values"):
         weights_hash(model)
+
+
+def lora(model, **more):
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"], **more))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's call
+def test_what_is_not_trained_is_named_as_without_adapters():
+    frozen = tiny_model().requires_grad_(False)
+    expected = quick_hash(frozen, frozen=True)
+    more = dict(modules_to_save=["norm"], r=3)  # the model keeps what it had before, as another
+    wrapped = get_peft_model(tiny_model(), LoraConfig(target_modules=["v_proj", "up_proj"], **more))
+    for model in (lora(tiny_model()), wrapped):
+        assert quick_hash(model, frozen=True) == expected
+        names = [n for n, p in model.named_parameters() if not p.requires_grad]
+        for name in (names[0], names[-1]):
+            weight = model.get_parameter(name)
+            with torch.no_grad():
+                value = weight.view(-1)[0].clone()
+                weight.view(-1)[0] = torch.nextafter(value, torch.tensor(torch.inf))
+                assert quick_hash(model, frozen=True) != expected
+                weight.view(-1)[0] = value
+        with torch.no_grad():  # what is trained does not count
+            next(p for p in model.parameters() if p.requires_grad).add_(1)
+        assert quick_hash(model, frozen=True) == expected
+    assert quick_hash(tiny_model(), frozen=True) is None
+
+
+def test_weights_as_they_lie_in_memory(monkeypatch):
+    one = quick_hash(tiny_model())
+    assert one == quick_hash(tiny_model()) != quick_hash(tiny_model(seed=1))
+    assert one != quick_hash(tiny_model().bfloat16())
+    turned = tiny_model()
+    weight = turned.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.T.contiguous().T
+    monkeypatch.setattr(fingerprint, "CHUNK", 100)
+    assert quick_hash(turned) == one
+
+
+def test_weights_that_are_elsewhere_are_not_read():
+    with torch.device("meta"):
+        assert quick_hash(nn.Linear(2, 2)) == UNREAD
+    sharded = nn.Linear(2, 2)  # ZeRO-3 leaves nothing
+    sharded.weight.data = torch.empty(0)
+    assert quick_hash(sharded) == UNREAD
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # module: what it may import of this project (itself is always allowed); a module of sepo that is
 # not named here may import all but bench and tests, and nothing named here may import it
-LEAVES = {"sepo.errors", "sepo.fingerprint"}
+LEAVES = {"sepo.errors", "sepo.fingerprint", "sepo.lock"}
 DATA = {"sepo.data", *LEAVES}
 MODEL = DATA | {"sepo.ops", "sepo.attention"}
 RESPONSE = MODEL | {"sepo.model"}
@@ -18,12 +18,13 @@ SCORE = RESPONSE | {"sepo.response_logp", "sepo.precision"}
 METHODS = {"sepo.losses", "sepo.ops", "sepo.config", *LEAVES}
 TRAINER = SCORE | METHODS | {"sepo_kernels", "sepo.score", "sepo.checkpoints"}
 STEP = {f"sepo.{name}" for name in ("methods", "metrics", "adapters", "layers", "prepared")}
-STEP |= {f"sepo.{name}" for name in ("resumable", "reference", "tokens", "masked")}
+STEP |= {f"sepo.{name}" for name in ("identity", "resumable", "reference", "tokens", "masked")}
 ALLOWED = {
     "sepo_kernels": set(),
     "sepo.losses": set(),
     "sepo.errors": set(),
     "sepo.fingerprint": {"sepo.errors"},
+    "sepo.lock": {"sepo.errors"},
     "sepo.arithmetic": {"sepo_kernels"},
     "sepo.ops": {"sepo_kernels", "sepo.losses"},
     "sepo.data": LEAVES,
@@ -35,9 +36,12 @@ ALLOWED = {
     "sepo.reference": RESPONSE,
     "sepo.config": LEAVES | {"sepo.arithmetic", "sepo_kernels"},
     "sepo.checkpoints": DATA,
-    "sepo.resumable": {"sepo.checkpoints", "sepo.config", "sepo.metrics", *LEAVES},
+    "sepo.identity": DATA
+    | METHODS
+    | {"sepo.checkpoints", "sepo.methods", "sepo.prepared", "sepo.reference"},
+    "sepo.resumable": {"sepo.checkpoints", "sepo.config", "sepo.identity", "sepo.metrics", *LEAVES},
     "sepo.methods": METHODS,
-    "sepo.metrics": METHODS | {"sepo.methods"},
+    "sepo.metrics": METHODS | {"sepo.data", "sepo.methods"},
     "sepo.adapters": LEAVES | {"sepo.config"},
     "sepo.layers": set(),
     "sepo.masks": RESPONSE,

@@ -115,6 +115,24 @@ MUTANTS = {
         "if False:",
         "tests/test_checkpoints.py",
     ),
+    "a run known by its lengths": (
+        "python/sepo/prepared.py",
+        "one.add(pair)",
+        "one.add(pairs[0])",
+        "tests/test_identity.py::test_another_run_is_refused_by_name",
+    ),
+    "a step that is not finite and goes on": (
+        "python/sepo/trainer.py",
+        "self._refuse_step(*(value.item() for value in values))",
+        "pass",
+        "tests/test_not_finite.py::test_step_and_rows_are_named",
+    ),
+    "the newest checkpoint deleted": (
+        "python/sepo/checkpoints.py",
+        "kept = {newest} |",
+        "kept = set() |",
+        "tests/test_checkpoints.py::test_which_checkpoints_are_kept",
+    ),
 }
 
 

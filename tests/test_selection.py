@@ -12,9 +12,9 @@ from torch import nn
 from sepo.config import SePOConfig
 from sepo.data import TokenPair, pack
 from sepo.data.segments import make_segments
+from sepo.identity import describe_run
 from sepo.methods import METHODS, TokenValues, reduce_segments
 from sepo.prepared import PreparedPairs
-from sepo.resumable import describe_run
 from sepo.train import parse
 
 PAIRS = random_scored_pairs(20)
@@ -112,19 +112,11 @@ def test_the_users_weights_mean_the_same_whether_zeros_are_read_or_left_out(meth
 
 
 def test_a_run_is_another_one_with_another_selection():
-    what = lambda **args: {
-        k: v
-        for k, v in describe_run(
-            nn.Linear(1, 1),
-            config(**args),
-            lengths=np.ones(2, np.int64),
-            selected=np.ones(2, np.int64),
-            seed=0,
-            selects=METHODS[args.get("method", "sepo")].positions in ("selected", "random"),
-            settings=METHODS[args.get("method", "sepo")].settings,
-        ).items()
-        if k in ("fraction", "rejected_fraction", "mass", "first_token")
-    }
+    def what(**args):
+        pairs = PreparedPairs(random_scored_pairs(2), config(**args))
+        run = describe_run(nn.Linear(1, 1), config(**args), pairs)
+        return {k: run[k] for k in ("fraction", "rejected_fraction", "mass", "first_token")}
+
     plain = dict(fraction=0.3, rejected_fraction=None, mass=None, first_token="paper")
     assert what() == what(mass=0.5) == plain  # a share that nothing asks for
     assert what(fraction="mass", mass=0.5) == plain | dict(fraction="mass", mass=0.5)

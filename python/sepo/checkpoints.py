@@ -9,28 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sepo.data.files import Atomic
+from sepo.data.hidden import size_name
 from sepo.errors import InputError
 
 MARK = "sepo_checkpoint.json"
-FORMAT = 3
-RUN = {  # what a run is, so that "continue at step n" means something -> how a message calls it
-    "method": "--method",
-    "pairs": "number of pairs",
-    "pairs_per_step": "--pairs_per_step",
-    "fraction": "--fraction",
-    "rejected_fraction": "--rejected_fraction",
-    "mass": "--mass",
-    "first_token": "--first_token",
-    "seed": "seed of the pairs' order (--data_seed, else --seed)",
-    "lengths": "data (hash of the lengths of its pairs)",
-    "trained": "number of trained parameters",
-}
+FORMAT = 4
+READABLE = (3, FORMAT)  # format 3 knows less of its run
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint of a run, or None. Says which ones it passes over, and why."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if _step_of_name(p) is not None]
-    for path in sorted(found, key=_step_of_name, reverse=True):
+    for path in sorted(_checkpoints(output_dir), key=_step_of_name, reverse=True):
         if (reason := why_torn(path)) is None:
             return str(path)
         logging.getLogger(__name__).warning(f"{path} is passed over: {reason}")
@@ -59,8 +48,9 @@ def read_mark(checkpoint: str | Path) -> dict | None:
     """What was written about a checkpoint, None if nothing whole was."""
     try:
         mark = json.loads((Path(checkpoint) / MARK).read_text())
-        return mark if mark["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
+        known = mark["format"] in READABLE and {"step", "run", "unlogged", "files"} <= mark.keys()
+        return mark if known else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -68,7 +58,8 @@ def write_mark(
     checkpoint: Path,
     *,
     step: int,
-    run: dict,  # of the keys of RUN, and "loss": the flags that the loss reads
+    run: dict,  # see sepo.identity
+    flags: dict,
     unlogged: list,  # a rank: what its next line of the log needs of the steps before
 ) -> None:
     """Declare a checkpoint whole, once all its files are on the disk."""
@@ -77,7 +68,8 @@ def write_mark(
         _sync(checkpoint / path)  # a mark that outlives what it vouches for would be a lie
     sizes = {name: (checkpoint / name).stat().st_size for name in names}
     files = {name: [sizes[name], digest] for name, digest in _hashes(checkpoint, names).items()}
-    mark = {"format": FORMAT, "step": step, "run": run, "unlogged": unlogged, "files": files}
+    mark = {"format": FORMAT, "step": step, "run": run, "flags": flags}
+    mark |= {"unlogged": unlogged, "files": files}
     with Atomic(checkpoint / MARK, "0") as temporary:
         temporary.write_text(json.dumps(mark, indent=1) + "\n")
 
@@ -86,6 +78,39 @@ def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; killed on the way, it leaves none that looks whole."""
     (checkpoint / MARK).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def check_room(output_dir: Path, num_bytes: int) -> None:
+    """Raise InputError where the disk has less left than the weights of one checkpoint take."""
+    free = shutil.disk_usage(output_dir).free
+    if free < num_bytes:
+        raise InputError(
+            f"{output_dir}: expected room for the weights, {size_name(num_bytes)}, "
+            f"but the disk has {size_name(free)} left"
+        )
+
+
+def rotate(
+    output_dir: str | Path,
+    limit: int | None,  # None or 0: all are kept
+    newest: Path,  # is kept, whatever the limit
+    best: str | Path | None = None,  # likewise
+) -> None:
+    """Delete the checkpoints beyond the limit: torn ones first, then by step.
+
+    What lies beyond the newest step is of a run that was given up, and goes before what led to it.
+    """
+    if not limit or limit < 0:
+        return
+    kept = {newest} | ({Path(best)} if best else set())
+    end, rest = _step_of_name(newest), [p for p in _checkpoints(output_dir) if p not in kept]
+    worth = lambda p: (
+        why_torn(p, contents=False) is None,
+        _step_of_name(p) <= end,
+        _step_of_name(p),
+    )
+    for path in sorted(rest, key=worth, reverse=True)[max(limit - len(kept), 0) :]:
+        remove(path)
 
 
 def completed_step(checkpoint: str | Path | None) -> int:
@@ -109,25 +134,6 @@ def find_checkpoint(asked: str | bool | None, output_dir: str | Path) -> str | N
     return str(asked)
 
 
-def check_same_run(checkpoint: str | Path, run: dict) -> None:
-    """Raises InputError, naming the first difference, for a checkpoint of another run."""
-    mark = read_mark(checkpoint)
-    if mark is None:
-        return
-    found = _in_words(run)
-    for words, expected in _in_words(mark["run"]).items():
-        if expected != found.get(words):
-            raise InputError(
-                f"{checkpoint} is of another run: expected {words} {expected}, got {found[words]}"
-            )
-
-
-def _in_words(run: dict) -> dict:
-    """The run as a message calls it; its method comes first, and decides which flags follow."""
-    named = {words: run[key] for key, words in RUN.items()}
-    return named | {f"--{name}": value for name, value in run["loss"].items()}
-
-
 def _check_whole(checkpoint: Path, *, contents: bool = True) -> None:
     if (reason := why_torn(checkpoint, contents=contents)) is not None:
         raise InputError(f"{checkpoint} is not a complete checkpoint: {reason}")
@@ -146,6 +152,11 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    found = Path(output_dir).glob("checkpoint-*")
+    return [p for p in found if p.is_dir() and _step_of_name(p) is not None]
 
 
 def _step_of_name(path: Path) -> int | None:

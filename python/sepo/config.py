@@ -1,7 +1,8 @@
 """SePOConfig: transformers' TrainingArguments and what preference optimisation adds."""
 
 import argparse
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 import torch
@@ -170,6 +171,8 @@ class SePOConfig(TrainingArguments):
     logging_steps: float = _help("Steps between two lines of the log.", 1)
 
     def __post_init__(self):
+        for one in fields(self):
+            _check_finite(one.name, getattr(self, one.name))
         _translate(self)
         super().__post_init__()
         _check(self)
@@ -182,6 +185,15 @@ class SePOConfig(TrainingArguments):
             self.beta = DEFAULT_BETA.get(self.method)
         if self.kl_mask_l1 is None:
             self.kl_mask_l1 = self.mask_l1
+
+
+def _check_finite(name: str, value) -> None:
+    """Raises InputError for NaN and infinity, which no flag can be, wherever in its value."""
+    parts = value.values() if isinstance(value, dict) else value
+    for part in parts if isinstance(value, dict | list | tuple) else ():
+        _check_finite(name, part)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"--{name}: expected a finite number, got {value}")
 
 
 def _translate(args: SePOConfig) -> None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from sepo.errors import InputError
 
 CHUNK = 1 << 24  # values cast and copied to the host at once: 64 MiB in float32
 WEIGHTS = "model.safetensors"  # looked for in this order, as transformers does
+UNREAD = "not read"
 INDEX = "model.safetensors.index.json"
 
 
@@ -61,6 +64,45 @@ def checkpoint_hash(
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"can't read a model from {path}: {reason}") from error
+
+
+def quick_hash(model: nn.Module, *, frozen: bool = False) -> str | None:
+    """16 hex digits for the weights as they lie in memory, hashed by several threads.
+
+    Unlike `weights_hash` it tells dtypes apart. With `frozen` only what is not trained counts,
+    under the names of the model without adapters; None if all of it is trained. UNREAD where
+    weights are not here to be read: in shards, or on the meta device.
+    """
+    named = _stored(model)
+    if frozen and all(p.requires_grad for p in model.parameters()):
+        return None
+    if frozen:
+        named = {_without_adapters(n): t for n, t in named.items() if not t.requires_grad}
+    if any(t.is_meta or not t.numel() for t in named.values()):
+        return UNREAD
+    tensors = sorted(named.items())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing drops the GIL
+        digests = threads.map(lambda item: _raw_hash(item[1]), tensors)
+        lines = [
+            f"{n} {t.dtype} {tuple(t.shape)} {d}"
+            for (n, t), d in zip(tensors, digests, strict=True)
+        ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def _raw_hash(tensor: Tensor) -> str:
+    digest = hashlib.sha256()
+    for chunk in tensor.reshape(-1).split(CHUNK):
+        digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _without_adapters(name: str) -> str:
+    """A frozen weight's name before peft wrapped its module."""
+    for part in ("base_layer.", "original_module."):
+        name = name.replace(part, "")
+    return name.removeprefix("base_model.model.")
 
 
 def _hash(stored: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:

@@ -1,13 +1,14 @@
 """What a run reports: means over all pairs of all ranks, and one JSON line a log."""
 
 import json
-import os
+import math
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sepo.data.files import Atomic
 from sepo.methods import Segments, TokenValues
 
 
@@ -109,7 +110,7 @@ class Throughput:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object a line, `step` in each."""
+    """`metrics.jsonl`: one object a line, `step` in each; null for what is not finite."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -123,11 +124,16 @@ class MetricsFile:
         """Say what a checkpoint remembers, whatever a killed run left here."""
         if not history and not self.path.exists():
             return
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(map(_line, history)))
-        os.replace(temporary, self.path)
+        with Atomic(self.path, "0") as temporary:
+            temporary.write_text("".join(map(_line, history)))
 
 
 def _line(metrics: dict) -> str:
     rest = {name: metrics[name] for name in sorted(metrics) if name != "step"}
-    return json.dumps({"step": metrics["step"], **rest}) + "\n"
+    line = {"step": metrics["step"], **{name: _or_null(value) for name, value in rest.items()}}
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def _or_null(value):
+    """JSON has no word for NaN and infinity, and other readers than Python's refuse Python's."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

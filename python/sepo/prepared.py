@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sepo.config import SePOConfig
+from sepo.data.contents import PAIRS, REF_LOGP, SCORES, ContentHash
 from sepo.data.cost import pair_costs
 from sepo.data.pack import PackablePair
 from sepo.data.segments import make_segments
@@ -43,13 +44,24 @@ class PreparedPairs(Sequence):
             seed=data_seed(args),
         )
         counts = np.empty((len(pairs), 4), np.int64)
-        for i, (prompt, chosen, rejected) in enumerate(map(self.__getitem__, range(len(pairs)))):
+        hashes = {"contents": ContentHash(PAIRS)}
+        if method.needs_score:
+            hashes["scores"] = ContentHash(SCORES)
+        if method.reference == "logp":
+            hashes["ref_logp"] = ContentHash(REF_LOGP)
+        for i in range(len(pairs)):
+            pair = pairs[i]
+            prompt, chosen, rejected = make_segments(pair, **self._how)
+            for one in hashes.values():
+                one.add(pair)
             used = len(chosen.positions) + len(rejected.positions)
             counts[i] = len(prompt), len(chosen.response), len(rejected.response), used
         self.parts = counts[:, :3]  # (pairs, 3) tokens read of prompt, chosen and rejected
         self.lengths = self.parts.sum(1)  # (pairs,) tokens read
         self.costs = pair_costs(*self.parts.T, attention=attention)  # (pairs,) in tokens
         self.selected = counts[:, 3]  # (pairs,) tokens used by the loss
+        # what the method reads of the pairs, by hash
+        self.hashes = {name: one.hexdigest() for name, one in hashes.items()}
         self._refuse_longer_than(args.max_tokens_per_batch)
 
     def __len__(self) -> int:
@@ -57,6 +69,10 @@ class PreparedPairs(Sequence):
 
     def __getitem__(self, index: int) -> PackablePair:
         return make_segments(self._pairs[index], **self._how)
+
+    def name(self, index: int) -> str:
+        """What a message calls a pair."""
+        return self._pairs[index].id
 
     def _refuse_longer_than(self, budget: int | None) -> None:
         longest = int(self.lengths.argmax())

@@ -5,6 +5,7 @@ Arguments are SePOConfig's, on the command line or in `--config run.yaml`; the c
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,15 +19,23 @@ from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore, is_store
 from sepo.data.types import TokenPair
 from sepo.errors import InputError, exit_with_one_line
+from sepo.lock import contents, lock
 from sepo.methods import METHODS
 from sepo.model import explain_attention, load_model, load_tokenizer
 from sepo.reference import Reference, cached_reference, load_reference
+from sepo.resumable import of_rank_0
 from sepo.trainer import SePOTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
-    check_output_dir(args)
+    with ExitStack() as held:
+        of_rank_0(args, lambda: hold_output_dir(args, held))
+        train(args)
+
+
+def train(args: SePOConfig) -> None:
+    """Everything from the data to the saved model, in an output directory that is held."""
     adapters, quantised = lora_config(args), quantization_config(args)
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     data = {args.dataset_name: load_pairs(args.dataset_name, args.dataset_split, tokenizer, args)}
@@ -126,11 +135,11 @@ def compute_dtype(args: SePOConfig) -> torch.dtype:
     return getattr(torch, "bfloat16" if args.bf16 else "float16" if args.fp16 else args.dtype)
 
 
-def check_output_dir(args: SePOConfig) -> None:
+def hold_output_dir(args: SePOConfig, held: ExitStack) -> None:
+    """Take it for this run alone. Raises InputError for one that can't be trained in."""
     output_dir = Path(args.output_dir)
-    if output_dir.is_file():
-        raise InputError(f"--output_dir {output_dir}: expected a directory, found a file")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and args.resume_from_checkpoint is None:
+    held.enter_context(lock(output_dir))
+    if contents(output_dir) and args.resume_from_checkpoint is None:
         raise InputError(
             f"--output_dir {output_dir} is not empty: choose another, or continue with "
             "--resume_from_checkpoint true"

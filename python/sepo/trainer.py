@@ -4,14 +4,17 @@ The loader hands out step numbers only. What a step trains on follows from lengt
 number (`plan_step`), so resuming at step n is all it takes to continue.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import NoReturn
 
 import numpy as np
 import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_flag_from_env
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object, parse_flag_from_env
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -24,6 +27,7 @@ from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.read import read_pairs
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
+from sepo.identity import describe_run
 from sepo.layers import compile_layers, disable_dropout, recompute_cheap
 from sepo.masked import MaskedTrainer, add_mask
 from sepo.methods import METHODS, reduce_segments
@@ -31,7 +35,6 @@ from sepo.metrics import RunningMeans, Throughput, pair_metrics, token_metrics
 from sepo.model import prepare_model
 from sepo.prepared import PreparedPairs, data_seed
 from sepo.reference import LiveReference, Reference
-from sepo.resumable import describe_run
 from sepo.tokens import TokenStep, find_reference
 
 
@@ -86,16 +89,23 @@ class SePOTrainer(MaskedTrainer):
         self.reference = reference
         if self.method.mask == "learned" and args.mask != "random":
             add_mask(model, reference.model, args)
+        run = None
+        if self.train_pairs is not None:
+            read = args.process_index == 0
+            run = describe_run(
+                model, args, self.train_pairs, data=train_dataset, reference=reference, read=read
+            )
         super().__init__(
             model,
             args,
-            run=self._describe_run(model, args),
+            run=run,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.args.logging_nan_inf_filter = False  # see _get_grad_norm
         self._throughput = Throughput()
         if args.recompute == "cheap":
             recompute_cheap(model)
@@ -118,7 +128,7 @@ class SePOTrainer(MaskedTrainer):
         plan = self._plan(pairs, self.args.pairs_per_step, step=self.state.global_step)
         parts = plan.micro_batches[self.args.process_index]
         count = self._loss_count(pairs, plan.pairs)
-        step_loss = torch.zeros((), device=self.args.device)
+        step_loss, self._pair_losses = torch.zeros((), device=self.args.device), []
         for number, part in enumerate(parts, start=1):
             with nullcontext() if number == len(parts) else self._unsynchronised(model):
                 losses = self._losses(model, pairs, part, self._means)
@@ -126,13 +136,52 @@ class SePOTrainer(MaskedTrainer):
                 loss = losses.sum() * (world_size / count)
                 self.accelerator.backward(loss)
             step_loss += loss.detach()
+            self._pair_losses.append((part, losses.detach()))
         self._step_counts = {
             "tokens/read": int(pairs.lengths[plan.pairs].sum()),
             "tokens/selected": int(pairs.selected[plan.pairs].sum()),
             "rows/head": int(pairs.selected[plan.pairs].sum()),
         }
         self._throughput.add(self._step_counts["tokens/read"])
+        self._step_loss, self._step_pairs = step_loss, plan.pairs
         return step_loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None):
+        """Trainer's, before the optimiser's step: a step that is not finite ends the run here.
+
+        The one wait of a step for the device, in place of those by which Trainer would log a loss
+        of 0 instead (logging_nan_inf_filter).
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        values = [self._step_loss]
+        # under float16 an infinite one only tells the scaler to go on with a smaller scale
+        if norm is not None and self.accelerator.scaler is None:
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            values.append(torch.as_tensor(whole, device=self.args.device))
+        if not torch.stack([value.isfinite() for value in values]).all():
+            self._refuse_step(*(value.item() for value in values))
+        return norm
+
+    def _refuse_step(self, loss: float, norm: float = 0.0) -> NoReturn:
+        row = lambda i: self.train_pairs.name(int(i))
+        mine = [
+            f"{row(i)} ({value})"
+            for part, losses in self._pair_losses
+            for i, value in zip(part, losses.tolist(), strict=True)
+            if not math.isfinite(value)
+        ]
+        if not math.isfinite(norm):  # then it is on every rank, and any of them may have the pair
+            mine = gather_object(mine)
+        whose, rows = "loss of", mine
+        if not mine:
+            whose = f"gradient (norm {norm}) and loss ({loss}) of all of"
+            rows = [row(i) for i in self._step_pairs]
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        raise InputError(
+            f"step {self.state.global_step + 1}: expected a finite loss and gradient, got the "
+            f"{whose} row {shown}; {self._whole()}: look at the data, or try a lower "
+            "--learning_rate"
+        )
 
     @contextmanager
     def _unsynchronised(self, model: nn.Module) -> Iterator[None]:
@@ -250,21 +299,6 @@ class SePOTrainer(MaskedTrainer):
             logs = {**logs, **means, **self._step_counts, **self._throughput.pop()}
             self.warn_of_shut_masks(means)
         super().log(logs, start_time)
-        if self.is_world_process_zero():
-            self._metrics_file.append({"step": self.state.global_step, **logs})
-
-    def _describe_run(self, model: nn.Module, args: SePOConfig) -> dict | None:
-        if self.train_pairs is None:
-            return None
-        return describe_run(
-            model,
-            args,
-            lengths=self.train_pairs.lengths,
-            selected=self.train_pairs.selected,
-            seed=data_seed(args),
-            selects=self.method.positions in ("selected", "random"),
-            settings=self.method.settings,
-        )
 
 
 def tokenised(data, args: SePOConfig, tokenizer) -> Sequence[TokenPair] | None:

@@ -77,13 +77,13 @@ def _mid_optimiser(pause):
 
 
 def _mid_rotation(pause):
-    def stopping(output_dir, limit, *args, **kwargs):
+    def stopping(output_dir, limit, *args):
         checkpoints = sorted(Path(output_dir).glob("checkpoint-*"))
         if len(checkpoints) > limit:
             (checkpoints[0] / "optimizer.pt").unlink()
             pause()
 
-    resumable.rotate_checkpoints = stopping
+    resumable.rotate = stopping
 
 
 def _mid_line(pause):
