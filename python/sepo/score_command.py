@@ -14,9 +14,10 @@ from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore, is_store, tokenizer_hash
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
+from sepo.lock import lock
 from sepo.model import load_model, load_tokenizer
 from sepo.reference import cached_reference
-from sepo.score import KEEP, SAMPLE, score_dataset
+from sepo.score import KEEP, SAMPLE, score_dataset, shard_name
 from sepo.terminal import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,6 +73,11 @@ def run(args: argparse.Namespace) -> None:
     A data set that is a store with the reference's log-probabilities spares its pass, and the
     memory of its weights; `cached_reference` says when it is another reference's.
     """
+    with lock(args.output_dir, shard_name(args.shard)):  # before the models are loaded
+        _score(args)
+
+
+def _score(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.reference)
     if args.oracle is not None:
         _check_same_tokenizer(args.oracle, args.reference, tokenizer)
