@@ -134,11 +134,11 @@ def _fill(
     (index, count), keep = shard, writer.manifest["keep"]
     missing = writer.missing()
     mine = [part for part in missing if part % count == index]
-    if mine:
-        writer.begin()  # before the expensive part: a full disk shows
     if "hidden" in keep:
         _make_room(writer, [pairs[i] for part in missing for i in writer.pairs_of(part)], progress)
         writer.write_head(StoredHead(*head(reference)))
+    if mine:
+        writer.begin()  # before the expensive part: a full disk shows
     if precision_check is None:
         precision_check = SAMPLE if 0 in mine else 0
     checked = None

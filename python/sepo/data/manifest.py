@@ -112,14 +112,6 @@ def _is_list_of_text(value) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-def _is_reading(value) -> bool:
-    counts = [value.get(key, {}) for key in ("dropped", "noted")] if _is_plain(value) else [None]
-    return all(
-        isinstance(one, dict) and all(type(count) is int for count in one.values())
-        for one in counts
-    )
-
-
 def _is_plain(value) -> bool:
     """A dict that every reader of JSON understands: no number in it is NaN or infinite."""
     try:
@@ -142,10 +134,7 @@ ENTRIES = {  # entry -> what it is in words, and whether a value is that
     "pairs": _COUNT,
     "pairs_per_part": _COUNT,
     "sepo": _SOME_TEXT,
-    "reading": (
-        "an object with counts of what was dropped and noted, or null",
-        _optional(_is_reading),
-    ),
+    "reading": _OBJECT,
     "max_length": _SOME_COUNT,
     "hidden_width": _SOME_COUNT,
     "transferred": _OBJECT,
