@@ -222,7 +222,7 @@ def _number(variable: str, default: int) -> int:
     try:
         return int(text := os.environ.get(variable, str(default)))
     except ValueError as error:
-        raise InputError(f"{variable}: expected a number, got {text}") from error
+        raise InputError(f"{variable}: expected a number, got {text!r}") from error
 
 
 def _check_tokens(pairs: list[TokenPair], model: PreTrainedModel, role: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import exit_line
+from processes import cut_short
 from reports import scored, write_metrics, write_store
 from tokenizers_for_tests import chatml_tokenizer, plain_tokenizer
 
@@ -124,15 +124,6 @@ def test_a_full_disk(home, form):
     assert "can't be written: File too large" in error
     left = {file.name for file in (home / "out").iterdir()}
     assert left == {"report.html"} and (home / "out/report.html").read_text() == "before"
-
-
-def cut_short(size: int, *command: str) -> str:
-    """The line that a command ends with where no file may be longer than so many bytes."""
-    code = (
-        "import resource, sys; from sepo.cli import main; "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); main()"
-    )
-    return exit_line("-c", code, *command)
 
 
 def test_leftovers_of_killed_reports(home):
