@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from manifests import manifest
 from processes import ROOT
+from test_trainer import make_trainer
 from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_tokenizer
+from whole_stores import flip
 
 from sepo import inspect
-from sepo.checkpoints import write_mark
 from sepo.data import ScoredPair
 from sepo.data.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
 from sepo.errors import InputError
@@ -226,13 +227,14 @@ def test_verify_says_what_it_can_not_see(capsys):
 
 
 def test_verify_reads_a_checkpoint(tmp_path, capsys):
-    (tmp_path / "model.safetensors").write_bytes(bytes(100))
-    write_mark(tmp_path, step=7, run={}, unlogged=[])
-    run(tmp_path, "--verify")
-    assert capsys.readouterr().out == f"{tmp_path}: as it was written: step 7\n"
-    (tmp_path / "model.safetensors").write_bytes(bytes(99) + b"\x01")
+    make_trainer(tmp_path, method="sft", max_steps=1, save_strategy="steps", save_steps=1).train()
+    path = tmp_path / "checkpoint-1"
+    capsys.readouterr()
+    run(path, "--verify")
+    assert capsys.readouterr().out == f"{path}: as it was written: step 1\n"
+    flip(path / "model.safetensors", 8 * 1000)
     with pytest.raises(InputError, match="not a complete checkpoint: model.safetensors: its cont"):
-        run(tmp_path, "--verify")
+        run(path, "--verify")
 
 
 def test_verify_of_what_has_no_checksums(tmp_path):

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sepo.data.files import Atomic
+from sepo.data.manifest import sealed, unsealed
 from sepo.errors import InputError
 
 MARK = "sepo_checkpoint.json"
@@ -58,7 +59,7 @@ def why_torn(checkpoint: Path, *, contents: bool = True) -> str | None:
 def read_mark(checkpoint: str | Path) -> dict | None:
     """What was written about a checkpoint, None if nothing whole was."""
     try:
-        mark = json.loads((Path(checkpoint) / MARK).read_text())
+        mark = unsealed(json.loads((Path(checkpoint) / MARK).read_text()))
         return mark if mark["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -79,7 +80,7 @@ def write_mark(
     files = {name: [sizes[name], digest] for name, digest in _hashes(checkpoint, names).items()}
     mark = {"format": FORMAT, "step": step, "run": run, "unlogged": unlogged, "files": files}
     with Atomic(checkpoint / MARK, "0") as temporary:
-        temporary.write_text(json.dumps(mark, indent=1) + "\n")
+        temporary.write_text(json.dumps(sealed(mark), indent=1) + "\n")
 
 
 def remove(checkpoint: Path) -> None:

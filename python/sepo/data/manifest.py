@@ -44,9 +44,10 @@ def read_manifest(path: Path) -> dict | None:
         raise InputError(f"{file}: expected the JSON manifest of a scored store") from error
     if found != FORMAT:
         raise InputError(f"{file}: expected format version {FORMAT}, found {found}")
-    check = manifest.pop("check", None)  # None: an older version wrote none
-    if check is not None and check != hash_json(manifest):
-        raise InputError(f"{file}: its contents are not those that were written")
+    try:
+        manifest = unsealed(manifest)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from error
     check_entries(file, manifest)
     return manifest
 
@@ -61,8 +62,18 @@ def check_entries(file: Path, manifest: dict) -> None:
 
 
 def sealed(manifest: dict) -> dict:
-    """The manifest as it is written, with a checksum."""
+    """What is written of a dict: with a checksum."""
     return manifest | {"check": hash_json(manifest)}
+
+
+def unsealed(written: dict) -> dict:
+    """What `sealed` was given; older versions wrote no checksum. Raises ValueError for another."""
+    if not isinstance(written, dict):
+        raise ValueError(f"expected a JSON object, got {type(written).__name__}")
+    value = {key: entry for key, entry in written.items() if key != "check"}
+    if "check" in written and written["check"] != hash_json(value):
+        raise ValueError("its contents are not those that were written")
+    return value
 
 
 def run_of(manifest: dict) -> str:
