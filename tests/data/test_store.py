@@ -18,6 +18,7 @@ from sepo.data.store import (
     FORMAT,
     ScoredStore,
     StoreWriter,
+    is_store,
     pairs_hash,
     template_hash,
     tokenizer_hash,
@@ -323,3 +324,19 @@ def test_pairs_hash_sees_every_field_and_boundary():
     ]
     assert len({pairs_hash(pairs) for pairs in sets}) == len(sets)
     assert pairs_hash(sets[0]) == pairs_hash([pair("a", one.astype(np.int64), one, one)])
+
+
+def test_a_token_id_that_is_none_in_an_old_part(tmp_path):
+    fill(tmp_path, [make_pair("a"), make_pair("b", chosen=np.array([1, -5, 2], np.int32))])
+    part = next(tmp_path.glob("part*"))
+    table = pq.ParquetFile(part).read()
+    about = json.loads(table.schema.metadata[b"sepo"])
+    del about["check"]
+    pq.write_table(table.replace_schema_metadata({"sepo": json.dumps(about)}), part)
+    with pytest.raises(InputError, match="row b: expected token ids in chosen, found -5"):
+        ScoredStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", ""])
+def test_a_path_that_can_be_none(path):
+    assert not is_store(path)

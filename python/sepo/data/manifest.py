@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def read_manifest(path: Path) -> dict | None:
     is lacking or can't be what it says.
     """
     file = path / MANIFEST
-    if not file.is_file():
+    if not os.path.isfile(file):
         return None
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))

@@ -112,6 +112,14 @@ class Part:
         if (self.lengths < 1).any():
             row, column = np.argwhere(self.lengths < 1)[0]
             raise InputError(f"{file}: row {self.ids[row]}: {TOKENS[column]} is empty")
+        for name in TOKENS if self.check is None else ():
+            values, offsets, _ = self.columns[name]
+            if (bad := np.flatnonzero(values < 0)).size:
+                row = np.searchsorted(offsets, bad[0], side="right") - 1
+                raise InputError(
+                    f"{file}: row {self.ids[row]}: expected token ids in {name}, found "
+                    f"{values[bad[0]]}"
+                )
         for name, along in FLOATS.items():
             values, offsets, there = self.columns[name]
             found, expected = np.diff(offsets), self.lengths[:, TOKENS.index(along)]

@@ -197,9 +197,10 @@ class StoreWriter:
 
     def finish(self) -> bool:
         """Complete the manifest if every part is there; whoever comes last does it. Idempotent."""
-        if self.missing():
+        total = num_parts(self.manifest)
+        if len(_parts_there(self.path, self.manifest)) < total:
             return False
-        abouts = [self._about(part) for part in range(num_parts(self.manifest))]
+        abouts = [self._about(part) for part in range(total)]
         self.manifest = _completed(self.manifest, abouts)
         self._write_json(self.manifest)
         return True
@@ -217,7 +218,7 @@ class StoreWriter:
 
 def is_store(path: str | os.PathLike) -> bool:
     """Whether a data set's name is the directory of a scored store, complete or not."""
-    return (Path(path) / MANIFEST).is_file()
+    return os.path.isfile(Path(path) / MANIFEST)  # False for a path that can't be one, too
 
 
 def verify_store(path: str | os.PathLike) -> ScoredStore:
