@@ -72,3 +72,17 @@ def exit_line(*arguments: str) -> str:
     lines = [line for line in output.splitlines() if "sepo: error" in line]
     assert len(lines) == 1 and "Traceback" not in output, output
     return lines[0]
+
+
+def cut_short(size: int, *command: str, at: str = "sepo.cli.run") -> str:
+    """The line that a command ends with, if from the call of `at` no file may be any longer."""
+    module, name = at.rsplit(".", 1)
+    code = f"""if True:
+        import resource, {module}, sepo.cli
+        call = {at}
+        def cut(*arguments, **options):
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+            return call(*arguments, **options)
+        {at} = cut
+        sepo.cli.main()"""
+    return exit_line("-c", code, *command)

@@ -427,3 +427,25 @@ def test_evaluations_outside_the_steps_are_logged_once(tmp_path):
     again.evaluate()  # of this process, before it trains
     again.train(resume_from_checkpoint=True)
     assert keys() == [(0, True), (0, True), *training]
+
+
+@pytest.mark.parametrize("entry", ["step", "run", "unlogged"])
+def test_what_a_mark_says_is_under_its_checksum(tmp_path, trained, entry, caplog):
+    """A flipped bit of a loss that is not logged yet would be another loss in the log."""
+    shutil.copytree(trained[1], tmp_path / "out")
+    file = tmp_path / "out" / "checkpoint-3" / MARK
+    mark = json.loads(file.read_text())
+    mark[entry] = {"step": 2, "run": mark["run"] | {"seed": 1}, "unlogged": [{"loss": 0}]}[entry]
+    file.write_text(json.dumps(mark))
+    assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
+    assert f"no whole {MARK}" in caplog.text
+
+
+def test_a_mark_without_a_checksum_is_read(tmp_path, trained):
+    """As older versions wrote it."""
+    shutil.copytree(trained[1], tmp_path / "out")
+    file = tmp_path / "out" / "checkpoint-3" / MARK
+    mark = json.loads(file.read_text())
+    assert len(mark.pop("check")) == 64
+    file.write_text(json.dumps(mark))
+    assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-3")

@@ -6,11 +6,15 @@ import json
 import datasets
 import numpy as np
 import pytest
+from manifests import manifest
+from processes import ROOT
+from test_trainer import make_trainer
 from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_tokenizer
+from whole_stores import flip
 
 from sepo import inspect
 from sepo.data import ScoredPair
-from sepo.data.store import IDENTITY, StoreWriter, template_hash, tokenizer_hash
+from sepo.data.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
 from sepo.errors import InputError
 
 
@@ -97,10 +101,8 @@ def test_the_users_own_weights_are_highlighted(tmp_path, model, capsys):
 
 def write_store(path):
     tokenizer = plain_tokenizer()
-    manifest = dict.fromkeys(IDENTITY, "x") | {"format": 1, "pairs": 1, "pairs_per_part": 1}
-    manifest |= {"keep": ["score"], "tokenizer": tokenizer_hash(tokenizer)}
-    manifest |= {"chat_template": template_hash(tokenizer)}
-    writer = StoreWriter(path, manifest)
+    whose = {"tokenizer": tokenizer_hash(tokenizer), "chat_template": template_hash(tokenizer)}
+    writer = StoreWriter(path, manifest(source=pairs_hash([scored()]), **whose))
     writer.write(0, [scored()])
     assert writer.finish()
 
@@ -203,3 +205,40 @@ def test_messages(tmp_path, model):
         run(tmp_path / "store", "--model_name_or_path", model, "--fraction", "mass", "--mass", 0)
     with pytest.raises(InputError, match="expected --rows >= 0, got -1"):
         run("rows.jsonl", "--model_name_or_path", model, "--rows", -1)
+
+
+def test_verify_reads_a_whole_store(tmp_path, capsys):
+    write_store(tmp_path / "store")
+    run(tmp_path / "store", "--verify")
+    assert (
+        capsys.readouterr().out == f"{tmp_path / 'store'}: as it was written: 1 pairs, 9 tokens\n"
+    )
+    part = next((tmp_path / "store").glob("part-*"))
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"{part.name}: cannot be read"):
+        run(tmp_path / "store", "--verify")
+
+
+def test_verify_says_what_it_can_not_see(capsys):
+    old = ROOT / "tests/fixtures/old_store"
+    run(old, "--verify")
+    out = capsys.readouterr().out
+    assert out.startswith(f"{old}: whole, but not all of it has checksums: 3 pairs, ")
+
+
+def test_verify_reads_a_checkpoint(tmp_path, capsys):
+    make_trainer(tmp_path, method="sft", max_steps=1, save_strategy="steps", save_steps=1).train()
+    path = tmp_path / "checkpoint-1"
+    capsys.readouterr()
+    run(path, "--verify")
+    assert capsys.readouterr().out == f"{path}: as it was written: step 1\n"
+    flip(path / "model.safetensors", 8 * 1000)
+    with pytest.raises(InputError, match="not a complete checkpoint: model.safetensors: its cont"):
+        run(path, "--verify")
+
+
+def test_verify_of_what_has_no_checksums(tmp_path):
+    with pytest.raises(InputError, match="expected a scored store or a checkpoint, found no mani"):
+        run(tmp_path, "--verify")
+    with pytest.raises(InputError, match="--model_name_or_path: expected whose tokenizer"):
+        run(tmp_path)

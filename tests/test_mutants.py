@@ -109,6 +109,24 @@ MUTANTS = {
         "kl=total(tokens.kl, tokens.reward_mask)",
         "tests/test_golden_steps.py",
     ),
+    "another value in a part of a store": (
+        "python/sepo/data/part.py",
+        "self.check != _check_of(self.ids, self.columns, self.about)",
+        "False",
+        "tests/data/test_whole.py",
+    ),
+    "a flipped bit in hidden rows": (
+        "python/sepo/data/hidden.py",
+        "crc32_of_tensor(rows) != self.check",
+        "False",
+        "tests/data/test_whole.py",
+    ),
+    "a part in the place of another": (
+        "python/sepo/data/check.py",
+        "if key in found and found[key] != expected.get(key):",
+        "if False:",
+        "tests/data/test_whole.py",
+    ),
     "a flipped bit in a checkpoint": (
         "python/sepo/checkpoints.py",
         "if digest != files[name][1]:",

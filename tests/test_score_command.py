@@ -2,17 +2,22 @@
 
 import argparse
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scoring_for_tests import QUIET, make_pairs, make_tokenizer, parts, save_models
+from processes import cut_short
+from scoring_for_tests import QUIET, REFERENCE, make_pairs, make_tokenizer, parts, save_models
 
 from sepo import score_command
 from sepo.data.store import ScoredStore
 from sepo.errors import InputError
+from sepo.lock import lock
 from sepo.model import load_model, load_tokenizer
-from sepo.score import score_dataset, score_pairs
+from sepo.score import score_dataset, score_pairs, shard_name
 
 
 def parse(*words):
@@ -125,3 +130,77 @@ def test_command_line_refusals(capsys, words, message):
     with pytest.raises(SystemExit):
         parse("--dataset_name", "d", "--reference", "r", "--output_dir", "o", *words)
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A store's flags, and what `score_dataset` makes of them."""
+    reference, oracle = save_models(tmp_path)
+    rows = [
+        {f"{name}_ids": getattr(p, name).tolist() for name in ("prompt", "chosen", "rejected")}
+        | {"id": p.id}
+        for p in make_pairs(4)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--dataset_name", str(tmp_path / "data.jsonl"), "--pairs_per_part", "2"]
+    flags += ["--reference", reference, "--oracle", oracle, "--device", "cpu"]
+    return lambda output: [*flags, "--output_dir", str(output)]
+
+
+def test_an_output_that_can_not_be(tmp_path, job, monkeypatch):
+    """Refused before the models are loaded."""
+    monkeypatch.setattr(score_command, "load_tokenizer", None)
+    (tmp_path / "file").write_text("")
+    for output, found in (
+        (tmp_path / "file", "got a file"),
+        (tmp_path / "file" / "below", "Not a directory"),
+        (tmp_path / "file" / "far" / "below", "Not a directory"),
+        (Path("/proc/sepo"), "No such file or directory"),  # root neither can make it
+    ):
+        with pytest.raises(InputError, match=f"{output}: expected a folder to write to, .*{found}"):
+            score_command.run(parse(*job(output)))
+    assert not list(tmp_path.glob("**/.*"))
+
+
+def test_a_shard_that_another_process_scores(tmp_path, job, monkeypatch):
+    """The second is refused before the models are loaded; another shard is not."""
+    monkeypatch.setattr(score_command, "load_tokenizer", None)
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(1) as other, lock(out, shard_name((1, 2))):
+        score = lambda shard: other.submit(
+            score_command.run, parse(*job(out), "--shard", shard)
+        ).result()
+        with pytest.raises(InputError, match=f"{out} is being written to by process"):
+            score("1/2")
+        with pytest.raises(TypeError, match="not callable"):  # it got to the tokenizer
+            score("0/2")
+        with pytest.raises(InputError, match=f"{out} is being written to by process"):
+            arguments = dict(reference=REFERENCE, shard=(1, 2), keep=("logp",), **QUIET)
+            other.submit(score_dataset, make_pairs(), out, **arguments).result()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"), [("RANK", "one"), ("WORLD_SIZE", ""), ("RANK", "1.0")]
+)
+def test_a_shard_that_is_no_number(tmp_path, job, monkeypatch, variable, text):
+    monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(InputError, match=f"{variable}: expected a number, got '{text}'"):
+        score_command.run(parse(*job(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("size", "file"), [(100, "manifest.json"), (2000, "part-00000-of-00002")])
+def test_a_full_disk(tmp_path, job, size, file):
+    """One line, no half of a file; what is there is gone on with when there is room."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    error = cut_short(size, "score", *job(out), at="sepo.score_command.score_dataset")
+    assert re.search(f"{out}/{file}.*: can't be written: .*File too large", error), error
+    if size == 100:  # found out before anything was scored
+        assert not out.exists()
+    else:
+        assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    for path in (out, whole):
+        score_command.run(parse(*job(path)))
+    assert parts(out) == parts(whole)

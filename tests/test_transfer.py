@@ -1,10 +1,16 @@
 import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import cut_short
 from tokenizers_for_tests import CHATML, chatml_tokenizer, plain_tokenizer
 from vocabularies import TRAINED
 
+from sepo import transfer
 from sepo.cli import run
 from sepo.data.crossvocab import TokenBytes
 from sepo.data.read import read_pairs
@@ -20,6 +26,7 @@ from sepo.data.store import (
 )
 from sepo.data.types import ScoredPair
 from sepo.errors import InputError
+from sepo.lock import lock
 from sepo.transfer import read_preferences, transfer_store
 
 ROWS = [
@@ -344,3 +351,48 @@ def test_token_ids_are_refused(tmp_path, both):
     make_store(tmp_path / "scores", data, both["source"])
     with pytest.raises(InputError, match="row 0: expected text, .*, got token ids"):
         command(tmp_path, **both)
+
+
+def test_an_output_that_can_not_be_is_refused_before_anything_is_loaded(
+    tmp_path, data, both, monkeypatch
+):
+    monkeypatch.setattr(transfer, "load_tokenizer", None)
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/sepo")):
+        with pytest.raises(InputError, match=f"{output}: expected a folder to write to, got "):
+            command(tmp_path, "--output_dir", str(output), **both)
+    with ThreadPoolExecutor(1) as other, lock(tmp_path / "out", transfer.OWNER):
+        with pytest.raises(InputError, match=f"{tmp_path / 'out'} is being written to by process"):
+            other.submit(command, tmp_path, **both).result()
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_store_is_refused_before_rows_are_aligned(tmp_path, data, both, monkeypatch):
+    make_store(tmp_path / "scores", data, both["source"])
+    command(tmp_path, "--mode", "overlap", **both)
+    monkeypatch.setattr(transfer, "TokenBytes", None)
+    for more in ((), ("--mode", "overlap", "--fraction", "0.2")):
+        with pytest.raises(InputError, match="expected an empty directory or this transfer begun"):
+            command(tmp_path, *more, **both)
+    with pytest.raises(InputError, match="pairs_per_part: expected at least 1, got 0"):
+        command(tmp_path, "--pairs_per_part", "0", **both)
+
+
+def test_a_full_disk(tmp_path, data, both):
+    """One line, no half of a file; the next one goes on."""
+    make_store(tmp_path / "scores", data, both["source"])
+    command(tmp_path, **both)
+    whole = parts(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    flags = ["--scores", tmp_path / "scores", "--oracle", tmp_path / "oracle"]
+    flags += ["--dataset_name", data, "--model_name_or_path", tmp_path / "policy"]
+    flags += ["--output_dir", tmp_path / "out"]
+    error = cut_short(3000, "transfer", *flags, at="sepo.transfer.transfer_store")
+    assert re.search(r"out/part-00000.*: can't be written: .*File too large", error), error
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["manifest.json"]
+    command(tmp_path, **both)
+    assert parts(tmp_path / "out") == whole
+
+
+def parts(path):
+    return {file.name: file.read_bytes() for file in path.glob("part-*")}

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import yaml
+from manifests import manifest
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 
-from sepo.data.store import FORMAT, StoreWriter, pairs_hash, template_hash, tokenizer_hash
+from sepo.data.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
 
 
 def make_run(
@@ -40,11 +41,10 @@ def make_run(
     return ["--config", str(path / "run.yaml")]
 
 
-def write_store(path: Path, pairs: list, **manifest) -> None:
+def write_store(path: Path, pairs: list, **entries) -> None:
     """A store of one part, as `sepo score --keep logp` would leave it."""
     tokenizer = tiny_tokenizer()
-    defaults = dict(
-        format=FORMAT,
+    defaults = manifest(
         tokenizer=tokenizer_hash(tokenizer),
         tokenizer_name="tiny",
         chat_template=template_hash(tokenizer),
@@ -53,7 +53,7 @@ def write_store(path: Path, pairs: list, **manifest) -> None:
         pairs=len(pairs),
         pairs_per_part=len(pairs),
     )
-    writer = StoreWriter(path, {**defaults, **manifest})
+    writer = StoreWriter(path, {**defaults, **entries})
     writer.write(0, pairs)
     writer.finish()
 

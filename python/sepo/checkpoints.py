@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sepo.data.files import Atomic
 from sepo.data.hidden import size_name
+from sepo.data.manifest import sealed, unsealed
 from sepo.errors import InputError
 
 MARK = "sepo_checkpoint.json"
@@ -47,7 +48,7 @@ def why_torn(checkpoint: Path, *, contents: bool = True) -> str | None:
 def read_mark(checkpoint: str | Path) -> dict | None:
     """What was written about a checkpoint, None if nothing whole was."""
     try:
-        mark = json.loads((Path(checkpoint) / MARK).read_text())
+        mark = unsealed(json.loads((Path(checkpoint) / MARK).read_text()))
         known = mark["format"] in READABLE and {"step", "run", "unlogged", "files"} <= mark.keys()
         return mark if known else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -71,7 +72,7 @@ def write_mark(
     mark = {"format": FORMAT, "step": step, "run": run, "flags": flags}
     mark |= {"unlogged": unlogged, "files": files}
     with Atomic(checkpoint / MARK, "0") as temporary:
-        temporary.write_text(json.dumps(mark, indent=1) + "\n")
+        temporary.write_text(json.dumps(sealed(mark), indent=1) + "\n")
 
 
 def remove(checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -12,6 +13,7 @@ from sepo.data.counts import count_rows, count_tokens
 from sepo.data.segments import make_segments
 from sepo.data.types import Segment, TokenPair
 from sepo.errors import InputError
+from sepo.terminal import escaped, say, write
 
 SIDES = ("chosen", "rejected")
 LEGEND = (
@@ -26,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("data", metavar="DATA", help="preference data (a file or hub id), or a scored store")
-    add("--model_name_or_path", required=True, help="whose tokenizer reads the data")
+    add("--model_name_or_path", help="whose tokenizer reads the data")
+    add(
+        "--verify",
+        action="store_true",
+        help="read all of a store or checkpoint and compare it with its checksums; nothing else",
+    )
     add("--rows", type=int, default=3, metavar="n", help="rows to show")
     share = dict(type=number_or_mass, metavar="NUMBER|mass")
     add("--fraction", **share, default=0.3, help="of the tokens selected, for a scored store")
@@ -53,10 +60,14 @@ def number_or_mass(text: str) -> float | str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the first rows, then the counts of everything kept, cut and dropped.
+    """Print the first rows, then the counts of everything kept, cut and dropped; or verify files.
 
-    Raises InputError as `read_pairs` and `ScoredStore.open` do.
+    Raises InputError as `read_pairs`, `ScoredStore.open` and `verify_store` do.
     """
+    if args.verify:
+        return _verify(args.data)
+    if args.model_name_or_path is None:
+        raise InputError("--model_name_or_path: expected whose tokenizer reads the data, got none")
     from sepo.model import load_tokenizer
 
     if args.rows < 0:
@@ -88,7 +99,27 @@ def run(args: argparse.Namespace) -> None:
     for pair, notes in zip(data.pairs[: args.rows], data.notes, strict=False):
         show.pair(pair, notes)
     show.totals(data.pairs)
-    show.line(str(data.report))
+    show.line(escaped(str(data.report)))
+
+
+def _verify(path: str) -> None:
+    from sepo.checkpoints import MARK, read_mark, why_torn
+    from sepo.data.store import MANIFEST, is_store, verify_store
+
+    if is_store(path):
+        store = verify_store(path)
+        size = f"{len(store)} pairs, {store.manifest['tokens']} tokens"
+        how = "whole, but not all of it has checksums" if store.unchecked else "as it was written"
+        say(f"{path}: {how}: {size}")
+    elif (Path(path) / MARK).is_file():
+        if (reason := why_torn(Path(path))) is not None:
+            raise InputError(f"{path} is not a complete checkpoint: {reason}")
+        say(f"{path}: as it was written: step {read_mark(path)['step']}")
+    else:
+        raise InputError(
+            f"--verify: expected a scored store or a checkpoint, found no {MANIFEST} and no {MARK} "
+            f"in {path}"
+        )
 
 
 class Show:
@@ -105,7 +136,7 @@ class Show:
     def pair(self, pair: TokenPair, notes: Sequence[str] = ()) -> None:
         """One pair, with its selected tokens if it has scores, or weights of the user's own."""
         counts = f"{len(pair.prompt)} prompt, {len(pair.chosen)} chosen, {len(pair.rejected)}"
-        self.line("; ".join([f"row {pair.id}: {counts} rejected tokens", *notes]))
+        self.line(escaped("; ".join([f"row {pair.id}: {counts} rejected tokens", *notes])))
         self._part("prompt", self._faint(_visible(self._text(pair.prompt))))
         segments = self._segments(pair)
         for i, side in enumerate(SIDES):
@@ -146,9 +177,7 @@ class Show:
         self.line(f"one pass over them reads {read}")
 
     def line(self, text: str) -> None:
-        # a terminal of another encoding gets escapes instead of an exception
-        encoding = getattr(self.out, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=self.out)
+        write(text, out=self.out)
 
     def _segments(self, pair: TokenPair) -> list[Segment] | None:
         """Both segments; None if nothing selects in one of the responses."""
@@ -196,6 +225,4 @@ class Show:
 
 
 def _visible(text: str) -> str:
-    """Line breaks marked and kept, other control characters as escapes: text must not steer."""
-    shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    return "".join(shown).replace("\n", "⏎\n")
+    return escaped(text).replace("\n", "⏎\n")

@@ -29,9 +29,11 @@ from sepo.data.store import (
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.fingerprint import weights_hash
+from sepo.lock import lock
 from sepo.model import head
 from sepo.precision import check_precision
 from sepo.response_logp import check_budget, dtype_name, kept_logp, response_logp
+from sepo.terminal import say
 
 KEEP = ("score", "logp", "hidden")
 SAMPLE = 16  # pairs that a precision check reads when nobody names a number
@@ -68,7 +70,8 @@ def score_dataset(
 
     Raises InputError, before anything is written, for a token that a model lacks, a pair longer
     than `max_tokens`, a directory that holds another run, a disk without room for the states, a
-    `keep` that does not fit the models, and pairs that keep nothing of a reference that is None;
+    `keep` that does not fit the models, pairs that keep nothing of a reference that is None, a
+    directory that can't be written to, and a shard that another process is scoring;
     later for a log-probability that is not finite (naming the row; nothing of its part is written).
     """
     if not pairs:
@@ -104,12 +107,38 @@ def score_dataset(
             "will keep the first tokens of each response",
             stacklevel=2,
         )
-    writer = StoreWriter(output_dir, manifest, owner=f"shard{index}of{count}")
+    with lock(output_dir, owner := shard_name(shard)):
+        writer = StoreWriter(output_dir, manifest, owner=owner)
+        _fill(
+            writer, pairs, reference, oracle, max_tokens, (index, count), precision_check, progress
+        )
+    return Path(output_dir)
+
+
+def shard_name(shard: tuple[int, int] | None) -> str:
+    """Under which a process that scores a shard holds the lock of its store: `sepo.lock`."""
+    return "shard{}of{}".format(*_checked_shard(shard))
+
+
+def _fill(
+    writer: StoreWriter,
+    pairs: Sequence[TokenPair],
+    reference: PreTrainedModel | None,
+    oracle: PreTrainedModel | None,
+    max_tokens: int,
+    shard: tuple[int, int],
+    precision_check: int | None,
+    progress: bool,
+) -> None:
+    """Score and write the shard's parts that are missing."""
+    (index, count), keep = shard, writer.manifest["keep"]
     missing = writer.missing()
     mine = [part for part in missing if part % count == index]
     if "hidden" in keep:
         _make_room(writer, [pairs[i] for part in missing for i in writer.pairs_of(part)], progress)
         writer.write_head(StoredHead(*head(reference)))
+    if mine:
+        writer.begin()  # before the expensive part: a full disk shows
     if precision_check is None:
         precision_check = SAMPLE if 0 in mine else 0
     checked = None
@@ -131,7 +160,6 @@ def score_dataset(
     complete = writer.finish()
     if progress:
         _print_end(writer, complete, tokens, time.perf_counter() - start)
-    return Path(output_dir)
 
 
 def score_pairs(
@@ -184,10 +212,17 @@ def _checked_keep(keep: Sequence[str], oracle, reference) -> list[str]:
 
 def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
     if shard is None:  # what torchrun sets
-        shard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        shard = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if not 0 <= shard[0] < shard[1]:
         raise InputError(f"shard: expected i/n with 0 <= i < n, got {shard[0]}/{shard[1]}")
     return shard
+
+
+def _number(variable: str, default: int) -> int:
+    try:
+        return int(text := os.environ.get(variable, str(default)))
+    except ValueError as error:
+        raise InputError(f"{variable}: expected a number, got {text!r}") from error
 
 
 def _check_tokens(pairs: list[TokenPair], model: PreTrainedModel, role: str) -> None:
@@ -252,7 +287,7 @@ def _device_name(model: PreTrainedModel) -> str:
 def _print_end(writer: StoreWriter, complete: bool, tokens: int, seconds: float) -> None:
     print(f"scored {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s")
     if complete:
-        print(f"complete store: {writer.path}")
+        say(f"complete store: {writer.path}")
     else:
         missing, total = len(writer.missing()), num_parts(writer.manifest)
-        print(f"{writer.path}: {missing} of {total} parts are left to the other shards")
+        say(f"{writer.path}: {missing} of {total} parts are left to the other shards")

@@ -14,9 +14,11 @@ from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore, is_store, tokenizer_hash
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
+from sepo.lock import lock
 from sepo.model import load_model, load_tokenizer
 from sepo.reference import cached_reference
-from sepo.score import KEEP, SAMPLE, score_dataset
+from sepo.score import KEEP, SAMPLE, score_dataset, shard_name
+from sepo.terminal import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,6 +73,11 @@ def run(args: argparse.Namespace) -> None:
     A data set that is a store with the reference's log-probabilities spares its pass, and the
     memory of its weights; `cached_reference` says when it is another reference's.
     """
+    with lock(args.output_dir, shard_name(args.shard)):  # before the models are loaded
+        _score(args)
+
+
+def _score(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.reference)
     if args.oracle is not None:
         _check_same_tokenizer(args.oracle, args.reference, tokenizer)
@@ -131,7 +138,7 @@ def _read(
             limit=args.limit,
             progress=True,
         )
-        print(data.report)
+        say(str(data.report))
         return _Data(data.pairs, data.report.as_dict(), args.max_length, has_reference=False)
     for flag in ("limit", "max_length"):
         if getattr(args, flag) is not None:
@@ -143,7 +150,7 @@ def _read(
     # its states are written by a pass of the model, which says the rest again
     has_reference = kept is not None and args.oracle is not None and "hidden" not in args.keep
     if has_reference:
-        print(f"reference: not run, {name} keeps its log-probabilities")
+        say(f"reference: not run, {name} keeps its log-probabilities")
     about = store.manifest
     return _Data(store, about["reading"], about["max_length"], has_reference)
 

@@ -24,6 +24,7 @@ from sepo.methods import METHODS
 from sepo.model import explain_attention, load_model, load_tokenizer
 from sepo.reference import Reference, cached_reference, load_reference
 from sepo.resumable import of_rank_0
+from sepo.terminal import say
 from sepo.trainer import SePOTrainer
 
 
@@ -110,7 +111,7 @@ def load_pairs(
         progress=not args.disable_tqdm,
     )
     if args.should_log:
-        print(read.report)
+        say(str(read.report))
     return read.pairs
 
 

@@ -6,7 +6,7 @@ the policy's; both are laid over the bytes of the text, as `sepo.data.crossvocab
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,9 +32,12 @@ from sepo.data.store import (
 )
 from sepo.data.types import ScoredPair
 from sepo.errors import InputError
+from sepo.lock import lock
 from sepo.model import load_tokenizer
+from sepo.terminal import say
 
 FRACTION = 0.3
+OWNER = "transfer"  # of the lock of the store that is written
 MODELS = tuple(
     f"{role}{what}" for role in ("oracle", "reference") for what in ("", "_dtype", "_name")
 )
@@ -61,22 +64,62 @@ def transfer_store(
     bytes' scores, in nats; one without any gets 0 or the least decisive score, whichever is less
     so. "overlap": tokens that hold a byte of one of the oracle's selected tokens get weight 1, all
     others 0. Raises InputError for a tokenizer that is not fast or not the store's, a store without
-    scores, rows of token ids, an `output_dir` that holds something else, and if no row is left.
+    scores, rows of token ids, an `output_dir` that holds something else, can't be written to or is
+    being written to, and if no row is left.
     """
     _check_store(store, oracle_tokenizer)
+    if pairs_per_part < 1:
+        raise InputError(f"pairs_per_part: expected at least 1, got {pairs_per_part}")
+    transferred = {
+        "from": str(store.path),
+        "mode": mode,
+        **({"aggregate": aggregate} if mode == "score" else {"fraction": fraction}),
+        **{name: store.manifest.get(name) for name in ("tokenizer", "tokenizer_name", "source")},
+    }
     policy_hash = tokenizer_hash(policy_tokenizer)
-    carry = Carry(
-        TokenBytes(oracle_tokenizer),
-        TokenBytes(policy_tokenizer),
-        is_same=store.manifest["tokenizer"] == policy_hash,
-        mode=mode,
-        aggregate=aggregate,
-        fraction=fraction,
-    )
+    with lock(output_dir, OWNER):
+        _refuse_another(Path(output_dir), transferred)
+        carry = Carry(
+            TokenBytes(oracle_tokenizer),
+            TokenBytes(policy_tokenizer),
+            is_same=store.manifest["tokenizer"] == policy_hash,
+            mode=mode,
+            aggregate=aggregate,
+            fraction=fraction,
+        )
+        read = lambda one: (spans(one, oracle_tokenizer), spans(one, policy_tokenizer))
+        rows = tqdm(preferences, desc="align", unit="row", disable=not progress)
+        pairs, coverage = _align(store, data, rows, carry, read)
+        manifest = {
+            "format": FORMAT,
+            "sepo": sepo.__version__,
+            "tokenizer": policy_hash,
+            "tokenizer_name": policy_tokenizer.name_or_path,
+            "chat_template": template_hash(policy_tokenizer),
+            **{name: store.manifest.get(name) for name in MODELS},
+            "source": pairs_hash(pairs),
+            "reading": data.report.as_dict(),
+            "max_length": max_length,
+            "keep": ["score" if mode == "score" else "weight"],
+            "pairs": len(pairs),
+            "pairs_per_part": pairs_per_part,
+            "transferred": transferred | {"coverage": coverage.as_dict()},
+        }
+        _write(Path(output_dir), manifest, pairs, store)
+    return coverage
+
+
+def _align(
+    store: ScoredStore,
+    data: PairSet,
+    preferences: Iterable[Preference],
+    carry: Carry,
+    read: Callable,  # a row's texts as the oracle and as the policy reads it
+) -> tuple[list[ScoredPair], Coverage]:
     index = {pair.id: i for i, pair in enumerate(store.pairs())}
     targets = {pair.id: pair for pair in data.pairs}
     coverage, pairs = Coverage(), []
-    for one in tqdm(preferences, desc="align", unit="row", disable=not progress):
+    for one in preferences:
         target = targets.get(one.id)
         if target is None or one.id not in index:
             if target is not None:
@@ -86,8 +129,7 @@ def transfer_store(
             raise InputError(
                 f"row {one.id}: expected text, which any tokenizer reads, got token ids"
             )
-        texts = spans(one, oracle_tokenizer), spans(one, policy_tokenizer)
-        carried = carry(store[index.pop(one.id)], target, texts, coverage.counts)
+        carried = carry(store[index.pop(one.id)], target, read(one), coverage.counts)
         if isinstance(carried, LeftOut):
             coverage.leave_out(carried, one.id)
         else:
@@ -98,31 +140,7 @@ def transfer_store(
     if not pairs:
         why = "; ".join(f"{len(ids)} {why}" for why, ids in coverage.left_out.items())
         raise InputError(f"{store.path}: expected rows that can be carried, got none: {why}")
-    manifest = {
-        "format": FORMAT,
-        "sepo": sepo.__version__,
-        "tokenizer": policy_hash,
-        "tokenizer_name": policy_tokenizer.name_or_path,
-        "chat_template": template_hash(policy_tokenizer),
-        **{name: store.manifest.get(name) for name in MODELS},
-        "source": pairs_hash(pairs),
-        "reading": data.report.as_dict(),
-        "max_length": max_length,
-        "keep": ["score" if mode == "score" else "weight"],
-        "pairs": len(pairs),
-        "pairs_per_part": pairs_per_part,
-        "transferred": {
-            "from": str(store.path),
-            "mode": mode,
-            **({"aggregate": aggregate} if mode == "score" else {"fraction": fraction}),
-            **{
-                name: store.manifest.get(name) for name in ("tokenizer", "tokenizer_name", "source")
-            },
-            "coverage": coverage.as_dict(),
-        },
-    }
-    _write(Path(output_dir), manifest, pairs, store)
-    return coverage
+    return pairs, coverage
 
 
 def _check_store(store: ScoredStore, tokenizer: Any) -> None:
@@ -141,14 +159,22 @@ def _check_store(store: ScoredStore, tokenizer: Any) -> None:
             )
 
 
-def _write(path: Path, manifest: dict, pairs: list[ScoredPair], store: ScoredStore) -> None:
+def _refuse_another(path: Path, transferred: dict) -> None:
+    """Raise InputError where a store lies of which any of this is not so."""
     present = read_manifest(path)
-    if present is not None and present.get("transferred") != manifest["transferred"]:
+    if present is None:
+        return
+    found = present.get("transferred") or {}
+    if any(found.get(key) != value for key, value in transferred.items()):
         raise InputError(
             f"{path}: expected an empty directory or this transfer begun, got another store; "
             "choose another directory, or delete this one"
         )
-    writer = StoreWriter(path, manifest)
+
+
+def _write(path: Path, manifest: dict, pairs: list[ScoredPair], store: ScoredStore) -> None:
+    _refuse_another(path, manifest["transferred"])
+    writer = StoreWriter(path, manifest, owner=OWNER)
     about = {name: store.manifest.get(name) for name in ("devices", "precision_check")}
     for part in writer.missing():
         writer.write(part, [pairs[i] for i in writer.pairs_of(part)], note=about)
@@ -194,13 +220,18 @@ def run(args: argparse.Namespace) -> None:
     for name, mode in (("aggregate", "score"), ("fraction", "overlap")):
         if getattr(args, name) is not None and args.mode != mode:
             raise InputError(f"--{name}: expected with --mode {mode}, got --mode {args.mode}")
+    with lock(args.output_dir, OWNER):  # before anything is loaded
+        _transfer(args)
+
+
+def _transfer(args: argparse.Namespace) -> None:
     code = dict(trust_remote_code=args.trust_remote_code)
     tokenizers = [load_tokenizer(path, **code) for path in (args.oracle, args.model_name_or_path)]
     store = ScoredStore.open(args.scores)
     rows = dict(split=args.split, config=args.dataset_config, limit=args.limit)
     reading = dict(max_length=args.max_length, append_eos=args.append_eos, progress=True)
     data = read_pairs(args.dataset_name, tokenizers[1], **rows, **reading)
-    print(data.report)
+    say(str(data.report))
     coverage = transfer_store(
         store,
         data,
@@ -214,5 +245,5 @@ def run(args: argparse.Namespace) -> None:
         pairs_per_part=args.pairs_per_part,
         max_length=args.max_length,
     )
-    print(coverage)
-    print(f"complete store: {args.output_dir}")
+    say(str(coverage))
+    say(f"complete store: {args.output_dir}")

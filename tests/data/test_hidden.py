@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from manifests import manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sepo.data import all_positions, pack, truncate
 from sepo.data.hidden import HEAD_FILE, HiddenFile, HiddenRows, StoredHead, check_room, size_name
-from sepo.data.store import FORMAT, ScoredStore, StoreWriter
+from sepo.data.store import ScoredStore, StoreWriter
 from sepo.data.types import ScoredPair
 from sepo.errors import InputError
 
@@ -35,7 +36,7 @@ def make_pairs():
 
 def fill(path, parts=None, head=HEAD, **entries):
     entries = {"hidden_width": D, "hidden_dtype": "bfloat16", "pairs": 3} | entries
-    writer = StoreWriter(path, {"format": FORMAT, "pairs_per_part": 2, **entries})
+    writer = StoreWriter(path, manifest(pairs_per_part=2, **entries))
     writer.write_head(head)
     for part in writer.missing() if parts is None else parts:
         writer.write(part, [make_pairs()[i] for i in writer.pairs_of(part)])

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manifests import manifest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -16,12 +18,14 @@ from sepo.data.store import (
     FORMAT,
     ScoredStore,
     StoreWriter,
+    is_store,
     pairs_hash,
     template_hash,
     tokenizer_hash,
 )
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
+from sepo.lock import lock
 
 FIELDS = list(ScoredPair.__dataclass_fields__)
 
@@ -44,7 +48,7 @@ def make_pair(name="a", length=3, **fields):
 
 def make_manifest(pairs, pairs_per_part=2, **entries):
     source = {"source": pairs_hash(pairs), "pairs": len(pairs), "pairs_per_part": pairs_per_part}
-    return {"format": FORMAT, **source, **entries}
+    return manifest(**source, **entries)
 
 
 def fill(path, pairs, parts=None, **entries):
@@ -128,15 +132,47 @@ def test_completeness_is_read_from_the_parts(tmp_path):
         ScoredStore.open(tmp_path)
 
 
-def test_a_writer_removes_its_own_leftovers_only(tmp_path):
+def leave(folder, owner):
+    """What a writer that was killed between two files leaves."""
+    (left := folder / f".part-0.{owner}.tmp").mkdir()
+    (left / "part-0").touch(), (left / ".tmpXyZ").touch()  # safetensors' own
+    return left
+
+
+def test_a_writer_removes_what_dead_ones_left(tmp_path):
+    """Whatever number of shards theirs was one of; with a lock, as a kill leaves it, or without."""
     pairs = [make_pair()]
     fill(tmp_path, pairs)
-    own, other = tmp_path / ".part-0.mine.tmp", tmp_path / ".part-0.other.tmp"
-    for folder in (own, other):
-        folder.mkdir()
-        (folder / "part-0").touch(), (folder / ".tmpXyZ").touch()  # safetensors', killed in between
+    before = sorted(tmp_path.iterdir())
+    for owner in ("shard0of1", "shard1of4", "shard2of4"):
+        leave(tmp_path, owner)
+    for owner in ("shard1of4", "shard3of4"):
+        (tmp_path / f".{owner}.lock").write_text("process 1 on another machine")
+    (tmp_path / ".part-00000-of-00001.parquet.shard1of2.tmp").write_text("of an older version")
+    StoreWriter(tmp_path, make_manifest(pairs), owner="shard0of1")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_writer_leaves_what_living_ones_have(tmp_path):
+    pairs = [make_pair()]
+    fill(tmp_path, pairs)
+    left = leave(tmp_path, "living")
+    with ThreadPoolExecutor(1) as other, lock(tmp_path, "living"):
+        other.submit(StoreWriter, tmp_path, make_manifest(pairs), owner="mine").result()
+        assert len(list(left.iterdir())) == 2 and (tmp_path / ".living.lock").exists()
     StoreWriter(tmp_path, make_manifest(pairs), owner="mine")
-    assert not own.exists() and other.exists()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("owner", ["0", "1"])
+def test_a_stale_plain_file_in_the_way(tmp_path, owner):
+    """Where a temporary folder belongs; older versions wrote such files."""
+    pairs = [make_pair()]
+    writer = StoreWriter(tmp_path, make_manifest(pairs))
+    (tmp_path / ".part-00000-of-00001.parquet.0.tmp").write_text("half")
+    (tmp_path / f".manifest.json.{owner}.tmp").symlink_to(tmp_path / "nowhere")
+    writer.write(0, pairs)
+    assert writer.finish() and same(ScoredStore.open(tmp_path)[0], pairs[0])
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
@@ -288,3 +324,19 @@ def test_pairs_hash_sees_every_field_and_boundary():
     ]
     assert len({pairs_hash(pairs) for pairs in sets}) == len(sets)
     assert pairs_hash(sets[0]) == pairs_hash([pair("a", one.astype(np.int64), one, one)])
+
+
+def test_a_token_id_that_is_none_in_an_old_part(tmp_path):
+    fill(tmp_path, [make_pair("a"), make_pair("b", chosen=np.array([1, -5, 2], np.int32))])
+    part = next(tmp_path.glob("part*"))
+    table = pq.ParquetFile(part).read()
+    about = json.loads(table.schema.metadata[b"sepo"])
+    del about["check"]
+    pq.write_table(table.replace_schema_metadata({"sepo": json.dumps(about)}), part)
+    with pytest.raises(InputError, match="row b: expected token ids in chosen, found -5"):
+        ScoredStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", ""])
+def test_a_path_that_can_be_none(path):
+    assert not is_store(path)

@@ -8,10 +8,11 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+from manifests import manifest
 from tokenizers_for_tests import chatml_tokenizer, text_ids
 
 from sepo.data import ScoredPair
-from sepo.data.store import FORMAT, StoreWriter, pairs_hash, template_hash, tokenizer_hash
+from sepo.data.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 HOSTILE = "</script><img src=x onerror=console.error(1)>"
@@ -31,20 +32,17 @@ def scored(id="r", prompt="Tell me", chosen="The river.", rejected="more world",
     return ScoredPair(id=id, **{**tokens, **scores, **own})
 
 
-def write_store(path: Path, pairs: list[ScoredPair], tokenizer=None, **manifest) -> Path:
+def write_store(path: Path, pairs: list[ScoredPair], tokenizer=None, **entries) -> Path:
     tokenizer = tokenizer or chatml_tokenizer()
     writer = StoreWriter(
         path,
-        {
-            "format": FORMAT,
-            "tokenizer": tokenizer_hash(tokenizer),
-            "chat_template": template_hash(tokenizer),
-            "source": pairs_hash(pairs),
-            "keep": ["score"],
-            "pairs": len(pairs),
-            "pairs_per_part": 7,
-            **manifest,
-        },
+        manifest(
+            tokenizer=tokenizer_hash(tokenizer),
+            chat_template=template_hash(tokenizer),
+            source=pairs_hash(pairs),
+            pairs=len(pairs),
+            **{"pairs_per_part": 7, **entries},
+        ),
     )
     for part in writer.missing():
         writer.write(part, [pairs[i] for i in writer.pairs_of(part)])

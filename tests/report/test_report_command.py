@@ -1,14 +1,18 @@
 """`sepo report` as it is called: what it writes, and one line for what it refuses."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import cut_short
 from reports import scored, write_metrics, write_store
 from tokenizers_for_tests import chatml_tokenizer, plain_tokenizer
 
 from sepo import cli
 from sepo.errors import exit_with_one_line
+from sepo.lock import lock
 
 
 @pytest.fixture
@@ -89,3 +93,102 @@ def bare():
     scores = dict(chosen_score=None, rejected_score=None)
     logp = np.zeros(len(scored().chosen), np.float32)
     return scored(**scores, chosen_ref_logp=logp)
+
+
+def test_what_can_not_be_written(home, capsys, monkeypatch):
+    """Refused before anything is read."""
+    monkeypatch.setattr("sepo.report.command.collect", None)
+    (home / "file").write_text("")
+    sealed = Path("/proc/sepo")  # where nobody can make a folder, root neither
+    for argv, line in (
+        (["-o", "file/report.html"], "file: expected a folder to write to"),
+        (["-o", "file/deeper/report.html"], "file/deeper: expected a folder to write to"),
+        (["--format", "png", "-o", "file"], "file: expected a folder to write to, got a file"),
+        (["--format", "png", "-o", "file/figures"], "file/figures: expected a folder to write to"),
+        (["-o", sealed / "report.html"], f"{sealed}: expected a folder to write to"),
+        (["--json", "-o", sealed / "report.json"], f"{sealed}: expected a folder to write to"),
+    ):
+        assert line in refused(capsys, "store", *argv)
+    assert not list(home.glob(".*"))
+
+
+@pytest.mark.parametrize("form", ["html", "json", "png"])
+def test_a_full_disk(home, form):
+    """One line, no half of a file, and what was there before is there still."""
+    (home / "out").mkdir()
+    (home / "out" / "report.html").write_text("before")
+    output = "out" if form == "png" else "out/report.html"
+    error = cut_short(
+        20_000 if form == "png" else 2000, "report", "store", "--format", form, "-o", output
+    )
+    assert "can't be written: File too large" in error
+    left = {file.name for file in (home / "out").iterdir()}
+    assert left == {"report.html"} and (home / "out/report.html").read_text() == "before"
+
+
+def test_leftovers_of_killed_reports(home):
+    """Their temporary files and locks go, other people's hidden files stay."""
+    for name in (".report.html.4242.tmp", ".report.html.sepo-report-1.tmp"):
+        (home / name).mkdir()
+        (home / name / "report.html").write_text("half a page")
+    (home / ".sepo-report-1.lock").write_text("")
+    (home / ".sepo-report-2.lock").write_text("")
+    for name in (".report.lock", ".other.html.4242.tmp", ".editor.tmp"):
+        (home / name).write_text("")
+    run("store")
+    assert sorted(file.name for file in home.glob(".*")) == [
+        ".editor.tmp", ".other.html.4242.tmp", ".report.lock",
+    ]  # fmt: skip
+
+
+def test_what_a_living_report_writes_stays(home):
+    with lock(home, "sepo-report-1"), ThreadPoolExecutor(1) as other:
+        (home / ".report.html.sepo-report-1.tmp").mkdir()
+        other.submit(run, "store").result()
+        assert (home / ".report.html.sepo-report-1.tmp").is_dir()
+        assert (home / ".sepo-report-1.lock").is_file()
+
+
+def test_numbers_that_no_chart_has_room_for(home):
+    """NaN, infinities, a number above float64, a difference of numbers above it, the smallest."""
+    values = ("Infinity", "-Infinity", "NaN", "1e999", "1" + "0" * 400, "1e308", "-1.7e308", "1.5")
+    lines = [
+        f'{{"step": {i}, "loss": {v}, "grad_norm": {5e-324 * (i % 2)}, "kl": {1e299 * (-1) ** i}}}'
+        for i, v in enumerate(values)
+    ]
+    write_metrics(home / "wild", *lines)
+    run("--run", "wild")
+    assert "Loss" in (home / "report.html").read_text()
+    assert "NaN" not in (home / "report.html").read_text().split("<script")[0]
+    run("--run", "wild", "--json", "-o", "wild.json")
+    metrics = json.loads((home / "wild.json").read_text())["runs"][0]["metrics"]
+    assert metrics["loss"]["value"] == [None] * 7 + [1.5]
+    assert metrics["grad_norm"]["value"][:2] == [0, 5e-324]
+    run("--run", "wild", "--format", "png", "-o", "figures")
+
+
+@pytest.mark.parametrize("step", ["Infinity", "1e400", "NaN", "-1", "1" + "0" * 400, "null", "[1]"])
+def test_steps_that_are_none(home, capsys, step):
+    write_metrics(home / "wild", f'{{"step": {step}, "loss": 1}}')
+    line = "wild/metrics.jsonl, line 1: expected a JSON object with a step, got"
+    assert line in refused(capsys, "--run", "wild")
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe{}\n", b"[" * 99999 + b"\n", b"\x80\x04\x95\n", b"\n"]
+)
+def test_metrics_that_are_none(home, capsys, content):
+    (home / "run/metrics.jsonl").write_bytes(content)
+    assert "run/metrics.jsonl" in refused(capsys, "--run", "run")
+
+
+def test_what_a_manifest_says_may_be_anything(home):
+    """Of its reading: whoever made the pairs wrote it."""
+    for number, reading in enumerate(
+        ({"dropped": ["a"]}, {"dropped": {"why": "x"}, "source": ["y"]}, {"read": "\ud800"})
+    ):
+        write_store(home / f"s{number}", [scored()], tokenizer_name="oracle", reading=reading)
+        run(f"s{number}")
+    write_store(home / "s", [scored()], tokenizer_name="oracle", oracle_name="half \ud800")
+    run("s")
+    assert r"half \ud800" in (home / "report.html").read_text()

@@ -6,6 +6,7 @@
 
 With them a run that needs the reference's whole distribution loads neither its trunk nor its
 checkpoint. Files are memory-mapped: opening one reads its header, reading rows reads their pages.
+Headers hold a CRC-32 of every response's rows, and of the head; it is compared when they are read.
 """
 
 import json
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sepo.data.check import check_about, crc32_of_json, crc32_of_tensor, damaged, parse_about
 from sepo.errors import InputError
 
 ROWS = "hidden"
@@ -49,13 +51,21 @@ class HiddenRows:
     source: HiddenFile | Tensor  # (T_part, D_ref) bfloat16
     start: int
     count: int  # T
+    check: int | None = None  # CRC-32 of the rows as they were written; None: nobody knows
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, positions: np.ndarray) -> Tensor:  # (K,) int32 -> (K, D_ref) bfloat16
+        """Raises InputError for rows that are not those that were written."""
+        return self.whole()[torch.from_numpy(positions).long()]
+
+    def whole(self) -> Tensor:  # (T, D_ref) bfloat16
+        """All rows; raises as `read`."""
         rows = self.source[self.start : self.start + self.count]
-        return rows[torch.from_numpy(positions).long()]
+        if self.check is not None and crc32_of_tensor(rows) != self.check:
+            raise damaged(self.source.path, f" (rows {self.start} to {self.start + self.count})")
+        return rows
 
 
 class StoredHead(NamedTuple):
@@ -67,16 +77,27 @@ class StoredHead(NamedTuple):
     softcap: float | None
 
 
-def write_rows(file: Path, parts: list[HiddenRows], run: str) -> None:
-    rows = torch.cat([p.source[p.start : p.start + p.count] for p in parts])
-    _save(file, {ROWS: rows}, {"run": run})
+def write_rows(file: Path, responses: list[HiddenRows], about: dict) -> None:
+    """Write a part's rows; `about` is what `open_rows` shall find."""
+    rows = [response.whole() for response in responses]
+    _save(file, {ROWS: torch.cat(rows)}, about | {"checks": [crc32_of_tensor(one) for one in rows]})
 
 
-def check_rows(file: Path, run: str, shape: tuple[int, int]) -> None:
-    """Raise InputError for a file that is missing, torn, of another run or of another shape."""
+def open_rows(
+    file: Path, about: dict, lengths: np.ndarray, width: int
+) -> tuple[HiddenFile, list[int | None]]:
+    """A part's rows, and the CRC-32 of each response's; None: an older version wrote none.
+
+    `lengths` are those of the responses. Raises InputError for a file that is missing, torn, of
+    another run, part or shape.
+    """
     opened = _open(file)
-    if _about(opened).get("run") != run:
-        raise InputError(f"{file}: written by another run than the manifest beside it describes")
+    found = _about(file, opened)
+    check_about(file, found, about)
+    checks = found.get("checks", [None] * len(lengths))
+    if not isinstance(checks, list) or len(checks) != len(lengths):
+        raise damaged(file)
+    shape = (int(lengths.sum()), width)
     if list(opened.keys()) != [ROWS]:
         raise InputError(f"{file}: expected one tensor, {ROWS}, found {list(opened.keys())}")
     found = opened.get_slice(ROWS)
@@ -85,28 +106,38 @@ def check_rows(file: Path, run: str, shape: tuple[int, int]) -> None:
             f"{file}: expected {ROWS} {shape} BF16, "
             f"found {tuple(found.get_shape())} {found.get_dtype()}"
         )
+    return HiddenFile(file), checks
 
 
 def write_head(file: Path, head: StoredHead, run: str) -> None:
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    _save(file, tensors, {"run": run, "scale": head.scale, "softcap": head.softcap})
+    about = {"run": run, "scale": head.scale, "softcap": head.softcap}
+    _save(file, tensors, about | {"check": _check_of_head(tensors, about)})
 
 
-def read_head(file: Path, run: str, width: int) -> StoredHead:
-    """The head, memory-mapped. Raises InputError as `check_rows` does."""
+def read_head(file: Path, run: str, width: int, *, contents: bool = True) -> StoredHead:
+    """The head, memory-mapped; its values are compared with their checksum if `contents`.
+
+    Raises InputError as `open_rows` does.
+    """
     opened = _open(file)
-    about = _about(opened)
-    if about.get("run") != run:
-        raise InputError(f"{file}: written by another run than the manifest beside it describes")
+    about = _about(file, opened)
+    check_about(file, about, {"run": run})
     tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    check = about.pop("check", None)
+    if contents and check is not None and check != _check_of_head(tensors, about):
+        raise damaged(file)
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is None or weight.ndim != 2 or weight.shape[1] != width:
         raise InputError(
             f"{file}: expected a weight of width {width}, "
             f"found {None if weight is None else tuple(weight.shape)}"
         )
-    return StoredHead(weight, bias, about["scale"], about["softcap"])
+    try:
+        return StoredHead(weight, bias, float(about["scale"]), _number(about["softcap"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(file) from error
 
 
 def check_room(path: Path, num_bytes: int) -> None:
@@ -130,9 +161,24 @@ def size_name(num_bytes: int) -> str:
     return f"{size:.3g} TB"
 
 
+def _check_of_head(tensors: dict[str, Tensor], about: dict) -> int:
+    check = crc32_of_json(about)
+    for name, tensor in sorted(tensors.items()):
+        kind = [name, str(tensor.dtype), list(tensor.shape)]
+        check = crc32_of_tensor(tensor, crc32_of_json(kind, check))
+    return check
+
+
+def _number(value) -> float | None:
+    return None if value is None else float(value)
+
+
 def _save(file: Path, tensors: dict[str, Tensor], about: dict) -> None:
     # one entry of metadata: safetensors writes several in a random order, and parts are compared
-    save_file(tensors, file, metadata={"sepo": json.dumps(about, sort_keys=True)})
+    try:
+        save_file(tensors, file, metadata={"sepo": json.dumps(about, sort_keys=True)})
+    except SafetensorError as error:  # says so of a full disk
+        raise OSError(str(error)) from error
 
 
 def _open(file: Path):
@@ -144,5 +190,5 @@ def _open(file: Path):
         raise InputError(f"{file}: cannot be read ({error}); delete it and score again") from error
 
 
-def _about(opened) -> dict:
-    return json.loads((opened.metadata() or {}).get("sepo", "{}"))
+def _about(file: Path, opened) -> dict:
+    return parse_about(file, (opened.metadata() or {}).get("sepo", "{}"))

@@ -7,37 +7,60 @@
 Parts are consecutive blocks of the data, so their content does not depend on who wrote them: any
 number of processes fill one store. A file appears whole or not at all. Whether the store is
 complete follows from the parts that are there, never from what a manifest says about itself.
+
+Every file has a checksum of what is read of it, and says which part it is. Opening a store compares
+those of the manifest and the parts; hidden rows and the head, which are read later or never, are
+compared when they are read. Stores of versions without checksums are read with a note.
 """
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from sepo.data.check import check_about
 from sepo.data.files import Atomic, clear
 from sepo.data.hidden import HEAD_FILE, StoredHead, read_head, write_head, write_rows
+from sepo.data.manifest import (
+    FORMAT,
+    IDENTITY,
+    MANIFEST,
+    about_part,
+    check_entries,
+    hash_json,
+    num_parts,
+    pairs_of,
+    part_name,
+    read_manifest,
+    run_of,
+    sealed,
+)
 from sepo.data.part import TOKENS, WEIGHTS, Part, hidden_name, read_about, write_part
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-IDENTITY = {  # manifest entries that make two runs the same run -> how a message calls them
-    "format": "format version",
-    "tokenizer": "tokenizer",
-    "chat_template": "chat template",
-    "oracle": "oracle weights",
-    "oracle_dtype": "oracle dtype",
-    "reference": "reference weights",
-    "reference_dtype": "reference dtype",
-    "source": "data",
-    "keep": "kept columns",
-    "pairs": "number of pairs",
-    "pairs_per_part": "pairs per part",
-}
+__all__ = [
+    "FORMAT",
+    "IDENTITY",
+    "MANIFEST",
+    "ScoredStore",
+    "StoreWriter",
+    "is_store",
+    "num_parts",
+    "pairs_hash",
+    "read_manifest",
+    "template_hash",
+    "tokenizer_hash",
+    "verify_store",
+]
+PART = re.compile(r"part-\d{5,15}-of-\d{5,}\.parquet")
+SHOWN = 8  # missing parts that a message names
 
 
 class ScoredStore:
@@ -52,32 +75,32 @@ class ScoredStore:
     def open(cls, path: str | os.PathLike, tokenizer=None) -> "ScoredStore":
         """Read and check a store.
 
-        Raises InputError for a directory that is no store, another format version, missing parts,
-        a part of another run, a tokenizer that is not the store's (if one is given), a value that
-        is NaN or infinite, lists whose lengths disagree, and hidden rows or a head that are torn,
-        of another shape or of another run.
+        Raises InputError for a directory that is no store, another format version, a manifest whose
+        entries can't be, missing parts, a part that is damaged, of another run or of another place,
+        a tokenizer that is not the store's (if one is given), a value that is NaN or infinite,
+        lists whose lengths disagree, and hidden rows or a head that are torn, of another shape or
+        of another run. Values of hidden rows and head are compared when they are read.
         """
         path = Path(path)
-        manifest = read_manifest(path)
-        if manifest is None:
-            raise InputError(f"{path}: expected a scored store, found no {MANIFEST}")
+        manifest = _manifest_at(path)
         if tokenizer is not None:
             _check_tokenizer(path, manifest, tokenizer)
-        missing = missing_parts(path, manifest)
-        if missing:
-            shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            raise InputError(
-                f"{path}: {len(missing)} of {num_parts(manifest)} parts are missing ({shown}); "
-                "run the same `sepo score` command again, for every shard: it writes only those"
+        _check_complete(path, manifest)
+        parts = [_part(path, manifest, index) for index in range(num_parts(manifest))]
+        store = cls(path, _completed(manifest, [part.about for part in parts]), parts)
+        if manifest.get("hidden_width") is not None:
+            store._head(contents=False)
+        if unchecked := store.unchecked:
+            logging.getLogger(__name__).warning(
+                f"{path}: {unchecked} of {len(parts)} parts have no checksums, which older versions "
+                "didn't write: damage to their values can't be seen"
             )
-        width, run = manifest.get("hidden_width"), _run(manifest)
-        parts = [Part(path / name, width, run) for name in part_names(manifest)]
-        if (found := sum(len(p.ids) for p in parts)) != manifest["pairs"]:
-            raise InputError(f"{path}: expected {manifest['pairs']} pairs, found {found}")
-        store = cls(path, _completed(path, manifest), parts)
-        if width is not None:
-            store.reference_head()
         return store
+
+    @property
+    def unchecked(self) -> int:
+        """Parts whose values have no checksums."""
+        return sum(not part.is_checked for part in self._parts)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -93,19 +116,29 @@ class ScoredStore:
         return (self[i] for i in range(len(self)))
 
     def reference_head(self) -> StoredHead:
-        """What turns the pairs' hidden rows into logits; only a store that keeps rows has it."""
-        return read_head(self.path / HEAD_FILE, _run(self.manifest), self.manifest["hidden_width"])
+        """What turns the pairs' hidden rows into logits; only a store that keeps rows has it.
+
+        Raises InputError for one that is not as it was written.
+        """
+        return self._head(contents=True)
+
+    def _head(self, contents: bool) -> StoredHead:
+        manifest = self.manifest
+        width, file = manifest["hidden_width"], self.path / HEAD_FILE
+        return read_head(file, run_of(manifest), width, contents=contents)
 
 
 class StoreWriter:
     """Fills a store part by part; several may work on one directory, each with its own owner name.
 
-    `manifest` holds at least the entries of IDENTITY. Raises InputError where the directory already
-    holds a store that differs in one of them.
+    `manifest` holds at least the entries of IDENTITY. Who may not be alone holds
+    `sepo.lock.lock(path, owner)` meanwhile: then what killed owners left is known from what others
+    write. Raises InputError where the directory already holds a store that differs in one of them.
     """
 
     def __init__(self, path: str | os.PathLike, manifest: dict, *, owner: str = "0"):
         self.path, self.owner = Path(path), owner
+        check_entries(self.path / MANIFEST, manifest)
         clear(self.path, owner)
         present = read_manifest(self.path)
         if present is not None:
@@ -115,98 +148,109 @@ class StoreWriter:
         self.manifest = present or manifest | {"complete": False}
 
     def missing(self) -> list[int]:
-        """Indices of the parts that are still to be written."""
-        return missing_parts(self.path, self.manifest)
+        """Indices of the parts that are still to be written.
+
+        Raises InputError for a part of another run or another place.
+        """
+        there = _parts_there(self.path, self.manifest)
+        for part in there:
+            self._about(part)
+        return [part for part in range(num_parts(self.manifest)) if part not in there]
 
     def pairs_of(self, part: int) -> range:
         """Indices of the pairs that belong to a part."""
-        size = self.manifest["pairs_per_part"]
-        return range(part * size, min((part + 1) * size, self.manifest["pairs"]))
+        return pairs_of(self.manifest, part)
+
+    def begin(self) -> None:
+        """Put the manifest there, so that a directory with parts always says whose they are."""
+        if (self.path / MANIFEST).is_file():
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.path}: expected a folder, got {error.strerror}") from error
+        # Two owners may both get here; they replace one file by another like it.
+        self._write_json(self.manifest)
+        _check_same_run(self.path, read_manifest(self.path), self.manifest)
 
     def write(self, part: int, pairs: list[ScoredPair], *, note: dict | None = None) -> None:
         """Write one part, atomically. `note`: what the manifest shall say about its making.
 
         A store that keeps hidden rows needs its head first, and pairs that carry theirs.
         """
-        self._begin()
-        name, run = part_names(self.manifest)[part], _run(self.manifest)
+        self.begin()
+        name, about = part_name(self.manifest, part), about_part(self.manifest, part)
         if self.manifest.get("hidden_width") is not None:
             rows = [r for p in pairs for r in (p.chosen_ref_hidden, p.rejected_ref_hidden)]
             # before the part that declares it: killed in between, the part is written again
             with Atomic(self.path / hidden_name(name), self.owner) as temporary:
-                write_rows(temporary, rows, run)
+                write_rows(temporary, rows, about)
         with Atomic(self.path / name, self.owner) as temporary:
-            about = {"run": run, "tokens": sum(map(len, pairs)), **(note or {})}
-            write_part(temporary, pairs, about)
+            write_part(temporary, pairs, about | {"tokens": sum(map(len, pairs))} | (note or {}))
 
     def write_head(self, head: StoredHead) -> None:
         """Write the reference's head, if it is not there."""
-        self._begin()
+        self.begin()
         if not (self.path / HEAD_FILE).is_file():
             with Atomic(self.path / HEAD_FILE, self.owner) as temporary:
-                write_head(temporary, head, _run(self.manifest))
+                write_head(temporary, head, run_of(self.manifest))
 
     def finish(self) -> bool:
         """Complete the manifest if every part is there; whoever comes last does it. Idempotent."""
-        if self.missing():
+        total = num_parts(self.manifest)
+        if len(_parts_there(self.path, self.manifest)) < total:
             return False
-        self.manifest = _completed(self.path, self.manifest)
+        abouts = [self._about(part) for part in range(total)]
+        self.manifest = _completed(self.manifest, abouts)
         self._write_json(self.manifest)
         return True
 
-    def _begin(self) -> None:
-        """Put the manifest there, so that a directory with parts always says whose they are."""
-        if (self.path / MANIFEST).is_file():
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        # Two owners may both get here; they replace one file by another like it.
-        self._write_json(self.manifest)
-        _check_same_run(self.path, read_manifest(self.path), self.manifest)
-
     def _write_json(self, value: dict) -> None:
         with Atomic(self.path / MANIFEST, self.owner) as temporary:
-            temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+            temporary.write_text(json.dumps(sealed(value), indent=1, sort_keys=True) + "\n")
+
+    def _about(self, part: int) -> dict:
+        file = self.path / part_name(self.manifest, part)
+        about = read_about(file)
+        check_about(file, about, about_part(self.manifest, part))
+        return about
 
 
 def is_store(path: str | os.PathLike) -> bool:
     """Whether a data set's name is the directory of a scored store, complete or not."""
-    return (Path(path) / MANIFEST).is_file()
+    return os.path.isfile(Path(path) / MANIFEST)  # False for a path that can't be one, too
 
 
-def read_manifest(path: Path) -> dict | None:
-    """The manifest as written, None if there is none. Raises InputError for another format."""
-    file = path / MANIFEST
-    if not file.is_file():
-        return None
-    try:
-        manifest = json.loads(file.read_text())
-        found = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: expected the JSON manifest of a scored store") from error
-    if found != FORMAT:
-        raise InputError(f"{file}: expected format version {FORMAT}, found {found}")
-    return manifest
+def verify_store(path: str | os.PathLike) -> ScoredStore:
+    """Read everything of a store and compare it with its checksums, and the pairs with the data's.
 
-
-def num_parts(manifest: dict) -> int:
-    return -(-manifest["pairs"] // manifest["pairs_per_part"])
-
-
-def part_names(manifest: dict) -> list[str]:
-    total = num_parts(manifest)
-    return [f"part-{i:05d}-of-{total:05d}.parquet" for i in range(total)]
-
-
-def missing_parts(path: Path, manifest: dict) -> list[int]:
-    """Indices of the parts not all there. Raises InputError for a part of another run."""
-    missing, run, keeps_rows = [], _run(manifest), manifest.get("hidden_width") is not None
-    for index, name in enumerate(part_names(manifest)):
-        files = [path / name] + [path / hidden_name(name)] * keeps_rows
-        if not all(file.is_file() for file in files):
-            missing.append(index)
-        elif read_about(path / name).get("run") != run:
-            raise InputError(f"{path / name}: written by another run than {MANIFEST} describes")
-    return missing
+    Raises InputError as `ScoredStore.open` does, but looks at all files first and names each that
+    is not whole.
+    """
+    path = Path(path)
+    manifest = _manifest_at(path)
+    _check_complete(path, manifest)
+    problems = []
+    for index in range(num_parts(manifest)):
+        try:
+            _part(path, manifest, index).check_rows()
+        except InputError as error:
+            problems.append(str(error))
+    if manifest.get("hidden_width") is not None:
+        try:
+            read_head(path / HEAD_FILE, run_of(manifest), manifest["hidden_width"])
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        count = f"{len(problems)} files are not whole: " if len(problems) > 1 else ""
+        raise InputError(count + "; ".join(problems))
+    store = ScoredStore.open(path)
+    if (found := pairs_hash(store.pairs())) != manifest["source"]:
+        raise InputError(
+            f"{path}: expected the pairs that were scored ({manifest['source'][:12]}), "
+            f"found others ({found[:12]})"
+        )
+    return store
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -222,16 +266,16 @@ def tokenizer_hash(tokenizer) -> str:
     else:
         content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     special = {k: getattr(tokenizer, k, None) for k in ("bos_token", "eos_token", "unk_token")}
-    return _hash_json([content, {k: v and str(v) for k, v in special.items()}])
+    return hash_json([content, {k: v and str(v) for k, v in special.items()}])
 
 
 def template_hash(tokenizer) -> str:
     """SHA-256 of the chat template, "none" without one."""
     template = getattr(tokenizer, "chat_template", None)
-    return "none" if template is None else _hash_json(template)
+    return "none" if template is None else hash_json(template)
 
 
-def pairs_hash(pairs: list[TokenPair]) -> str:
+def pairs_hash(pairs: Iterable[TokenPair]) -> str:
     """SHA-256 of all ids, tokens and weights, in order."""
     digest = hashlib.sha256()
     dtypes = dict.fromkeys(TOKENS, np.int32) | dict.fromkeys(WEIGHTS, np.float32)
@@ -246,9 +290,43 @@ def pairs_hash(pairs: list[TokenPair]) -> str:
     return digest.hexdigest()
 
 
-def _completed(path: Path, manifest: dict) -> dict:
+def _manifest_at(path: Path) -> dict:
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise InputError(f"{path}: expected a scored store, found no {MANIFEST}")
+    return manifest
+
+
+def _parts_there(path: Path, manifest: dict) -> set[int]:
+    """Indices of the parts all of whose files are there.
+
+    Asks for what is there, not for what should be: a manifest may speak of a thousand million.
+    """
+    files = {file.name for file in path.glob("part-*")}
+    if manifest.get("hidden_width") is not None:
+        files = {name for name in files if hidden_name(name) in files}
+    found = {int(name[5:].split("-")[0]) for name in files if PART.fullmatch(name)}
+    return {i for i in found if part_name(manifest, i) in files and pairs_of(manifest, i)}
+
+
+def _check_complete(path: Path, manifest: dict) -> None:
+    total, there = num_parts(manifest), _parts_there(path, manifest)
+    if len(there) < total:
+        first = list(islice((i for i in range(total) if i not in there), SHOWN + 1))
+        shown = ", ".join(map(str, first[:SHOWN])) + (", ..." if len(first) > SHOWN else "")
+        raise InputError(
+            f"{path}: {total - len(there)} of {total} parts are missing ({shown}); "
+            "run the same `sepo score` command again, for every shard: it writes only those"
+        )
+
+
+def _part(path: Path, manifest: dict, index: int) -> Part:
+    file, width = path / part_name(manifest, index), manifest.get("hidden_width")
+    return Part(file, about_part(manifest, index), width)
+
+
+def _completed(manifest: dict, abouts: list[dict]) -> dict:
     """The manifest with what the parts say about their making: a function of the files alone."""
-    abouts = [read_about(path / name) for name in part_names(manifest)]
     checks = [a["precision_check"] for a in abouts if a.get("precision_check")]
     return manifest | {
         "complete": True,
@@ -276,12 +354,3 @@ def _check_tokenizer(path: Path, manifest: dict, tokenizer) -> None:
             f"{path}: scored with tokenizer {manifest.get('tokenizer_name')} ({stored[:12]}), "
             f"got {name} ({given[:12]}); `sepo transfer` carries scores to another tokenizer"
         )
-
-
-def _run(manifest: dict) -> str:
-    return _hash_json([manifest.get(key) for key in IDENTITY])
-
-
-def _hash_json(value) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

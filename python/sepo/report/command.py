@@ -1,18 +1,21 @@
 """`sepo report`: one file that shows what an oracle scored and what a run made of it."""
 
 import argparse
+import glob
 import json
 import os
-import sys
 from pathlib import Path
 
-from sepo.data.files import Atomic
+from sepo.data.files import Atomic, clear
 from sepo.data.store import MANIFEST, read_manifest
 from sepo.errors import InputError
+from sepo.lock import lock
 from sepo.report.charts import run_charts, store_charts
 from sepo.report.collect import MAX_STORES, PAIRS, collect
+from sepo.terminal import say
 
 FORMATS = ("html", "png", "json")
+OWNER = "sepo-report-"  # of temporary files and locks, before the number of the process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,30 +48,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the report. Raises InputError as `collect` does, and for an output it can't write."""
+    if args.format == "json" and args.output is None:
+        say(json.dumps(_collect(args), allow_nan=False))  # of ASCII alone
+        return
+    is_folder = args.format == "png"
+    path = Path(args.output or ("report" if is_folder else "report.html"))
+    if not is_folder and path.is_dir():
+        raise InputError(f"{path}: expected a file to write, got a folder")
+    folder, owner = path if is_folder else path.parent, f"{OWNER}{os.getpid()}"
+    with lock(folder, owner):  # before anything is read: it refuses what can't be written to
+        temporaries = "*.png" if is_folder else glob.escape(path.name)
+        clear(folder, owner, temporaries=f".{temporaries}.*.tmp", locks=f".{OWNER}*.lock")
+        data = _collect(args)
+        if is_folder:
+            from sepo.report.png import write_pngs
+
+            files = write_pngs(store_charts(data) + run_charts(data["runs"]), path, owner=owner)
+            say(f"{path}: {len(files)} figures")
+            return
+        from sepo.report.page import render_page
+
+        if args.format == "json":
+            text = json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
+        else:
+            text = render_page(data)
+        encoded = text.encode("utf-8", "backslashreplace")  # half of a surrogate has no bytes
+        with Atomic(path, owner) as temporary:
+            temporary.write_bytes(encoded)
+    say(f"{path}: {len(encoded) / 1e6:.1f} MB")
+
+
+def _collect(args: argparse.Namespace) -> dict:
     tokenizers = [
         _tokenizer(path, name, args.trust_remote_code)
         for path, name in zip(args.stores, _names(args), strict=True)
     ]
-    data = collect(args.stores, tokenizers, args.runs, max_pairs=args.pairs)
-    if args.format == "png":
-        from sepo.report.png import write_pngs
-
-        charts = store_charts(data) + run_charts(data["runs"])
-        folder = Path(args.output or "report")
-        _refuse(folder, folder.is_file(), "a folder for the figures, got a file")
-        files = write_pngs(charts, folder)
-        print(f"{folder}: {len(files)} figures")
-        return
-    if args.format == "json":
-        text = json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
-        if args.output is None:
-            sys.stdout.write(text)
-            return
-    else:
-        from sepo.report.page import render_page
-
-        text = render_page(data)
-    _write(Path(args.output or "report.html"), text)
+    return collect(args.stores, tokenizers, args.runs, max_pairs=args.pairs)
 
 
 def _names(args: argparse.Namespace) -> list[str | None]:
@@ -93,16 +108,3 @@ def _tokenizer(store: str, name: str | None, trust_remote_code: bool):
     if name is None and not (name := manifest.get("tokenizer_name")):
         raise InputError(f"{store}: doesn't say whose tokenizer made it; --model_name_or_path does")
     return load_tokenizer(name, trust_remote_code=trust_remote_code)
-
-
-def _write(path: Path, text: str) -> None:
-    _refuse(path, path.is_dir(), "a file to write, got a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Atomic(path, str(os.getpid())) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"{path}: {len(text.encode()) / 1e6:.1f} MB")
-
-
-def _refuse(path: Path, is_wrong: bool, wanted: str) -> None:
-    if is_wrong:
-        raise InputError(f"{path}: expected {wanted}")

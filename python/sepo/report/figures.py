@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 10, 46
 FEW = 30  # points that get a dot each: one alone would be no line
 COLOURS, DASHES = 6, 4  # of the style sheet
+LEAST = 1e-290  # a height that has round numbers in it
 
 
 def draw(chart: Chart) -> Markup:
@@ -90,8 +91,9 @@ def tick_text(value: float) -> str:
 
 def _extent(values: Sequence[float], room: float) -> tuple[float, float]:
     low, high = min(values), max(values)
-    if low == high:
-        return low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
+    if high - low < LEAST:
+        margin = 0.5 * abs(low) if abs(low) > LEAST else 0.5
+        return low - margin, high + margin
     return low - room * (high - low), high + room * (high - low)
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sepo.data.files import Atomic
 from sepo.report.charts import Chart
 from sepo.report.figures import COLOURS, DASHES, ranges
 
@@ -10,12 +11,11 @@ PALETTE = ("#1f5fa8", "#b3590a", "#5c6570", "#0f766e", "#8a3ab0", "#a61e4d")
 STROKES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (8, 3, 2, 3)))
 
 
-def write_pngs(charts: list[Chart], folder: Path) -> list[Path]:
-    """One file a chart, 300 dots an inch, named by its key."""
+def write_pngs(charts: list[Chart], folder: Path, *, owner: str) -> list[Path]:
+    """One file a chart, 300 dots an inch, named by its key, in a folder that is there."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for chart in charts:
         figure = Figure(figsize=(4.4, 3.0), layout="constrained")
@@ -38,7 +38,8 @@ def write_pngs(charts: list[Chart], folder: Path) -> list[Path]:
         axes.set_title(_plain(chart.title), fontsize="medium")
         axes.legend(fontsize="small")
         files.append(folder / f"{chart.key}.png")
-        figure.savefig(files[-1], dpi=300)
+        with Atomic(files[-1], owner) as temporary:
+            figure.savefig(temporary, dpi=300)
     return files
 
 

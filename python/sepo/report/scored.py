@@ -203,9 +203,19 @@ def _made(manifest: dict) -> dict:
     made = {role: manifest.get(f"{role}_name") for role in MODELS}
     made |= {f"{role}_dtype": manifest.get(f"{role}_dtype") for role in MODELS}
     made |= {key: manifest.get(key) for key in ("tokenizer_name", "sepo", "max_length", "keep")}
-    reading = manifest.get("reading") or {}
-    made["reading"] = {key: reading.get(key) for key in ("source", "read", "dropped", "noted")}
+    reading = manifest.get("reading") or {}  # what its maker wished to say, so it may be anything
+    kinds = {"source": str, "read": int, "dropped": dict, "noted": dict}
+    made["reading"] = {key: _of_kind(reading.get(key), kind) for key, kind in kinds.items()}
     transferred = manifest.get("transferred") or {}
-    made["transferred_from"] = transferred.get("from")
+    made["transferred_from"] = _of_kind(transferred.get("from"), str)
     made["precision_check"] = manifest.get("precision_check")
     return made
+
+
+def _of_kind(value, kind: type):
+    """The value if it is of a kind, and a dict's values are counts; else None."""
+    if not isinstance(value, kind):
+        return None
+    if kind is dict and not all(type(count) is int for count in value.values()):
+        return None
+    return value
