@@ -127,12 +127,13 @@ def test_token_ids_in_the_cells_of_a_csv():
     assert p.chosen_weight.tolist() == [1] and p.rejected_weight is None
 
 
-def test_keys_of_messages_pass_through_without_the_none_that_tables_add():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "map", "x": None}]}
-    answer = {"role": "tool", "content": "Rhine", "tool_calls": None}
+def test_messages_are_the_rows_own_with_their_nulls_and_in_their_order():
+    call = {"content": None, "tool_calls": [{"x": None, "name": "map"}], "role": "assistant"}
+    answer = {"role": "tool", "name": "map", "content": "Rhine"}
     p = read({"prompt": [USER, call, answer], "chosen": [GOOD], "rejected": [BAD]})
-    assert p.prompt[1] == call | {"tool_calls": [{"name": "map"}]}
-    assert p.prompt[2] == {"role": "tool", "content": "Rhine"}
+    assert [list(turn.items()) for turn in p.prompt[1:]] == [
+        list(turn.items()) for turn in (call, answer)
+    ]
 
 
 @pytest.mark.parametrize("own, id", [("a", "a"), (12, "12"), (0, "0"), (None, "7"), ("", "7")])

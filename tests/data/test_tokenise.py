@@ -228,7 +228,8 @@ def test_tokens_that_differ_before_the_boundary_are_no_prompt():
     assert named(pair.prompt) == ["q"] and Note.STRADDLE in notes
     assert named(pair.chosen) == ["a", "bc", "</s>"]
     assert named(pair.rejected) == ["ab", "z", "</s>"]
-    assert dropped(plain("ab", "c", "z"), tokenizer) is Why.NO_PROMPT
+    assert dropped(plain("ab", "c", "z"), tokenizer) is Why.MERGED  # there is a prompt
+    assert dropped(plain("", "c", "z"), tokenizer) is Why.NO_PROMPT
 
 
 def test_the_end_token_is_not_doubled_and_can_be_left_out():
