@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from sepo.terminal import say
+
 
 class InputError(ValueError):
     """Something the caller can mend: a file, row, field or flag, with what was expected.
@@ -18,7 +20,7 @@ def exit_with_one_line(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except InputError as error:
-        print(f"sepo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"sepo: error: {' '.join(str(error).split())}", out=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

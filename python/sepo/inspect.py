@@ -12,6 +12,7 @@ from sepo.data.counts import count_rows, count_tokens
 from sepo.data.segments import make_segments
 from sepo.data.types import Segment, TokenPair
 from sepo.errors import InputError
+from sepo.terminal import escaped, write
 
 SIDES = ("chosen", "rejected")
 LEGEND = (
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     for pair, notes in zip(data.pairs[: args.rows], data.notes, strict=False):
         show.pair(pair, notes)
     show.totals(data.pairs)
-    show.line(str(data.report))
+    show.line(escaped(str(data.report)))
 
 
 class Show:
@@ -107,7 +108,7 @@ class Show:
     def pair(self, pair: TokenPair, notes: Sequence[str] = ()) -> None:
         """One pair, with its selected tokens if it has scores, or weights of the user's own."""
         counts = f"{len(pair.prompt)} prompt, {len(pair.chosen)} chosen, {len(pair.rejected)}"
-        self.line("; ".join([f"row {pair.id}: {counts} rejected tokens", *notes]))
+        self.line(escaped("; ".join([f"row {pair.id}: {counts} rejected tokens", *notes])))
         self._part("prompt", self._faint(_visible(self._text(pair.prompt))))
         segments = self._segments(pair)
         for i, side in enumerate(SIDES):
@@ -148,9 +149,7 @@ class Show:
         self.line(f"one pass over them reads {read}")
 
     def line(self, text: str) -> None:
-        # a terminal of another encoding gets escapes instead of an exception
-        encoding = getattr(self.out, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=self.out)
+        write(text, out=self.out)
 
     def _segments(self, pair: TokenPair) -> list[Segment] | None:
         """Both segments; None if nothing selects in one of the responses."""
@@ -198,6 +197,4 @@ class Show:
 
 
 def _visible(text: str) -> str:
-    """Line breaks marked and kept, other control characters as escapes: text must not steer."""
-    shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    return "".join(shown).replace("\n", "⏎\n")
+    return escaped(text).replace("\n", "⏎\n")

@@ -32,6 +32,7 @@ from sepo.fingerprint import weights_hash
 from sepo.model import head
 from sepo.precision import check_precision
 from sepo.response_logp import check_budget, dtype_name, kept_logp, response_logp
+from sepo.terminal import say
 
 KEEP = ("score", "logp", "hidden")
 SAMPLE = 16  # pairs that a precision check reads when nobody names a number
@@ -252,7 +253,7 @@ def _device_name(model: PreTrainedModel) -> str:
 def _print_end(writer: StoreWriter, complete: bool, tokens: int, seconds: float) -> None:
     print(f"scored {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s")
     if complete:
-        print(f"complete store: {writer.path}")
+        say(f"complete store: {writer.path}")
     else:
         missing, total = len(writer.missing()), num_parts(writer.manifest)
-        print(f"{writer.path}: {missing} of {total} parts are left to the other shards")
+        say(f"{writer.path}: {missing} of {total} parts are left to the other shards")

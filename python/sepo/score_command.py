@@ -17,6 +17,7 @@ from sepo.errors import InputError
 from sepo.model import load_model, load_tokenizer
 from sepo.reference import cached_reference
 from sepo.score import KEEP, SAMPLE, score_dataset
+from sepo.terminal import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -131,7 +132,7 @@ def _read(
             limit=args.limit,
             progress=True,
         )
-        print(data.report)
+        say(str(data.report))
         return _Data(data.pairs, data.report.as_dict(), args.max_length, has_reference=False)
     for flag in ("limit", "max_length"):
         if getattr(args, flag) is not None:
@@ -143,7 +144,7 @@ def _read(
     # its states are written by a pass of the model, which says the rest again
     has_reference = kept is not None and args.oracle is not None and "hidden" not in args.keep
     if has_reference:
-        print(f"reference: not run, {name} keeps its log-probabilities")
+        say(f"reference: not run, {name} keeps its log-probabilities")
     about = store.manifest
     return _Data(store, about["reading"], about["max_length"], has_reference)
 

@@ -21,6 +21,7 @@ from sepo.errors import InputError, exit_with_one_line
 from sepo.methods import METHODS
 from sepo.model import explain_attention, load_model, load_tokenizer
 from sepo.reference import Reference, cached_reference, load_reference
+from sepo.terminal import say
 from sepo.trainer import SePOTrainer
 
 
@@ -101,7 +102,7 @@ def load_pairs(
         progress=not args.disable_tqdm,
     )
     if args.should_log:
-        print(read.report)
+        say(str(read.report))
     return read.pairs
 
 

@@ -32,6 +32,7 @@ from sepo.model import prepare_model
 from sepo.prepared import PreparedPairs, data_seed
 from sepo.reference import LiveReference, Reference
 from sepo.resumable import describe_run
+from sepo.terminal import say
 from sepo.tokens import TokenStep, find_reference
 
 
@@ -273,7 +274,7 @@ def tokenised(data, args: SePOConfig, tokenizer) -> Sequence[TokenPair] | None:
         return data
     read = read_pairs(data, tokenizer, max_length=args.max_length, append_eos=args.append_eos)
     if args.should_log:
-        print(read.report)
+        say(str(read.report))
     return read.pairs
 
 

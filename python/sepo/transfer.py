@@ -33,6 +33,7 @@ from sepo.data.store import (
 from sepo.data.types import ScoredPair
 from sepo.errors import InputError
 from sepo.model import load_tokenizer
+from sepo.terminal import say
 
 FRACTION = 0.3
 MODELS = tuple(
@@ -200,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     rows = dict(split=args.split, config=args.dataset_config, limit=args.limit)
     reading = dict(max_length=args.max_length, append_eos=args.append_eos, progress=True)
     data = read_pairs(args.dataset_name, tokenizers[1], **rows, **reading)
-    print(data.report)
+    say(str(data.report))
     coverage = transfer_store(
         store,
         data,
@@ -214,5 +215,5 @@ def run(args: argparse.Namespace) -> None:
         pairs_per_part=args.pairs_per_part,
         max_length=args.max_length,
     )
-    print(coverage)
-    print(f"complete store: {args.output_dir}")
+    say(str(coverage))
+    say(f"complete store: {args.output_dir}")

@@ -11,6 +11,7 @@ from sepo.data.store import MANIFEST, read_manifest
 from sepo.errors import InputError
 from sepo.report.charts import run_charts, store_charts
 from sepo.report.collect import MAX_STORES, PAIRS, collect
+from sepo.terminal import say
 
 FORMATS = ("html", "png", "json")
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(args.output or "report")
         _refuse(folder, folder.is_file(), "a folder for the figures, got a file")
         files = write_pngs(charts, folder)
-        print(f"{folder}: {len(files)} figures")
+        say(f"{folder}: {len(files)} figures")
         return
     if args.format == "json":
         text = json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
@@ -100,7 +101,7 @@ def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with Atomic(path, str(os.getpid())) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(f"{path}: {len(text.encode()) / 1e6:.1f} MB")
+    say(f"{path}: {len(text.encode()) / 1e6:.1f} MB")
 
 
 def _refuse(path: Path, is_wrong: bool, wanted: str) -> None:

@@ -1,0 +1,64 @@
+"""Text of the data reaches the terminal as text, whichever command prints it."""
+
+import io
+from collections import Counter
+
+import numpy as np
+import pytest
+from tokenizers_for_tests import plain_tokenizer
+
+from sepo import inspect
+from sepo.data.carry import Coverage, LeftOut
+from sepo.data.read import Report
+from sepo.data.types import TokenPair
+from sepo.errors import InputError, exit_with_one_line
+from sepo.terminal import escaped, say
+
+ID = "a\x1b[2J\x1b]0;owned\x07b\r\x9b31m\u202ec"  # clears the screen, sets the title, goes back
+SHOWN = r"a\x1b[2J\x1b]0;owned\x07b\r\x9b31m\u202ec"
+
+
+def test_only_line_breaks_are_left():
+    assert escaped(ID) == SHOWN
+    assert escaped("é 中 😀\n|") == "é 中 😀\n|"
+
+
+def test_an_output_of_another_encoding_gets_escapes():
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    say("é\x07", out=out)
+    out.flush()
+    assert out.buffer.getvalue() == b"\\xe9\\x07\n"
+
+
+def test_a_refusal_that_names_a_row(capsys):
+    def main():
+        raise InputError(f"row {ID}: expected a response")
+
+    with pytest.raises(SystemExit):
+        exit_with_one_line(main)
+    # blanks, the carriage return among them, are one blank in a line
+    shown = SHOWN.replace(r"b\r", "b ")
+    assert capsys.readouterr().err == f"sepo: error: row {shown}: expected a response\n"
+
+
+def test_a_report_of_what_was_read(capsys):
+    report = Report(ID, "text", read=1, dropped=Counter({"why": 1}), examples={"why": [ID]})
+    say(str(report))
+    out = capsys.readouterr().out
+    assert f"(row {SHOWN})" in out and out.startswith(f"{SHOWN} (text)\n")
+
+
+def test_what_was_not_carried(capsys):
+    coverage = Coverage()
+    coverage.leave_out(LeftOut.ORACLE, ID)
+    say(str(coverage))
+    assert f"(row {SHOWN})" in capsys.readouterr().out
+
+
+def test_a_row_as_inspect_shows_it():
+    ids = np.array(plain_tokenizer()("ab")["input_ids"], np.int32)
+    out = io.StringIO()
+    inspect.Show(plain_tokenizer(), out).pair(
+        TokenPair(id=ID, prompt=ids, chosen=ids, rejected=ids)
+    )
+    assert f"row {SHOWN}: 2 prompt" in out.getvalue() and "\x1b" not in out.getvalue()
