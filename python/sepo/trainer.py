@@ -4,7 +4,7 @@ The loader hands out step numbers only. What a step trains on follows from lengt
 number (`plan_step`), so resuming at step n is all it takes to continue.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from sepo.adapters import add_adapters
 from sepo.config import SePOConfig
 from sepo.data.cost import attention_cost
+from sepo.data.load import is_rows
 from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.read import read_pairs
@@ -40,7 +41,7 @@ class SePOTrainer(MaskedTrainer):
     """Train `model` by `args.method`. Raises InputError for data it can't use.
 
     Data sets are token pairs (a ScoredStore, or a list of TokenPair), or rows of any preference
-    format as a datasets.Dataset, which are tokenised here. With a peft_config (peft's LoraConfig)
+    format as a datasets.Dataset, IterableDataset or list of dicts, which are tokenised here. With a peft_config (peft's LoraConfig)
     the model is frozen and adapters are trained; then, unless a reference is given, the model
     without them is the reference, and no second copy is held.
     """
@@ -225,7 +226,8 @@ class SePOTrainer(MaskedTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Mean loss and rewards over all pairs of all ranks, each pair counted once."""
-        given = self._prepared(eval_dataset, self.args)
+        given = tokenised(eval_dataset, self.args, self.processing_class)
+        given = self._prepared(given, self.args)
         pairs = self._eval_pairs if given is None else given
         if pairs is None:
             raise InputError("evaluation needs eval_dataset")
@@ -270,9 +272,14 @@ class SePOTrainer(MaskedTrainer):
 
 def tokenised(data, args: SePOConfig, tokenizer) -> Sequence[TokenPair] | None:
     """Token pairs as they are; rows of text read, and what was dropped of them printed."""
-    if not isinstance(data, Dataset):
+    if isinstance(data, Mapping):
+        raise InputError(
+            f"expected one data set, got {', '.join(map(str, data))}: give one of them"
+        )
+    if data is None or not is_rows(data):
         return data
-    read = read_pairs(data, tokenizer, max_length=args.max_length, append_eos=args.append_eos)
+    how = dict(max_length=args.max_length, append_eos=args.append_eos, strict=args.strict)
+    read = read_pairs(data, tokenizer, **how)
     if args.should_log:
         say(str(read.report))
     return read.pairs

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def load_rows(
 def source_name(source: Any) -> str:
     """How a message calls it."""
     return str(source) if isinstance(source, str | Path) else "the data set"
+
+
+def is_rows(data: Any) -> bool:
+    """Whether this is rows that `load_rows` reads, and not pairs that are tokenised already."""
+    import datasets
+
+    if isinstance(data, datasets.Dataset | datasets.IterableDataset):
+        return True
+    try:
+        first = data[0]
+    except (TypeError, KeyError, IndexError):
+        return False
+    return isinstance(first, Mapping)
 
 
 def default_split(source: str | Path, usual: str) -> str:
@@ -113,9 +127,10 @@ def _load_file(path: Path, split: str) -> Rows:
     return _of_split({"train": [path]}, split, READERS[path.suffix], path)
 
 
-def _parquet_file(path: Path) -> Rows:
+def _table_file(path: Path, kind_of_file: str = "parquet") -> Rows:
+    """A file by itself: beside others its columns would have to be theirs."""
     files = dict(data_files=str(path), split="train")
-    return table(_call(path, "load_dataset", "parquet", quiet=True, **files), str(path))
+    return table(_call(path, "load_dataset", kind_of_file, quiet=True, **files), str(path))
 
 
 def _load_saved(path: Path, split: str) -> Rows:
@@ -130,36 +145,45 @@ def _load_saved(path: Path, split: str) -> Rows:
 def _load_dataset(name: str, config: str | None, split: str, source: str | Path) -> Rows:
     """A directory of files or a data set of the hub, whichever files the datasets library finds."""
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as readers
+    from datasets.packaged_modules.arrow.arrow import Arrow
+    from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.json.json import Json
+    from datasets.packaged_modules.parquet.parquet import Parquet
 
     if name in readers:
         raise InputError(
             f"expected a file, a directory or a hub id, got {name}: the name of a kind of file"
         )
     builder = _call(source, "load_dataset_builder", name, config)
-    options, kind_of_file = builder.config, type(builder).__name__
-    if kind_of_file == "Json" and options.field is None:
+    options = builder.config
+    if isinstance(builder, Json) and options.field is None:
         read = json_file
-    elif kind_of_file == "Parquet" and options.filters is None and options.columns is None:
-        read = _parquet_file
-    elif kind_of_file == "Csv":
+    elif isinstance(builder, Parquet) and options.filters is None and options.columns is None:
+        read = _table_file
+    elif isinstance(builder, Arrow):
+        read = partial(_table_file, kind_of_file="arrow")
+    elif isinstance(builder, Csv):
         read = lambda path: csv_file(path, options.delimiter or options.sep)
     else:
         return table(_call(source, "load_dataset", name, config, split=split), str(source))
     return _of_split(_fetched(builder, source), split, read, source)
 
 
-READERS = {".json": json_file, ".jsonl": json_file, ".csv": csv_file, ".parquet": _parquet_file}
+READERS = {".json": json_file, ".jsonl": json_file, ".csv": csv_file, ".parquet": _table_file}
 
 
 def _fetched(builder: Any, source: str | Path) -> dict[str, list[Path]]:
     """Split -> its files on this disk."""
     import datasets
 
-    fetch = lambda files: datasets.DownloadManager().download_and_extract(list(files))
-    files = {
-        split: _call(source, fetch, found) for split, found in builder.config.data_files.items()
-    }
-    return {split: [Path(file) for file in found] for split, found in files.items()}
+    def fetch(files: Iterable[str]) -> list[Path]:
+        manager = datasets.DownloadManager()
+        return [
+            Path(file) for file in manager.iter_files(manager.download_and_extract(list(files)))
+        ]
+
+    found = builder.config.data_files
+    return {str(name): _call(source, fetch, found[name]) for name in found}
 
 
 def _of_split(
@@ -192,21 +216,10 @@ def _call(source: str | Path, function: Callable | str, *args: Any, quiet=False,
         raise
     # datasets raises its own, arrow's, pandas' and the network's errors, all of them about the source
     except Exception as error:
-        raise InputError(f"cannot read {source}: {_reason(error)}") from error
+        cause = error.__cause__ or error  # says more than its wrapper
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        reason = lines[0] if lines else "without a reason"
+        raise InputError(f"cannot read {source}: {type(cause).__name__}: {reason}") from error
     finally:
         if quiet:
             datasets.enable_progress_bars()
-
-
-def _reason(error: Exception) -> str:
-    """In one line: which columns of which file do not fit, else what the cause says."""
-    import datasets
-
-    cause = error.__cause__ or error
-    if isinstance(error, datasets.exceptions.DatasetGenerationCastError):
-        # a paragraph each: that it failed, which columns, where, what to do about it
-        _, columns, *where = str(error).split("\n\n")[:4]
-        file = f" ({where[1]})" if len(where) == 2 and "using" in where[0] else ""
-        return f"expected the same columns in all its files, but {columns.split(' but ')[-1]}{file}"
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else 'without a reason'}"

@@ -49,7 +49,8 @@ class Report:
             total = self.kept if head == "kept" else sum(counts.values())
             lines.append(f"{total:8} {head}")
             for what, count in counts.most_common():
-                ids = ", ".join(self.examples[what]) + (", ..." if count > 3 else "")
+                ids = ", ".join(self.examples[what]).replace("\n", "\\n")  # of one line
+                ids += ", ..." if count > 3 else ""
                 detail = f" [{self.details[what]}]" if what in self.details else ""
                 lines.append(f"{count:12} {what}{detail} (row {ids})")
         return "\n".join(lines)

@@ -153,7 +153,11 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Each line with its number, the byte order mark of some programs left out."""
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    with file:
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode()

@@ -20,6 +20,7 @@ import numpy as np
 from sepo.data.files import Atomic, clear
 from sepo.data.hidden import HEAD_FILE, StoredHead, read_head, write_head, write_rows
 from sepo.data.part import TOKENS, WEIGHTS, Part, hidden_name, read_about, write_part
+from sepo.data.tokenise import text_prefix
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 
@@ -209,12 +210,14 @@ def missing_parts(path: Path, manifest: dict) -> list[int]:
     return missing
 
 
-def tokenizer_hash(tokenizer) -> str:
+def tokenizer_hash(tokenizer, *, like: str | None = None) -> str:
     """SHA-256 of what turns text into ids and what the ids mean.
 
-    Vocabulary, merges, normaliser, pre-tokeniser, added tokens and the bos, eos and unk tokens
-    count. Truncation and padding state, the padding token and post-processing do not: none of them
-    changes the tokens of a pair, and training scripts set them freely.
+    Vocabulary, merges, normaliser, pre-tokeniser, added tokens, the bos, eos and unk tokens and
+    what post-processing puts before a text count. Truncation and padding state, the padding token
+    and the rest of post-processing do not: none of them changes the tokens of a pair, and training
+    scripts set them freely. A hash of an older version, which knew nothing of post-processing, is
+    returned if it is `like` and this tokenizer's.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -222,7 +225,10 @@ def tokenizer_hash(tokenizer) -> str:
     else:
         content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     special = {k: getattr(tokenizer, k, None) for k in ("bos_token", "eos_token", "unk_token")}
-    return _hash_json([content, {k: v and str(v) for k, v in special.items()}])
+    known = [content, {k: v and str(v) for k, v in special.items()}]
+    if like is not None and like == _hash_json(known):
+        return like
+    return _hash_json([*known, text_prefix(tokenizer)])
 
 
 def template_hash(tokenizer) -> str:
@@ -269,7 +275,8 @@ def _check_same_run(path: Path, present: dict, wanted: dict) -> None:
 
 
 def _check_tokenizer(path: Path, manifest: dict, tokenizer) -> None:
-    given, stored = tokenizer_hash(tokenizer), manifest["tokenizer"]
+    stored = manifest["tokenizer"]
+    given = tokenizer_hash(tokenizer, like=stored)
     if given != stored:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise InputError(

@@ -102,19 +102,24 @@ def _rules(tokenizer: Any) -> _Rules:
             "expected a fast tokenizer, which tells where in the text a token comes from, got "
             f"{type(tokenizer).__name__}"
         )
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a", add_special_tokens=True)["input_ids"]
-    at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     # white space can be an added token too; it ends no turn
     other = {i for i, token in added.items() if token.content.strip()} - special
     return _Rules(
-        full[:at],
+        text_prefix(tokenizer),
         tokenizer.eos_token_id,
         frozenset(special),
         frozenset(other),
     )
+
+
+def text_prefix(tokenizer: Any) -> list[int]:
+    """Ids of what a tokenizer puts before any plain text, a bos if it has one to put there."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return full[:at]
 
 
 def _encode(
