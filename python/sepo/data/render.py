@@ -195,7 +195,9 @@ def _locate(
         # a template that writes reasoning where a plain answer has an empty block: fall back on
         # the text after which the model itself begins to write
         before = opening
-        if before is None or not text.startswith(before) or before == render(prompt):
+        if before is None or not text.startswith(before):
+            return None
+        if before == render(prompt) and not is_call:  # it does not say where an answer begins
             return None
     end = len(text) - len(after)
     return (len(before), end) if len(before) <= end else None
