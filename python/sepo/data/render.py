@@ -94,7 +94,7 @@ def _chat_spans(p: Preference, render: Render) -> tuple[Span, Span] | Drop:
         opening = None
     places = _directly_after(opening, p, texts)
     if places is None:
-        frame = _frame(p.prompt, render)
+        frame = _frame(p, render)
         places = [
             _locate(text, answer, frame, opening, p.prompt, render)
             for text, answer in zip(texts, (p.chosen, p.rejected), strict=True)
@@ -160,16 +160,19 @@ def _directly_after(
     return places if len(rests) == 1 else None
 
 
-def _frame(prompt: list[dict], render: Render) -> tuple[str, str] | None:
+def _frame(p: Preference, render: Render) -> tuple[str, str] | None:
     """What the template writes before and after the content of a last assistant message.
 
     Learned from a message that cannot be confused with anything, so that it holds whatever the
     template does to the content itself (trims it, puts reasoning before it).
     """
     stand_in = "sepo0response"
-    while stand_in in str(prompt):
+    while stand_in in str(p.prompt):
         stand_in += "0"
-    before, found, after = render([*prompt, {"role": "assistant", "content": stand_in}]).partition(
+    said = stand_in
+    if isinstance(p.chosen.get("content"), list):
+        said = [{"type": "text", "text": stand_in}]
+    before, found, after = render([*p.prompt, {"role": "assistant", "content": said}]).partition(
         stand_in
     )
     return (before, after) if found else None
