@@ -136,8 +136,8 @@ def _read(
         )
         say(str(data.report))
         return _Data(data.pairs, data.report.as_dict(), args.max_length, has_reference=False)
-    for flag in ("limit", "max_length"):
-        if getattr(args, flag) is not None:
+    for flag in ("limit", "max_length", "strict"):
+        if getattr(args, flag):
             raise InputError(
                 f"--{flag}: {name} is a scored store, whose pairs are taken as they are"
             )

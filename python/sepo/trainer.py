@@ -4,7 +4,7 @@ The loader hands out step numbers only. What a step trains on follows from lengt
 number (`plan_step`), so resuming at step n is all it takes to continue.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -226,8 +226,7 @@ class SePOTrainer(MaskedTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Mean loss and rewards over all pairs of all ranks, each pair counted once."""
-        given = tokenised(eval_dataset, self.args, self.processing_class)
-        given = self._prepared(given, self.args)
+        given = self._prepared(eval_dataset, self.args)
         pairs = self._eval_pairs if given is None else given
         if pairs is None:
             raise InputError("evaluation needs eval_dataset")
@@ -272,11 +271,7 @@ class SePOTrainer(MaskedTrainer):
 
 def tokenised(data, args: SePOConfig, tokenizer) -> Sequence[TokenPair] | None:
     """Token pairs as they are; rows of text read, and what was dropped of them printed."""
-    if isinstance(data, Mapping):
-        raise InputError(
-            f"expected one data set, got {', '.join(map(str, data))}: give one of them"
-        )
-    if data is None or not is_rows(data):
+    if not is_rows(data):
         return data
     how = dict(max_length=args.max_length, append_eos=args.append_eos, strict=args.strict)
     read = read_pairs(data, tokenizer, **how)

@@ -209,6 +209,8 @@ def _call(source: str | Path, function: Callable | str, *args: Any, quiet=False,
     quiet = quiet and not datasets.are_progress_bars_disabled()
     if quiet:
         datasets.disable_progress_bars()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
     try:
         call = getattr(datasets, function) if isinstance(function, str) else function
         return call(*args, **options)
@@ -221,5 +223,6 @@ def _call(source: str | Path, function: Callable | str, *args: Any, quiet=False,
         reason = lines[0] if lines else "without a reason"
         raise InputError(f"cannot read {source}: {type(cause).__name__}: {reason}") from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if quiet:
             datasets.enable_progress_bars()

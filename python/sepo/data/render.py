@@ -51,7 +51,7 @@ def spans(
 
 
 def _plain_spans(prompt: str, p: Preference, notes: tuple[Note, ...] = ()) -> tuple[Span, Span]:
-    notes += (Note.REPEATS,) if content.repeats_prompt(p) else ()
+    notes += (Note.REPEATS,) * content.repeats_prompt(p)
     chosen, rejected = (
         Span(prompt + response, len(prompt), len(prompt + response), is_chat=False, notes=notes)
         for response in (p.chosen, p.rejected)
@@ -103,16 +103,14 @@ def _chat_spans(p: Preference, render: Render) -> tuple[Span, Span] | Drop:
         return Drop(p.id, Why.REWRITTEN)
     if any(start == end for start, end in places):
         return Drop(p.id, Why.EMPTY, "nothing is left of it in the chat template")
-    sides = []
+    sides, repeats = [], (Note.REPEATS,) * content.repeats_prompt(p)
     for text, answer, (start, end) in zip(texts, (p.chosen, p.rejected), places, strict=True):
         notes = _lost_prompt(p, text[:start])
         if opening is None or not text.startswith(opening):
             notes = (Note.UNSEEN, *notes)
         if not content.is_shown(answer, text[start:]):
             notes += (Note.LOST_RESPONSE,)
-        if content.repeats_prompt(p):
-            notes += (Note.REPEATS,)
-        sides.append(Span(text, start, end, is_chat=True, notes=notes))
+        sides.append(Span(text, start, end, is_chat=True, notes=notes + repeats))
     return tuple(sides)
 
 
