@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -139,6 +141,42 @@ def test_messages_are_the_rows_own_with_their_nulls_and_in_their_order():
 @pytest.mark.parametrize("own, id", [("a", "a"), (12, "12"), (0, "0"), (None, "7"), ("", "7")])
 def test_id_is_the_column_or_the_row_number(own, id):
     assert read({"id": own, "prompt": "Q", "chosen": "a", "rejected": "b"}).id == id
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [([USER], [GOOD], [BAD]), ("Which river?", [USER, GOOD], [USER, BAD])],
+)
+def test_messages_as_json_in_the_cells_of_a_csv(prompt, chosen, rejected):
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    as_text = {k: v if isinstance(v, str) else json.dumps(v, indent=1) for k, v in row.items()}
+    check_messages(read(as_text), [USER])
+    check_messages(read({k: as_text[k] for k in row if k != "prompt" or len(chosen) == 1}), [USER])
+    turns = [{"from": "human", "value": "Which river?"}]
+    row = {
+        "conversations": json.dumps(turns),
+        "chosen": as_text["chosen"],
+        "rejected": json.dumps([BAD]),
+    }
+    if len(chosen) == 1:
+        check_messages(read(row), [USER])
+    with pytest.raises(
+        InputError, match="row 7: expected chosen to be a string, messages, or .*Python"
+    ):
+        read(as_text | {"chosen": str(chosen)})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": "admin"}]',
+        '[{"name": "x", "role": "y"}]',
+        '[{"role": "x", "content": ',
+        "[{'a': 1}]",
+    ],
+)
+def test_a_response_that_is_json_of_another_kind_is_text(text):
+    assert read({"prompt": "As JSON:", "chosen": text, "rejected": "b"}).chosen == text
 
 
 # --- columns beside those of a format ------------------------------------------------------------

@@ -12,6 +12,7 @@ from tokenizers_for_tests import chatml_tokenizer, plain_tokenizer
 
 from sepo.data.load import is_rows, load_rows
 from sepo.data.read import read_pairs
+from sepo.data.reasons import Why
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
 
@@ -140,6 +141,32 @@ def test_a_column_that_only_later_rows_have_is_a_column(tmp_path):
     rows = load_rows(path)
     assert rows.column_names == ["prompt", "chosen", "rejected", "system"]
     assert rows["system"] == [None, "Be brief."] == [row["system"] for row in rows]
+
+
+def test_pictures_are_counted_and_not_decoded(tmp_path):
+    columns = dict.fromkeys(("prompt", "chosen", "rejected"), datasets.Value("string"))
+    pictures = datasets.List(datasets.Image())
+    rows = [ROW | {"images": value} for value in ([{"bytes": b"none", "path": None}], [], None)]
+    table = datasets.Dataset.from_list(
+        rows, features=datasets.Features(columns | {"images": pictures})
+    )
+    table.to_parquet(tmp_path / "rows.parquet")
+    for source in (table, tmp_path / "rows.parquet"):
+        data = read_pairs(source, plain_tokenizer())
+        assert [pair.id for pair in data.pairs] == ["1", "2"]
+        assert data.report.dropped == {Why.UNSERVED: 1}
+    assert table.features["images"].feature.decode  # the caller's is as it was
+
+
+def test_json_in_the_cells_of_a_table_keeps_its_nulls():
+    features = {k: datasets.Value("string") for k in ROW} | {
+        "tools": datasets.List(datasets.Json())
+    }
+    tools = [{"name": "map", "default": None}]
+    table = datasets.Dataset.from_list(
+        [ROW | {"tools": tools}], features=datasets.Features(features)
+    )
+    assert [row["tools"] for row in load_rows(table)] == [tools]
 
 
 # --- bytes and lines -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ value of the wrong type. Null is never an error: it becomes the empty value of i
 """
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,29 @@ def messages(value: Any, id: str, field: str) -> list[dict]:
             f"row {id}: expected {field} to be messages or a string, got {kind(value)}"
         )
     return [_message(item, id, field) for item in value]
+
+
+def unquoted(value: Any, id: str, field: str) -> Any:
+    """A cell's value, or the messages that are written in it as JSON, as in a CSV file.
+
+    Raises InputError for what Python prints of them, which no one can read back for sure.
+    """
+    if not isinstance(value, str) or not re.match(
+        r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:", value
+    ):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        if re.match(r"\s*\[\s*\{\s*'", value) and value.rstrip().endswith("]"):
+            raise InputError(
+                f"row {id}: expected {field} to be a string, messages, or messages as JSON, got "
+                f"what Python prints of a list: {short(value)}"
+            ) from None
+        return value
+    names = ({"role", "content"}, {"from", "value"})
+    is_all = all(isinstance(m, dict) and any(n <= m.keys() for n in names) for m in found)
+    return found if is_all else value
 
 
 def _message(item: Any, id: str, field: str) -> dict:

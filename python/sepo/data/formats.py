@@ -96,7 +96,10 @@ def read_row(
     moved = {field: row.get(column) for field, column in fields.items()}
     row = {name: cell for name, cell in row.items() if name not in fields.values()} | moved
     own = row.get("id")
-    one = form.read(row, str(number) if own is None or own == "" else str(own))
+    id = str(number) if own is None or own == "" else str(own)
+    for name in CONVERSATIONS & row.keys():
+        row[name] = cells.unquoted(row[name], id, name)
+    one = form.read(row, id)
     if isinstance(one, Drop):
         return one
     # no template writes plain text, so nothing beside it reaches the model
@@ -129,6 +132,7 @@ def _media(one: Preference) -> str | None:
 # --- one reader for each format ------------------------------------------------------------------
 
 SIDES = ("chosen", "rejected")
+CONVERSATIONS = {"prompt", "conversations", *SIDES}
 WEIGHTS = {f"{side}_{kind}" for side in SIDES for kind in ("mask", "weights")}
 MEDIA = {f"{kind}{s}" for kind in ("image", "video", "audio") for s in ("", "s")}
 CHAT = frozenset({"system", "tools", "chat_template_kwargs"})

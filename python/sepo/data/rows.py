@@ -9,6 +9,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ def table(data: Any, name: str) -> Rows:  # a datasets.Dataset, or an IterableDa
 
     schema = []
     if data.features is not None:
-        data = _without_media(data.with_format(None))
+        data = data.with_format(None)  # a copy
+        data.info.features = _encoded(data.features)
         schema = data.features.arrow_schema
     nested = {f.name: f.type for f in schema if _has_struct(f.type, pa)}
     if not hasattr(data, "__len__"):  # a stream is read once
@@ -230,15 +232,12 @@ def _without_none(value: Any, type: Any, pa: Any) -> Any:
     return value
 
 
-def _without_media(data: Any) -> Any:
-    """The table with its pictures and sounds left encoded: nothing here looks at them."""
-    for name, feature in data.features.items():
-        inner = getattr(feature, "feature", None)
-        if type(feature).__name__ in MEDIA_TYPES:
-            data = data.cast_column(name, type(feature)(decode=False))
-        elif type(inner).__name__ in MEDIA_TYPES:
-            data = data.cast_column(name, type(feature)(type(inner)(decode=False)))
-    return data
-
-
-MEDIA_TYPES = ("Image", "Audio", "Video", "Pdf", "Nifti")
+def _encoded(feature: Any) -> Any:
+    """The same without decoding of pictures and sounds: nothing here looks at them."""
+    if isinstance(feature, dict):
+        return type(feature)({name: _encoded(inner) for name, inner in feature.items()})
+    if hasattr(feature, "feature"):
+        return replace(feature, feature=_encoded(feature.feature))
+    if hasattr(feature, "decode") and type(feature).__name__ != "Json":
+        return replace(feature, decode=False)
+    return feature
