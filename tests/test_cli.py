@@ -166,6 +166,58 @@ def test_data(home, tmp_path, refused, rows, message, command):
     assert message in refused(*argv)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "pairs.csv",
+            "prompt,chosen,rejected\nw3,w4,é\n".encode("latin1"),
+            "line 2: expected UTF-8",
+        ),
+        ("pairs.jsonl", b'{"prompt": "w3", "chosen": "w4", "rejected": "w5"}\nnull\n', "got null"),
+        ("pairs.jsonl", b'{"prompt": "w3", "cho', "line 1: expected a JSON object on each line"),
+        ("pairs.csv", b"prompt,chosen,rejected\nw3,w4\n", "line 2: expected 3 cells"),
+        ("pairs.parquet", b"no parquet", "cannot read"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "score", "inspect", "transfer"])
+def test_a_file_that_cannot_be_read(home, tmp_path, refused, name, content, message, command):
+    (tmp_path / name).write_bytes(content)
+    data, model, out = tmp_path / name, home / "model", ("--output_dir", tmp_path / "out")
+    argv = {
+        "train": train(home, tmp_path, "--method", "simpo", "--dataset_name", data),
+        "score": ("score", "--dataset_name", data, "--oracle", model, "--reference", model, *out),
+        "inspect": ("inspect", data, "--model_name_or_path", model),
+        "transfer": ("transfer", "--scores", home / "store", "--oracle", model)
+        + ("--dataset_name", data, "--model_name_or_path", model, *out),
+    }[command]
+    line = refused(*argv)
+    assert message in line and name in line
+
+
+def test_the_name_of_a_kind_of_file_is_no_data(home, tmp_path, refused, monkeypatch):
+    write_rows(tmp_path / "pairs.jsonl", [TEXT_ROW])
+    monkeypatch.chdir(tmp_path)
+    line = refused(*train(home, tmp_path, "--method", "simpo", "--dataset_name", "json"))
+    assert "expected a file, a directory or a hub id, got json" in line
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_data_to_evaluate_on_in_a_single_file(home, tmp_path, refused, capsys):
+    data = write_rows(tmp_path / "pairs.jsonl", [TEXT_ROW])
+    other = write_rows(tmp_path / "other.jsonl", [dict(TEXT_ROW, prompt="w8 w9")] * 2)
+    argv = ("--method", "simpo", "--dataset_name", data, "--eval_dataset_name", other)
+    cli.run([str(a) for a in train(home, tmp_path, *argv, "--eval_strategy", "epoch")])
+    out = capsys.readouterr().out
+    assert f"{other} (TRL" in out and "2 rows read" in out
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert any("eval_loss" in json.loads(line) for line in lines)
+    # a split that is named is looked for
+    (tmp_path / "out").rename(tmp_path / "done")
+    line = refused(*train(home, tmp_path, *argv, "--eval_dataset_split", "test"))
+    assert 'Unknown split "test"' in line and "other.jsonl" in line
+
+
 @pytest.mark.parametrize("argv", [[], ["fly"], ["score"], ["inspect", "x"]])
 def test_usage(refused, argv):
     refused(*argv)

@@ -105,18 +105,30 @@ def test_a_live_reference_equals_the_cached_one(tmp_path):
         torch.testing.assert_close(weights(live)[name], expected, rtol=0, atol=1e-6)
 
 
-def test_rows_of_a_datasets_dataset_are_tokenised(tmp_path):
+@pytest.mark.parametrize("kind", ["a Dataset", "a list of dicts", "a stream"])
+def test_rows_are_tokenised(tmp_path, kind):
     from datasets import Dataset
 
-    rows = Dataset.from_list(
-        [dict(prompt="w3 w4", chosen=" w5", rejected=" w6 w7")] * 3
-        + [dict(prompt="w3", chosen=" w5", rejected=" w5")]
-    )
+    rows = [dict(prompt="w3 w4", chosen=" w5", rejected=" w6 w7")] * 3
+    rows += [dict(prompt="w3", chosen=" w5", rejected=" w5")]
+    if kind != "a list of dicts":
+        rows = Dataset.from_list(rows)
+    if kind == "a stream":
+        rows = rows.to_iterable_dataset()
     args = SePOConfig(output_dir=str(tmp_path), method="simpo", use_cpu=True, disable_tqdm=True)
     trainer = SePOTrainer(tiny_model(), args, rows, processing_class=tiny_tokenizer())
     assert len(trainer.train_pairs) == 3  # identical responses are dropped
     assert trainer.train_pairs.selected.tolist() == [2 + 3] * 3  # each ends with eos
     trainer.train()
+
+
+def test_strict_drops_rows_with_notes(tmp_path):
+    rows = [dict(prompt="w3 w4", chosen=f"{' w5' * n}", rejected=" w6 w7") for n in (1, 9)]
+    how = dict(output_dir=str(tmp_path), method="simpo", use_cpu=True, max_length=6)
+    for strict, lengths in ((False, [2 + 3, 4 + 3]), (True, [2 + 3])):
+        args = SePOConfig(**how, strict=strict)
+        trainer = SePOTrainer(tiny_model(), args, rows, processing_class=tiny_tokenizer())
+        assert trainer.train_pairs.selected.tolist() == lengths
 
 
 def test_metrics_are_means_over_pairs(tmp_path):

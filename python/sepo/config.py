@@ -70,9 +70,14 @@ class SePOConfig(TrainingArguments):
     dataset_config: str | None = _help("Configuration of a hub data set.")
     dataset_split: str = _help("Split of a hub data set.", "train")
     eval_dataset_name: str | None = _help("Data to evaluate on, of the same kinds.")
-    eval_dataset_split: str = _help("Its split.", "test")
+    eval_dataset_split: str | None = _help("Its split. Default: test, or all of a single file.")
     max_length: int | None = _help(
         "Tokens of prompt and response together; longer responses are cut, and counted.", 1024
+    )
+    strict: bool = _help(
+        "Drop every row that would be kept with a note: what the chat template leaves out or "
+        "changes, what inference would render otherwise, what is cut.",
+        False,
     )
     append_eos: bool = _help("End plain-text responses with the tokenizer's end token.", True)
     trust_remote_code: bool = _help("Run model code that comes with a checkpoint.", False)

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max_length", type=int, help="tokens of the prompt and one response")
     add("--split", default="train")
+    add("--strict", action="store_true", help="drop every row that would be kept with a note")
     add("--dataset_config", help="configuration of a hub data set")
     add("--limit", type=int, help="rows to read; all of them if not given")
     for field in ("prompt", *SIDES):
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
         fields={field: key for field, key in keys.items() if key},
         max_length=args.max_length,
         append_eos=args.append_eos,
+        strict=args.strict,
         limit=args.limit,
     )
     for pair, notes in zip(data.pairs[: args.rows], data.notes, strict=False):

@@ -189,9 +189,8 @@ class _Key:
         self.path, self._tokenizer, self._trust = path, tokenizer, trust_remote_code
         self._weights: dict[torch.dtype, str] = {}
 
-    @cached_property
-    def tokenizer(self) -> str:
-        return tokenizer_hash(self._tokenizer)
+    def tokenizer(self, stored: str) -> str:
+        return tokenizer_hash(self._tokenizer, like=stored)
 
     @cached_property
     def template(self) -> str:
@@ -214,7 +213,7 @@ def _check_key(where: str, manifest: dict, wanted: _Key, keep: Keep, dtype: torc
         )
     found = (manifest["tokenizer"], manifest["chat_template"], manifest["reference"])
     expected = (
-        ("tokenizer", lambda: wanted.tokenizer),
+        ("tokenizer", lambda: wanted.tokenizer(manifest["tokenizer"])),
         ("chat template", lambda: wanted.template),
         ("weights", lambda: wanted.weights(scored_in)),  # last: it reads the whole checkpoint
     )

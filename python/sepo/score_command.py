@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="read the first so many rows only")
     add("--max_length", type=int, help="tokens of a prompt and one response")
     add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
+    add("--strict", action="store_true", help="drop every row that would be kept with a note")
     add(
         "--reference",
         required=True,
@@ -135,13 +136,14 @@ def _read(
             config=args.dataset_config,
             max_length=args.max_length,
             append_eos=args.append_eos,
+            strict=args.strict,
             limit=args.limit,
             progress=True,
         )
         say(str(data.report))
         return _Data(data.pairs, data.report.as_dict(), args.max_length, has_reference=False)
-    for flag in ("limit", "max_length"):
-        if getattr(args, flag) is not None:
+    for flag in ("limit", "max_length", "strict"):
+        if getattr(args, flag):
             raise InputError(
                 f"--{flag}: {name} is a scored store, whose pairs are taken as they are"
             )

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from sepo.adapters import lora_config, quantization_config
 from sepo.checkpoints import completed_step
 from sepo.config import SePOConfig
+from sepo.data.load import default_split
 from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore, is_store
 from sepo.data.types import TokenPair
@@ -41,7 +42,8 @@ def train(args: SePOConfig) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     data = {args.dataset_name: load_pairs(args.dataset_name, args.dataset_split, tokenizer, args)}
     if args.eval_dataset_name is not None:
-        name, split = args.eval_dataset_name, args.eval_dataset_split
+        name = args.eval_dataset_name
+        split = args.eval_dataset_split or default_split(name, "test")
         data[f"{name} (to evaluate)"] = load_pairs(name, split, tokenizer, args)
     pairs, *eval_pairs = data.values()
     reference = None
@@ -108,6 +110,7 @@ def load_pairs(
         config=args.dataset_config,
         max_length=args.max_length,
         append_eos=args.append_eos,
+        strict=args.strict,
         progress=not args.disable_tqdm,
     )
     if args.should_log:

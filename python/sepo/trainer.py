@@ -22,6 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from sepo.adapters import add_adapters
 from sepo.config import SePOConfig
 from sepo.data.cost import attention_cost
+from sepo.data.load import is_rows
 from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.read import read_pairs
@@ -43,7 +44,7 @@ class SePOTrainer(MaskedTrainer):
     """Train `model` by `args.method`. Raises InputError for data it can't use.
 
     Data sets are token pairs (a ScoredStore, or a list of TokenPair), or rows of any preference
-    format as a datasets.Dataset, which are tokenised here. With a peft_config (peft's LoraConfig)
+    format as a datasets.Dataset, IterableDataset or list of dicts, which are tokenised here. With a peft_config (peft's LoraConfig)
     the model is frozen and adapters are trained; then, unless a reference is given, the model
     without them is the reference, and no second copy is held.
     """
@@ -304,9 +305,10 @@ class SePOTrainer(MaskedTrainer):
 
 def tokenised(data, args: SePOConfig, tokenizer) -> Sequence[TokenPair] | None:
     """Token pairs as they are; rows of text read, and what was dropped of them printed."""
-    if not isinstance(data, Dataset):
+    if not is_rows(data):
         return data
-    read = read_pairs(data, tokenizer, max_length=args.max_length, append_eos=args.append_eos)
+    how = dict(max_length=args.max_length, append_eos=args.append_eos, strict=args.strict)
+    read = read_pairs(data, tokenizer, **how)
     if args.should_log:
         say(str(read.report))
     return read.pairs

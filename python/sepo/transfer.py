@@ -82,7 +82,8 @@ def transfer_store(
         carry = Carry(
             TokenBytes(oracle_tokenizer),
             TokenBytes(policy_tokenizer),
-            is_same=store.manifest["tokenizer"] == policy_hash,
+            is_same=store.manifest["tokenizer"]
+            == tokenizer_hash(policy_tokenizer, like=store.manifest["tokenizer"]),
             mode=mode,
             aggregate=aggregate,
             fraction=fraction,
@@ -148,7 +149,7 @@ def _check_store(store: ScoredStore, tokenizer: Any) -> None:
     if "score" not in manifest["keep"]:
         raise InputError(f"{store.path}: expected a store with scores, got {manifest['keep']}")
     for name, found in (
-        ("tokenizer", tokenizer_hash(tokenizer)),
+        ("tokenizer", tokenizer_hash(tokenizer, like=manifest["tokenizer"])),
         ("chat_template", template_hash(tokenizer)),
     ):
         if found != manifest[name]:
@@ -201,6 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="read the first so many rows only")
     add("--max_length", type=int, help="the policy's tokens of a prompt and one response")
     add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
+    add("--strict", action="store_true", help="drop every row that would be kept with a note")
     add("--model_name_or_path", required=True, help="the policy: its tokenizer and chat template")
     add("--output_dir", required=True)
     add("--mode", choices=get_args(Mode), default="score", help="what is carried")
@@ -229,7 +231,8 @@ def _transfer(args: argparse.Namespace) -> None:
     tokenizers = [load_tokenizer(path, **code) for path in (args.oracle, args.model_name_or_path)]
     store = ScoredStore.open(args.scores)
     rows = dict(split=args.split, config=args.dataset_config, limit=args.limit)
-    reading = dict(max_length=args.max_length, append_eos=args.append_eos, progress=True)
+    how = ("max_length", "append_eos", "strict")
+    reading = dict(progress=True, **{name: getattr(args, name) for name in how})
     data = read_pairs(args.dataset_name, tokenizers[1], **rows, **reading)
     say(str(data.report))
     coverage = transfer_store(

@@ -75,7 +75,10 @@ def test_plain_boundary_is_exact_for_any_text(prompt, chosen, rejected, name):
     ]()
     result = one(plain(prompt, chosen, rejected), tokenizer)
     if isinstance(result, Drop):
-        assert result.why in (Why.SAME, Why.EMPTY, Why.NO_PROMPT)
+        assert result.why in (Why.SAME, Why.EMPTY, Why.NO_PROMPT, Why.MERGED)
+        assert (result.why is Why.NO_PROMPT) <= (not prompt) and (result.why is Why.MERGED) <= bool(
+            prompt
+        )
         return
     pair = result.pair
     start = 1 if name == "llama2" else 0

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -127,17 +129,176 @@ def test_token_ids_in_the_cells_of_a_csv():
     assert p.chosen_weight.tolist() == [1] and p.rejected_weight is None
 
 
-def test_keys_of_messages_pass_through_without_the_none_that_tables_add():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "map", "x": None}]}
-    answer = {"role": "tool", "content": "Rhine", "tool_calls": None}
+def test_messages_are_the_rows_own_with_their_nulls_and_in_their_order():
+    call = {"content": None, "tool_calls": [{"x": None, "name": "map"}], "role": "assistant"}
+    answer = {"role": "tool", "name": "map", "content": "Rhine"}
     p = read({"prompt": [USER, call, answer], "chosen": [GOOD], "rejected": [BAD]})
-    assert p.prompt[1] == call | {"tool_calls": [{"name": "map"}]}
-    assert p.prompt[2] == {"role": "tool", "content": "Rhine"}
+    assert [list(turn.items()) for turn in p.prompt[1:]] == [
+        list(turn.items()) for turn in (call, answer)
+    ]
 
 
 @pytest.mark.parametrize("own, id", [("a", "a"), (12, "12"), (0, "0"), (None, "7"), ("", "7")])
 def test_id_is_the_column_or_the_row_number(own, id):
     assert read({"id": own, "prompt": "Q", "chosen": "a", "rejected": "b"}).id == id
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [([USER], [GOOD], [BAD]), ("Which river?", [USER, GOOD], [USER, BAD])],
+)
+def test_messages_as_json_in_the_cells_of_a_csv(prompt, chosen, rejected):
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    as_text = {k: v if isinstance(v, str) else json.dumps(v, indent=1) for k, v in row.items()}
+    check_messages(read(as_text), [USER])
+    check_messages(read({k: as_text[k] for k in row if k != "prompt" or len(chosen) == 1}), [USER])
+    turns = [{"from": "human", "value": "Which river?"}]
+    row = {
+        "conversations": json.dumps(turns),
+        "chosen": as_text["chosen"],
+        "rejected": json.dumps([BAD]),
+    }
+    if len(chosen) == 1:
+        check_messages(read(row), [USER])
+    with pytest.raises(
+        InputError, match="row 7: expected chosen to be a string, messages, or .*Python"
+    ):
+        read(as_text | {"chosen": str(chosen)})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": "admin"}]',
+        '[{"name": "x", "role": "y"}]',
+        '[{"role": "x", "content": ',
+        "[{'a': 1}]",
+    ],
+)
+def test_a_response_that_is_json_of_another_kind_is_text(text):
+    assert read({"prompt": "As JSON:", "chosen": text, "rejected": "b"}).chosen == text
+
+
+# --- columns beside those of a format ------------------------------------------------------------
+
+CHAT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+TEXT = {"prompt": "Which river?", "chosen": "a", "rejected": "b"}
+TRANSCRIPT = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+ALPACA = {"instruction": "Which river?", "chosen": GOOD["content"], "rejected": BAD["content"]}
+
+
+@pytest.mark.parametrize(
+    "history",
+    [[["Hello", "Hi."], ["A?", "B."]], '[["Hello", "Hi."], ["A?", "B."]]'],
+)
+@pytest.mark.parametrize("name", ["instruction", "question", "input"])
+def test_history_is_earlier_turns(name, history):
+    row = {name: "Which river?", "chosen": GOOD["content"], "rejected": BAD["content"]}
+    earlier = [
+        {"role": role, "content": text}
+        for role, text in zip(["user", "assistant"] * 2, ["Hello", "Hi.", "A?", "B."], strict=True)
+    ]
+    check_messages(read(row | {"history": history}), [*earlier, USER])
+    check_messages(
+        read(row | {"history": history, "system": "Be brief."}), [SYSTEM, *earlier, USER]
+    )
+    for empty in (None, [], "", "[]"):
+        check_messages(read(row | {"history": empty}), [USER])
+
+
+@pytest.mark.parametrize("pair", ["Hello", ["Hello"], ["Hello", 3], {"role": "user"}])
+def test_history_of_another_form(pair):
+    with pytest.raises(InputError, match="row 7: expected history to hold pairs of strings.*got"):
+        read(ALPACA | {"history": [pair]})
+
+
+@pytest.mark.parametrize("kwargs", [{"enable_thinking": False}, '{"enable_thinking": false}'])
+def test_what_a_row_tells_its_template(kwargs):
+    assert read(CHAT | {"chat_template_kwargs": kwargs}).template_kwargs == {
+        "enable_thinking": False
+    }
+    assert read(CHAT | {"chat_template_kwargs": {}}).template_kwargs is None
+    with pytest.raises(
+        InputError, match="chat_template_kwargs to hold what .* reads, got tokenize"
+    ):
+        read(CHAT | {"chat_template_kwargs": {"tokenize": True}})
+    with pytest.raises(InputError, match="chat_template_kwargs to be an object, got list"):
+        read(CHAT | {"chat_template_kwargs": ["x"]})
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "beside"),
+    [
+        (CHAT | {"images": ["a.png"]}, "images", "messages"),
+        (CHAT | {"image": "a.png"}, "image", "messages"),
+        (ALPACA | {"videos": ["a.mp4"]}, "videos", "messages"),
+        (TEXT | {"audios": '["a.wav"]'}, "audios", "plain text"),
+        (TEXT | {"tools": [{"name": "map"}]}, "tools", "plain text"),
+        (TEXT | {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "plain text"),
+        (TRANSCRIPT | {"system": "Be brief."}, "system", "plain text"),
+        (CHAT | {"history": [["a", "b"]]}, "history", "messages"),
+        (CHAT | {"ref_chosen_logps": -3.5}, "ref_chosen_logps", "messages"),
+        (
+            {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "system": "Be brief."},
+            "system",
+            "token ids",
+        ),
+    ],
+)
+def test_a_filled_column_that_would_be_lost_is_a_drop(row, column, beside):
+    assert read(row) == Drop("7", Why.UNSERVED, f"{column}, beside {beside}")
+    for empty in (None, [], "", {}, "[]"):
+        assert isinstance(read(row | {column: empty}), Preference)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image"},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "input_audio", "input_audio": {}},
+        {"type": "video", "video": "a.mp4"},
+    ],
+)
+def test_a_part_that_is_no_text_is_a_drop(part):
+    turn = {"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}
+    expected = Drop("7", Why.UNSERVED, f"{part['type']}, as part of a message")
+    assert read(CHAT | {"prompt": [turn]}) == expected
+
+
+def test_a_system_column_stands_before_whole_conversations_and_once():
+    whole = {"chosen": [USER, GOOD], "rejected": [USER, BAD], "system": "Be brief."}
+    check_messages(read(whole), [SYSTEM, USER])
+    check_messages(read(whole | {"prompt": [USER]}), [SYSTEM, USER])
+    row = {"conversations": [SYSTEM, USER], "chosen": GOOD, "rejected": BAD, "system": "Be brief."}
+    check_messages(read(row), [SYSTEM, USER])
+    other = {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD], "system": "Be long."}
+    assert read(other).why is Why.PROMPT_ELSEWHERE
+
+
+GREETING = {"role": "assistant", "content": "Welcome!"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ([GREETING, USER], [GREETING, USER]),
+        ([SYSTEM, GREETING, USER], [SYSTEM, GREETING, USER]),
+        ("Which river?", [GREETING, USER]),
+    ],
+)
+def test_a_side_that_repeats_the_prompt_from_the_assistants_turn_on(prompt, expected):
+    row = {"prompt": prompt, "chosen": [*expected, GOOD], "rejected": [*expected, BAD]}
+    check_messages(read(row), expected)
+    # one side with the prompt, one without
+    check_messages(read(row | {"rejected": [BAD]} | {"prompt": expected}), expected)
+
+
+def test_an_answer_that_says_what_the_prompt_says_is_an_answer():
+    row = {"prompt": [USER], "chosen": [GOOD], "rejected": [{"role": "assistant"} | USER | BAD]}
+    check_messages(read(row), [USER])
+    echo = {"role": "assistant", "content": USER["content"]}
+    assert read({"prompt": [USER], "chosen": [GOOD], "rejected": [echo]}).rejected == echo
 
 
 # --- drops ---------------------------------------------------------------------------------------

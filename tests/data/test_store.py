@@ -1,5 +1,6 @@
 """The scored store: what goes in comes out, and what is wrong is named."""
 
+import hashlib
 import json
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manifests import manifest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sepo.data.store import (
@@ -300,6 +301,31 @@ def test_tokenizer_hash_sees_what_does():
     no_end.eos_token = "a"
     others = [make_tokenizer("b a c"), make_tokenizer("a b c d"), changed, no_end]
     assert len({tokenizer_hash(t) for t in [make_tokenizer(), *others]}) == 5
+
+
+def test_tokenizer_hash_sees_what_is_put_before_a_text(tmp_path):
+    with_bos, without = make_tokenizer(), make_tokenizer()
+    bos = processors.TemplateProcessing(single="b $A", special_tokens=[("b", 1)])
+    with_bos.backend_tokenizer.post_processor = bos
+    after = make_tokenizer()  # what is put behind a text is left out where a response follows
+    after.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A b", special_tokens=[("b", 1)]
+    )
+    assert tokenizer_hash(with_bos) != tokenizer_hash(without) == tokenizer_hash(after)
+    fill(tmp_path / "new", [make_pair()], tokenizer=tokenizer_hash(without), tokenizer_name="x")
+    with pytest.raises(InputError, match="scored with tokenizer x"):
+        ScoredStore.open(tmp_path / "new", tokenizer=with_bos)
+    # a hash as older versions made it says nothing of that
+    state = json.loads(without.backend_tokenizer.to_str())
+    parts = {k: state[k] for k in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+    tokens = {k: getattr(without, k) for k in ("bos_token", "eos_token", "unk_token")}
+    text = json.dumps([parts, tokens], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    old = hashlib.sha256(text.encode()).hexdigest()
+    fill(tmp_path / "old", [make_pair()], tokenizer=old, tokenizer_name="x")
+    for tokenizer in (without, with_bos):
+        ScoredStore.open(tmp_path / "old", tokenizer=tokenizer)
+    with pytest.raises(InputError, match="scored with tokenizer x"):
+        ScoredStore.open(tmp_path / "old", tokenizer=make_tokenizer("a c b"))
 
 
 def test_template_hash():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers_for_tests import (
+    CHATML,
     THINKING,
     chat,
     chatml_tokenizer,
@@ -195,6 +196,172 @@ def test_the_stand_in_may_occur_in_the_data():
     assert chatml_tokenizer().decode(pair.chosen) == "sepo0response<|im_end|>"
 
 
+# --- what a template makes of a row --------------------------------------------------------------
+
+LAST_TURN = (  # the system text stands in the last turn, if that is the user's
+    "{% set s = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
+    "{{ s + '\n\n' if s and loop.last and m.role == 'user' else '' }}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CUTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+DATED = (  # the date at inference, another one in training
+    "{{ '2026' if add_generation_prompt else '2024' }}{% for m in messages %}<|im_start|>"
+    "{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SYSTEM = {"role": "system", "content": "Be kind to me."}
+
+
+def with_system(*responses) -> Preference:
+    row = chat(*responses)
+    row.prompt.insert(0, SYSTEM)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "expected"),
+    [
+        (LAST_TURN, with_system("zz", "yy"), {Note.UNSEEN, Note.LOST_PROMPT}),
+        (LAST_TURN, chat("zz", "yy"), set()),
+        (NO_SYSTEM, with_system("zz", "yy"), {Note.LOST_PROMPT}),
+        (DATED, chat("zz", "yy"), {Note.UNSEEN}),
+        (CUTS, chat("<think>a</think>zz", "<think>b</think>yy"), {Note.UNSEEN, Note.LOST_RESPONSE}),
+        (CUTS, chat("zz", "yy"), {Note.UNSEEN}),
+        (THINKING, chat("<think>a</think>zz", "yy"), set()),
+        (THINKING, chat("<think>\na\n</think>\n\nzz", "yy"), set()),
+        (NO_SYSTEM, chat("zz", turn("yy") | {"reasoning_content": "hm hm"}), {Note.LOST_RESPONSE}),
+        (
+            NO_SYSTEM,
+            chat("zz", turn("yy") | {"tool_calls": [{"name": "map"}]}),
+            {Note.LOST_RESPONSE},
+        ),
+        (NO_SYSTEM, chat("zz", "yy", tools=[{"function": {"name": "map"}}]), {Note.LOST_PROMPT}),
+        (NO_SYSTEM.replace("m.content", "m.content | tojson"), chat('"é"\n', "yy"), set()),
+    ],
+)
+def test_the_text_is_compared_with_the_row_and_with_inference(template, row, expected):
+    result = one(row, chatml_tokenizer(template))
+    fidelity = {Note.UNSEEN, Note.LOST_PROMPT, Note.LOST_RESPONSE}
+    assert fidelity & set(result.notes) == expected
+    strict = one(row, chatml_tokenizer(template), strict=True)
+    if expected:
+        assert isinstance(strict, Drop) and strict.why in expected
+
+
+def test_what_the_policy_learns_begins_where_inference_leaves_off():
+    row = with_system("zz", "yy")
+    tokenizer = chatml_tokenizer(NO_SYSTEM)
+    pair, _ = kept(row, tokenizer)
+    asked = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode([*pair.prompt, *pair.chosen]) == asked + "zz<|im_end|>"
+
+
+def test_responses_that_the_template_makes_the_same():
+    result = one(chat("<think>a</think>zz", "<think>b</think>zz"), chatml_tokenizer(CUTS))
+    assert result == Drop("7", Why.SAME, "the chat template leaves out what differs")
+
+
+def test_strict_drops_what_would_be_noted():
+    tokenizer = plain_tokenizer()
+    row = plain("Tell", " a b c d", " b")
+    assert kept(row, tokenizer, strict=True)[1] == ()
+    assert dropped(row, tokenizer, max_length=4, strict=True) is Note.CUT_CHOSEN
+
+
+PARTS = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there."}]
+TRIMS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+TAKES_PARTS = (  # and knows no string
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}[{{ p.text }}]"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "chosen"),
+    [
+        (TRIMS, "<|im_start|>user\nHello there.<|im_end|>\n", "Hello there.<|im_end|>"),
+        (TRIMS.replace("trim", "tojson"), '<|im_start|>user\n"Hello there."', '"<|im_end|>'),
+        (CHATML, "<|im_start|>user\nHello there.<|im_end|>\n", "Hello there.<|im_end|>"),
+        (
+            TAKES_PARTS,
+            "<|im_start|>user\n[Hello ][there.]<|im_end|>\n",
+            "[Hello ][there.]<|im_end|>",
+        ),
+    ],
+)
+def test_content_in_parts_is_text_for_every_template(template, prompt, chosen):
+    row = chat(turn("x") | {"content": PARTS}, turn("x") | {"content": PARTS[:1]})
+    row.prompt[0]["content"] = PARTS
+    tokenizer = chatml_tokenizer(template)
+    pair, notes = kept(row, tokenizer)
+    text = tokenizer.decode([*pair.prompt, *pair.chosen])
+    assert prompt in text and text.endswith(chosen) and "'type'" not in text
+    assert not {Note.LOST_PROMPT, Note.LOST_RESPONSE} & set(notes)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("{{ raise_exception('no such role\\nat all') }}", "no such role"),
+        ("{{ messages[7].content }}", "list object has no element 7"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError: "),
+        ("{{ 'a' * (messages | length) + 1 }}", "TypeError: can only concatenate str"),
+        ("{{ range(10 ** 9) }}", "OverflowError: "),
+        (
+            "{{ messages | map(attribute='x') | join | int('x') | round('y') }}",
+            "FilterArgumentError",
+        ),
+        ("{{ {}['a'].b }}", "'dict object' has no attribute 'a'"),
+        ("{{ 'x'.encode('nothing') }}", "LookupError: "),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: "),
+        ("{% for m in messages %}", "Unexpected end of template"),
+    ],
+)
+def test_a_template_that_fails_is_a_drop_with_its_reason(program, reason):
+    result = one(chat("zz", "yy"), with_template(chatml_tokenizer(), program))
+    assert result.why is Why.REFUSED and "\n" not in result.detail
+    assert reason in result.detail or reason == "FilterArgumentError"
+
+
+def test_a_template_that_cannot_render_the_prompt_alone():
+    template = NO_SYSTEM + "{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
+    pair, notes = kept(chat("zz", "yy"), chatml_tokenizer(template))
+    assert Note.UNSEEN in notes and chatml_tokenizer().decode(pair.chosen) == "zz<|im_end|>"
+
+
+def test_what_a_row_tells_its_template_reaches_it():
+    template = "{{ flag }}" + NO_SYSTEM
+    pair, notes = kept(chat("zz", "yy", template_kwargs={"flag": "on"}), chatml_tokenizer(template))
+    assert chatml_tokenizer().decode(pair.prompt).startswith("on<|im_start|>user")
+    assert not {Note.UNSEEN, Note.LOST_PROMPT} & set(notes)
+
+
+@pytest.mark.parametrize(
+    ("row", "is_noted"),
+    [
+        (plain("Tell me more", "Tell me more zz", " yy"), True),
+        (plain("Tell", "Tell zz", "Tell yy"), True),
+        (plain("Tell", "Tell zz", " yy"), False),  # one short word, by chance
+        (chat("Tell me more: zz", "yy", "Tell me more"), True),
+        (chat("zz", "yy"), False),
+        (ids([1, 2, 3], [1, 2, 3, 4], [5]), True),
+        (ids([1], [1, 2], [1, 3]), True),
+        (ids([1], [1, 2], [3]), False),
+        (ids([1, 2, 3], [1, 2], [3]), False),
+    ],
+)
+def test_a_response_that_begins_with_the_whole_prompt_is_noted(row, is_noted):
+    assert (Note.REPEATS in kept(row, chatml_tokenizer())[1]) == is_noted
+
+
 def test_messages_need_a_chat_template():
     with pytest.raises(InputError, match="row 7: expected a tokenizer with a chat template"):
         one(chat("zz", "yy"), plain_tokenizer())
@@ -228,7 +395,8 @@ def test_tokens_that_differ_before_the_boundary_are_no_prompt():
     assert named(pair.prompt) == ["q"] and Note.STRADDLE in notes
     assert named(pair.chosen) == ["a", "bc", "</s>"]
     assert named(pair.rejected) == ["ab", "z", "</s>"]
-    assert dropped(plain("ab", "c", "z"), tokenizer) is Why.NO_PROMPT
+    assert dropped(plain("ab", "c", "z"), tokenizer) is Why.MERGED  # there is a prompt
+    assert dropped(plain("", "c", "z"), tokenizer) is Why.NO_PROMPT
 
 
 def test_the_end_token_is_not_doubled_and_can_be_left_out():
@@ -237,6 +405,21 @@ def test_the_end_token_is_not_doubled_and_can_be_left_out():
     assert tokenizer.decode(pair.chosen) == " zz<|endoftext|>" and Note.NO_END not in notes
     pair, notes = kept(plain("Tell me", " zz", " yy"), tokenizer, append_eos=False)
     assert tokenizer.decode(pair.chosen) == " zz" and Note.NO_END in notes
+
+
+@pytest.mark.parametrize("tail", ["", "\n", " \n\n", "\t"])
+def test_an_end_token_that_blanks_follow_is_the_end(tail):
+    tokenizer = plain_tokenizer()
+    pair, notes = kept(plain("Tell me", f" zz<|endoftext|>{tail}", " yy"), tokenizer)
+    assert tokenizer.decode(pair.chosen) == " zz<|endoftext|>" and Note.NO_END not in notes
+    row = plain("<|im_start|>user\nTell<|im_end|>\n", f"zz<|im_end|>{tail}", f"yy<|im_end|>{tail}")
+    pair, _ = kept(row, chatml_tokenizer())
+    assert chatml_tokenizer().decode(pair.rejected) == "yy<|im_end|>"
+    # with more text behind it, it is a part of the response
+    pair, _ = kept(plain("Tell me", f" zz<|endoftext|>{tail}a", " yy"), tokenizer)
+    assert tokenizer.decode(pair.chosen) == f" zz<|endoftext|>{tail}a<|endoftext|>"
+    pair, _ = kept(plain("Tell me", f" zz<|endoftext|>{tail}", " yy"), tokenizer, append_eos=False)
+    assert tokenizer.decode(pair.chosen) == f" zz<|endoftext|>{tail}"
 
 
 def test_the_tokenizers_own_bos_comes_first_and_once():

@@ -5,6 +5,7 @@ value of the wrong type. Null is never an error: it becomes the empty value of i
 """
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,11 @@ ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+OWN_KWARGS = {  # of apply_chat_template: what a row may not tell it
+    "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
+}  # fmt: skip
 
 
 def messages(value: Any, id: str, field: str) -> list[dict]:
@@ -37,17 +43,36 @@ def messages(value: Any, id: str, field: str) -> list[dict]:
     return [_message(item, id, field) for item in value]
 
 
+def unquoted(value: Any, id: str, field: str) -> Any:
+    """A cell's value, or the messages that are written in it as JSON, as in a CSV file.
+
+    Raises InputError for what Python prints of them, which no one can read back for sure.
+    """
+    if not isinstance(value, str) or not re.match(
+        r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:", value
+    ):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        if re.match(r"\s*\[\s*\{\s*'", value) and value.rstrip().endswith("]"):
+            raise InputError(
+                f"row {id}: expected {field} to be a string, messages, or messages as JSON, got "
+                f"what Python prints of a list: {short(value)}"
+            ) from None
+        return value
+    names = ({"role", "content"}, {"from", "value"})
+    is_all = all(isinstance(m, dict) and any(n <= m.keys() for n in names) for m in found)
+    return found if is_all else value
+
+
 def _message(item: Any, id: str, field: str) -> dict:
     if not isinstance(item, dict):
         raise InputError(
             f"row {id}: expected {field} to hold messages with role and content, got {short(item)}"
         )
-    # tables fill the keys that other rows have with None
-    extra = {key: _without_none(value) for key, value in item.items() if value is not None}
-    if "role" in extra:
-        role, content = extra.pop("role"), extra.pop("content", None)
-    else:
-        name, content = extra.pop("from", None), extra.pop("value", None)
+    if item.get("role") is None:
+        name = item.get("from")
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
             known = ", ".join(ROLES)
@@ -55,18 +80,30 @@ def _message(item: Any, id: str, field: str) -> dict:
                 f"row {id}: expected each message of {field} to have a role, or a `from` out of "
                 f"{known}; got {short(name)}"
             )
+        rest = {k: v for k, v in item.items() if k not in ("role", "from", "value")}
+        item = {"role": role, "content": item.get("value"), **rest}
+    role, content = item["role"], item.get("content")
     if not isinstance(role, str) or not isinstance(content, str | list | None):
         raise InputError(
             f"row {id}: expected role and content in {field} to be strings, "
             f"got {kind(role)} and {kind(content)}"
         )
-    return {"role": role, "content": content, **extra}
+    for key, value in item.items():
+        if not isinstance(value, str):
+            _check_json(value, id, f"{key} in {field}")
+    return item
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+def _check_json(value: Any, id: str, field: str) -> None:
+    """A template would print the type's name of anything else, a date say, in place of the value."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_json(item, id, field)
+    elif value is not None and not isinstance(value, str | bool | int | float):
+        raise InputError(
+            f"row {id}: expected {field} to hold what JSON can say, got {kind(value)} "
+            f"({short(value)}); store it as text"
+        )
 
 
 def system_turn(row: dict, id: str) -> list[dict]:
@@ -75,12 +112,61 @@ def system_turn(row: dict, id: str) -> list[dict]:
 
 
 def tools(row: dict, id: str) -> list | None:
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = _json(tools, id, "tools")
+    tools = _json_cell(row, id, "tools")
     if tools and not isinstance(tools, list):
         raise InputError(f"row {id}: expected tools to be a list, got {kind(tools)}")
-    return [_without_none(tool) for tool in tools] if tools else None
+    return tools or None
+
+
+def template_kwargs(row: dict, id: str) -> dict | None:
+    """What the row tells its chat template, under the name that TRL gives the column."""
+    field = "chat_template_kwargs"
+    kwargs = _json_cell(row, id, field)
+    if kwargs and not isinstance(kwargs, dict):
+        raise InputError(f"row {id}: expected {field} to be an object, got {kind(kwargs)}")
+    if taken := sorted(OWN_KWARGS.intersection(kwargs or ())):
+        raise InputError(
+            f"row {id}: expected {field} to hold what the chat template reads, got {taken[0]}"
+        )
+    return kwargs or None
+
+
+def history(row: dict, id: str) -> list[dict]:
+    """LLaMA-Factory's earlier turns: pairs of what the user and the assistant said."""
+    pairs = _json_cell(row, id, "history") or []
+    turns = []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(text, str) for text in pair)
+        ):
+            raise InputError(
+                f"row {id}: expected history to hold pairs of strings, what the user and the "
+                f"assistant said, got {short(pair)}"
+            )
+        turns += [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+    return turns
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a cell says anything; JSON in a cell of text may say that it does not."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
+
+
+def _json_cell(row: dict, id: str, field: str) -> Any:
+    value = row.get(field)
+    if not is_filled(value):
+        return None
+    if isinstance(value, str):
+        return _json(value, id, field)
+    _check_json(value, id, field)
+    return value
 
 
 def string(value: Any, id: str, field: str) -> str:

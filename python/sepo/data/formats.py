@@ -6,40 +6,13 @@ in `sepo.data.tokenise`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
 from sepo.data import cells, official
+from sepo.data.reasons import Drop, Why
 from sepo.errors import InputError
-
-
-class Why(StrEnum):
-    """Why a row was dropped."""
-
-    EMPTY = "a response is empty"
-    NO_PROMPT = "the prompt is empty"
-    PROMPTS_DIFFER = "the two responses have different prompts"
-    PROMPT_ELSEWHERE = "the prompt column is not a turn of the conversation"
-    LAST_ROLE = "the last message is not the assistant's"
-    ZERO_WEIGHT = "the mask or weights select nothing"
-    REFUSED = "the chat template refuses the conversation"
-    REWRITTEN = "the chat template does not show the response in one place"
-    OFFSETS = "the tokenizer's offsets do not cover the text"
-    NO_ROOM = "the prompt fills max_length"
-    SAME = "the two responses are the same"
-    OTHER_IDS = "its token ids are those of another tokenizer or chat template"
-    SAME_CUT = "the two responses are the same once cut"
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """A row that cannot be used, and why."""
-
-    id: str
-    why: Why
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +29,7 @@ class Preference:
     chosen_weight: np.ndarray | None = None  # (T1,) float32 >= 0, token ids only
     rejected_weight: np.ndarray | None = None  # (T2,) float32 >= 0, token ids only
     tools: list | None = None  # what the chat template calls tools, messages only
+    template_kwargs: dict | None = None  # what else the row tells the template, messages only
     selected: tuple[official.Selected, official.Selected] | None = None  # of chosen and rejected
 
 
@@ -66,6 +40,7 @@ class Format:
     name: str
     columns: tuple[str, ...]  # the columns it is known by
     read: Callable[[dict, str], Preference | Drop]  # (row, id) -> value
+    serves: frozenset[str]  # columns that it reads beside those, if they are filled
 
 
 def find_format(
@@ -114,19 +89,62 @@ def read_row(
     """One row as a Preference, or why it cannot be one.
 
     The id is the column `id` if it is there and filled, else the row's number. Raises InputError
-    naming row and field for a value of the wrong type; null and blank responses are drops.
+    naming row and field for a value of the wrong type; null and blank responses are drops, and so
+    is what has a meaning in some format and would be left out here.
     """
     fields = fields or {}
     moved = {field: row.get(column) for field, column in fields.items()}
     row = {name: cell for name, cell in row.items() if name not in fields.values()} | moved
     own = row.get("id")
-    return form.read(row, str(number) if own is None or own == "" else str(own))
+    id = str(number) if own is None or own == "" else str(own)
+    for name in CONVERSATIONS & row.keys():
+        row[name] = cells.unquoted(row[name], id, name)
+    one = form.read(row, id)
+    if isinstance(one, Drop):
+        return one
+    # no template writes plain text, so nothing beside it reaches the model
+    served = PLAIN if isinstance(one.prompt, str) else form.serves
+    for column in BESIDE:
+        if column in row and column not in served and cells.is_filled(row[column]):
+            return Drop(one.id, Why.UNSERVED, f"{column}, beside {_written(one)}")
+    if isinstance(one.prompt, list) and (media := _media(one)):
+        return Drop(one.id, Why.UNSERVED, f"{media}, as part of a message")
+    return one
+
+
+def _written(one: Preference) -> str:
+    if isinstance(one.prompt, np.ndarray):
+        return "token ids"
+    return "plain text" if isinstance(one.prompt, str) else "messages"
+
+
+def _media(one: Preference) -> str | None:
+    """The kind of a part of a message that is no text: a picture, a sound."""
+    for message in (*one.prompt, one.chosen, one.rejected):
+        if isinstance(message, dict) and isinstance(message.get("content"), list):
+            for part in message["content"]:
+                kind = part.get("type") if isinstance(part, dict) else None
+                if isinstance(kind, str) and not MEDIA.isdisjoint(kind.split("_")):
+                    return kind
+    return None
 
 
 # --- one reader for each format ------------------------------------------------------------------
 
 SIDES = ("chosen", "rejected")
+CONVERSATIONS = {"prompt", "conversations", *SIDES}
 WEIGHTS = {f"{side}_{kind}" for side in SIDES for kind in ("mask", "weights")}
+MEDIA = {f"{kind}{s}" for kind in ("image", "video", "audio") for s in ("", "s")}
+CHAT = frozenset({"system", "tools", "chat_template_kwargs"})
+PLAIN = frozenset()
+# what has a meaning in some format, and no row may lose in silence
+BESIDE = (
+    *sorted(MEDIA),
+    *sorted(CHAT),
+    "history",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)
 TRANSCRIPT_MARK = "\n\nAssistant:"
 
 
@@ -149,29 +167,28 @@ def _read_ids(row: dict, id: str) -> Preference | Drop:
 
 def _read_sharegpt(row: dict, id: str) -> Preference | Drop:
     """conversations [{from, value}], chosen and rejected {from, value}; system, tools if present."""
-    shared = cells.system_turn(row, id) + cells.messages(row["conversations"], id, "conversations")
-    return _conversations(row, id, shared)
+    turns = cells.messages(row["conversations"], id, "conversations")
+    return _conversations(row, id, _with_system(row, id, turns))
 
 
 def _read_question(row: dict, id: str) -> Preference | Drop:
-    """system, question (or instruction and input), chosen, rejected: one turn each."""
+    """system, history, question (or instruction and input), chosen, rejected: one turn each."""
     field = next(name for name in ("question", "instruction", "input") if name in row)
     question = cells.string(row[field], id, field)
     if field == "instruction" and (extra := cells.string(row.get("input"), id, "input")):
         question = f"{question}\n{extra}"
     if not question.strip():
         return Drop(id, Why.NO_PROMPT)
-    return _conversations(
-        row, id, [*cells.system_turn(row, id), {"role": "user", "content": question}]
-    )
+    asked = [*cells.history(row, id), {"role": "user", "content": question}]
+    return _conversations(row, id, cells.system_turn(row, id) + asked)
 
 
 def _read_preference(row: dict, id: str) -> Preference | Drop:
     """prompt, chosen, rejected: strings, message lists, or a string and whole conversations."""
     prompt = row["prompt"]
     if isinstance(prompt, list | dict):
-        shared = cells.messages(prompt, id, "prompt")
-        return _conversations(row, id, cells.system_turn(row, id) + shared)
+        turns = cells.messages(prompt, id, "prompt")
+        return _conversations(row, id, _with_system(row, id, turns))
     prompt = cells.string(prompt, id, "prompt")
     # strings stay plain text, unless something beside them has a role
     if "system" in row or any(isinstance(row[side], list | dict) for side in SIDES):
@@ -184,7 +201,7 @@ def _read_preference(row: dict, id: str) -> Preference | Drop:
 def _read_implicit(row: dict, id: str) -> Preference | Drop:
     """chosen and rejected hold the prompt too: as messages, or as hh-rlhf's transcripts."""
     if any(isinstance(row[side], list | dict) for side in SIDES):
-        return _conversations(row, id, [])
+        return _conversations(row, id, cells.system_turn(row, id))
     parts = []
     for side in SIDES:
         text = cells.string(row[side], id, side)
@@ -218,17 +235,20 @@ def _read_official(row: dict, id: str) -> Preference | Drop:
     return replace(texts, prompt=[{"role": "user", "content": prompt}], selected=selected)
 
 
+ASKED = CHAT | {"history"}
 FORMATS = (
-    Format("token ids", ("prompt_ids", "chosen_ids", "rejected_ids"), _read_ids),
-    Format("ShareGPT ranking", ("conversations", "chosen", "rejected"), _read_sharegpt),
-    Format("TRL, OpenRLHF, UltraFeedback", ("prompt", "chosen", "rejected"), _read_preference),
-    Format("Orca", ("question", "chosen", "rejected"), _read_question),
-    Format("Alpaca ranking", ("instruction", "chosen", "rejected"), _read_question),
-    Format("Orca", ("input", "chosen", "rejected"), _read_question),
-    Format("messages, or hh-rlhf transcripts", ("chosen", "rejected"), _read_implicit),
-    Format("SePO's released code", official.COLUMNS, _read_official),
+    Format("token ids", ("prompt_ids", "chosen_ids", "rejected_ids"), _read_ids, PLAIN),
+    Format("ShareGPT ranking", ("conversations", "chosen", "rejected"), _read_sharegpt, CHAT),
+    Format(
+        "TRL, OpenRLHF, UltraFeedback", ("prompt", "chosen", "rejected"), _read_preference, CHAT
+    ),
+    Format("Orca", ("question", "chosen", "rejected"), _read_question, ASKED),
+    Format("Alpaca ranking", ("instruction", "chosen", "rejected"), _read_question, ASKED),
+    Format("Orca", ("input", "chosen", "rejected"), _read_question, ASKED),
+    Format("messages, or hh-rlhf transcripts", ("chosen", "rejected"), _read_implicit, CHAT),
+    Format("SePO's released code", official.COLUMNS, _read_official, PLAIN),
 )
-FIELDS = {name for form in FORMATS for name in form.columns} | WEIGHTS | {"id", "system", "tools"}
+FIELDS = {name for form in FORMATS for name in form.columns} | WEIGHTS | CHAT | {"id", "history"}
 
 
 # --- what the readers share ----------------------------------------------------------------------
@@ -250,10 +270,13 @@ def _conversations(row: dict, id: str, shared: list[dict]) -> Preference | Drop:
         turns = cells.messages(turns, id, side)
         if not turns:
             return Drop(id, Why.EMPTY)
-        if turns[0]["role"] in ("system", "user"):  # the side repeats the prompt
-            if not _is_among(shared, turns):
+        repeats = bool(shared) and _is_among(shared, turns[:-1])  # the side repeats the prompt
+        if turns[0]["role"] in ("system", "user"):
+            if turns[0]["role"] == "user":
+                turns = _with_system(row, id, turns)
+            if not repeats and not _is_among(shared, turns):
                 return Drop(id, Why.PROMPT_ELSEWHERE)
-        else:
+        elif not repeats:
             turns = shared + turns
         whole.append(turns)
     for turns in whole:
@@ -272,18 +295,31 @@ def _conversations(row: dict, id: str, shared: list[dict]) -> Preference | Drop:
         chosen=chosen[-1],
         rejected=rejected[-1],
         tools=cells.tools(row, id),
+        template_kwargs=cells.template_kwargs(row, id),
     )
+
+
+def _with_system(row: dict, id: str, turns: list[dict]) -> list[dict]:
+    """The turns after what the column `system` says, once."""
+    system = cells.system_turn(row, id)
+    is_there = bool(turns) and turns[0]["role"] == "system"
+    return turns if is_there and _texts_of(turns[:1]) == _texts_of(system) else system + turns
 
 
 def _is_among(shared: list[dict], turns: list[dict]) -> bool:
     """Whether every turn of the prompt column occurs in the conversation."""
-    texts = [str(turn["content"]).strip() for turn in turns]
-    return all(str(turn["content"]).strip() in texts for turn in shared)
+    texts = _texts_of(turns)
+    return all(text in texts for text in _texts_of(shared))
+
+
+def _texts_of(turns: list[dict]) -> list[str]:
+    return [str(turn.get("content")).strip() for turn in turns]
 
 
 def _is_blank(message: dict) -> bool:
-    content = message["content"]
+    content = message.get("content")
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    rest = message.keys() - {"role", "content"}  # a tool call is an answer without content
+    # a tool call is an answer without content
+    rest = [k for k, v in message.items() if k not in ("role", "content") and v is not None]
     return not rest and not (content or "").strip()

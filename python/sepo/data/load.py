@@ -1,41 +1,101 @@
-"""Rows from a local file, a saved directory or the hub, all by way of the datasets library."""
+"""Rows from a local file, a saved directory, the hub, or memory."""
 
-import csv
 import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sepo.data.cells import kind
+from sepo.data.rows import Rows, csv_file, in_memory, joined, json_file, table
 from sepo.errors import InputError
-
-# suffix -> the reader of datasets
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_rows(
-    source: Any,  # a file, a directory of datasets.save_to_disk or of files, a hub id, a Dataset
+    source: Any,  # a file, a directory of datasets.save_to_disk or of files, a hub id, or rows
     *,
-    split: str = "train",
+    split: str | None = None,  # None: train
     config: str | None = None,
     limit: int | None = None,
     skip: int = 0,
-) -> Any:  # datasets.Dataset
+) -> Rows:
     """The rows [skip, skip + limit) of one split.
 
-    Something that looks like a path is never looked up on the hub. Raises InputError, naming the
-    source, if it is not there, cannot be read, has no such split or no rows.
+    Something that looks like a path is never looked up on the hub. Rows are a Dataset, DatasetDict
+    or IterableDataset of the datasets library, or dicts in a list or a map-style dataset of torch.
+    Raises InputError, naming the source, if it is not there, cannot be read, has no such split or
+    no rows.
     """
     if skip < 0 or (limit is not None and limit < 1):
         raise InputError(f"expected skip >= 0 and limit >= 1, got {skip} and {limit}")
-    rows = _load(source, split, config) if isinstance(source, str | Path) else source
+    name = source_name(source)
+    if isinstance(source, str | Path):
+        rows = _load(source, split or "train", config)
+    else:
+        rows = _given(source, split or "train", None if limit is None else skip + limit)
     if len(rows) == 0:
-        raise InputError(f"expected rows in {source}, got none")
+        raise InputError(f"expected rows in {name}, got none")
     if skip >= len(rows):
-        raise InputError(f"expected skip to leave rows of the {len(rows)} in {source}, got {skip}")
+        raise InputError(f"expected skip to leave rows of the {len(rows)} in {name}, got {skip}")
     stop = len(rows) if limit is None else min(len(rows), skip + limit)
     return rows.select(range(skip, stop))
 
 
-def _load(source: str | Path, split: str, config: str | None) -> Any:
+def source_name(source: Any) -> str:
+    """How a message calls it."""
+    return str(source) if isinstance(source, str | Path) else "the data set"
+
+
+def is_rows(data: Any) -> bool:
+    """Whether this is rows that `load_rows` reads, and not pairs that are tokenised already."""
+    import datasets
+
+    if isinstance(data, datasets.Dataset | datasets.IterableDataset):
+        return True
+    try:
+        first = data[0]
+    except (TypeError, KeyError, IndexError):
+        return False
+    return isinstance(first, Mapping)
+
+
+def default_split(source: str | Path, usual: str) -> str:
+    """The split that is meant where none is named: a file is all one."""
+    return "train" if Path(source).expanduser().is_file() else usual
+
+
+# --- what is in memory ---------------------------------------------------------------------------
+
+
+def _given(source: Any, split: str, stop: int | None) -> Rows:
+    import datasets
+
+    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+        source = _pick(source, split, "the data set")
+    if isinstance(source, datasets.IterableDataset) and stop is not None:
+        source = source.take(stop)
+    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        return table(source, "the data set")
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        if not isinstance(source, Mapping) and not hasattr(source, "columns"):
+            return in_memory(source[i] for i in range(len(source)))
+    elif isinstance(source, Iterable):
+        return in_memory(source)
+    raise InputError(
+        f"expected rows as a Dataset of the datasets library or a list of dicts, got {kind(source)}"
+    )
+
+
+def _pick(splits: Mapping, split: str, name: str) -> Any:
+    if split not in splits:
+        raise InputError(f"expected a split out of {', '.join(splits)} in {name}, got {split}")
+    return splits[split]
+
+
+# --- what is on the disk or on the hub -----------------------------------------------------------
+
+
+def _load(source: str | Path, split: str, config: str | None) -> Rows:
     path = Path(source).expanduser()
     if path.is_file():
         return _load_file(path, split)
@@ -44,10 +104,11 @@ def _load(source: str | Path, split: str, config: str | None) -> Any:
     if (path / "manifest.json").is_file():
         raise InputError(f"expected rows of text or token ids, got a scored store: {source}")
     if path.is_dir():
-        return _load_dataset(str(path), config, source=source, split=split)
+        # a relative path may be the name of a reader (json), which takes all there is in this folder
+        return _load_dataset(str(path.resolve()), config, split, source)
     if _looks_like_path(str(source)):
         raise InputError(f"no such file or directory: {source}")
-    return _load_dataset(str(source), config, source=source, split=split)
+    return _load_dataset(str(source), config, split, source)
 
 
 def _looks_like_path(source: str) -> bool:
@@ -57,55 +118,111 @@ def _looks_like_path(source: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is None
 
 
-def _load_file(path: Path, split: str) -> Any:
+def _load_file(path: Path, split: str) -> Rows:
     if path.suffix not in READERS:
         known = ", ".join(READERS)
         raise InputError(f"expected a file with a suffix out of {known}, got {path}")
     if path.stat().st_size == 0:
         raise InputError(f"expected rows in {path}, got an empty file")
-    options: dict[str, Any] = {}
-    if path.suffix == ".csv":
-        options = _all_strings(path)
-    return _load_dataset(
-        READERS[path.suffix], None, source=path, split=split, data_files=str(path), **options
-    )
+    return _of_split({"train": [path]}, split, READERS[path.suffix], path)
 
 
-def _all_strings(path: Path) -> dict[str, Any]:
-    """Keep a CSV's cells as they are: an answer "42" or "None" is a text, not a number or null."""
-    from datasets import Features, Value
-
-    with path.open(newline="", encoding="utf-8") as file:
-        columns = next(csv.reader(file), [])
-    return {"features": Features({c: Value("string") for c in columns}), "na_filter": False}
+def _table_file(path: Path, kind_of_file: str = "parquet") -> Rows:
+    """A file by itself: beside others its columns would have to be theirs."""
+    files = dict(data_files=str(path), split="train")
+    return table(_call(path, "load_dataset", kind_of_file, quiet=True, **files), str(path))
 
 
-def _load_saved(path: Path, split: str) -> Any:
+def _load_saved(path: Path, split: str) -> Rows:
     import datasets
 
-    saved = datasets.load_from_disk(str(path))
-    if isinstance(saved, datasets.Dataset):
-        return saved
-    if split not in saved:
-        raise InputError(f"expected a split out of {', '.join(saved)} in {path}, got {split}")
-    return saved[split]
+    saved = _call(path, "load_from_disk", str(path))
+    if isinstance(saved, datasets.DatasetDict):
+        saved = _pick(saved, split, str(path))
+    return table(saved, str(path))
 
 
-def _load_dataset(name: str, config: str | None, *, source: str | Path, **options: Any) -> Any:
+def _load_dataset(name: str, config: str | None, split: str, source: str | Path) -> Rows:
+    """A directory of files or a data set of the hub, whichever files the datasets library finds."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as readers
+    from datasets.packaged_modules.arrow.arrow import Arrow
+    from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.json.json import Json
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if name in readers:
+        raise InputError(
+            f"expected a file, a directory or a hub id, got {name}: the name of a kind of file"
+        )
+    builder = _call(source, "load_dataset_builder", name, config)
+    options = builder.config
+    if isinstance(builder, Json) and options.field is None:
+        read = json_file
+    elif isinstance(builder, Parquet) and options.filters is None and options.columns is None:
+        read = _table_file
+    elif isinstance(builder, Arrow):
+        read = partial(_table_file, kind_of_file="arrow")
+    elif isinstance(builder, Csv):
+        read = lambda path: csv_file(path, options.delimiter or options.sep)
+    else:
+        return table(_call(source, "load_dataset", name, config, split=split), str(source))
+    return _of_split(_fetched(builder, source), split, read, source)
+
+
+READERS = {".json": json_file, ".jsonl": json_file, ".csv": csv_file, ".parquet": _table_file}
+
+
+def _fetched(builder: Any, source: str | Path) -> dict[str, list[Path]]:
+    """Split -> its files on this disk."""
+    import datasets
+
+    def fetch(files: Iterable[str]) -> list[Path]:
+        manager = datasets.DownloadManager()
+        return [
+            Path(file) for file in manager.iter_files(manager.download_and_extract(list(files)))
+        ]
+
+    found = builder.config.data_files
+    return {str(name): _call(source, fetch, found[name]) for name in found}
+
+
+def _of_split(
+    files: Mapping[str, list[Path]], split: str, read: Callable[[Path], Rows], source: str | Path
+) -> Rows:
+    """The rows of a split, or of what the datasets library calls one: train[:100], train+test."""
+    if split in files:
+        return joined([read(path) for path in files[split]])
+    import datasets
+
+    splits = {name: joined([read(path) for path in paths]) for name, paths in files.items()}
+    sizes = {name: len(rows) for name, rows in splits.items()}
+    spec = "+".join(files) if split == "all" else split
+    parts = _call(source, lambda: datasets.ReadInstruction.from_spec(spec).to_absolute(sizes))
+    return joined([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _call(source: str | Path, function: Callable | str, *args: Any, quiet=False, **options: Any):
+    """What a function, or one of the datasets library, makes of the source; its errors in one line."""
     import datasets
 
     # a bar is for a download, not for a file that is there already
-    is_quiet = "data_files" in options and not datasets.are_progress_bars_disabled()
-    if is_quiet:
+    quiet = quiet and not datasets.are_progress_bars_disabled()
+    if quiet:
         datasets.disable_progress_bars()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
     try:
-        return datasets.load_dataset(name, config, **options)
-    # datasets raises its own, arrow's, pandas' and the network's errors, all of them about the
-    # source; the cause says more than the wrapper
+        call = getattr(datasets, function) if isinstance(function, str) else function
+        return call(*args, **options)
+    except InputError:
+        raise
+    # datasets raises its own, arrow's, pandas' and the network's errors, all of them about the source
     except Exception as error:
-        cause = error.__cause__ or error
-        reason = str(cause).strip().split("\n")[0]
+        cause = error.__cause__ or error  # says more than its wrapper
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        reason = lines[0] if lines else "without a reason"
         raise InputError(f"cannot read {source}: {type(cause).__name__}: {reason}") from error
     finally:
-        if is_quiet:
+        datasets.logging.set_verbosity(verbosity)
+        if quiet:
             datasets.enable_progress_bars()

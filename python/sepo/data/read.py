@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from sepo.data.formats import Drop, Format, Preference, find_format, read_row
-from sepo.data.load import load_rows
+from sepo.data.formats import Format, Preference, find_format, read_row
+from sepo.data.load import load_rows, source_name
+from sepo.data.reasons import Drop
+from sepo.data.rows import Rows
 from sepo.data.tokenise import tokenise
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
@@ -48,7 +49,8 @@ class Report:
             total = self.kept if head == "kept" else sum(counts.values())
             lines.append(f"{total:8} {head}")
             for what, count in counts.most_common():
-                ids = ", ".join(self.examples[what]) + (", ..." if count > 3 else "")
+                ids = ", ".join(self.examples[what]).replace("\n", "\\n")  # of one line
+                ids += ", ..." if count > 3 else ""
                 detail = f" [{self.details[what]}]" if what in self.details else ""
                 lines.append(f"{count:12} {what}{detail} (row {ids})")
         return "\n".join(lines)
@@ -83,14 +85,15 @@ class PairSet:
 
 
 def read_pairs(
-    source: Any,  # a json, jsonl, csv or parquet file, a saved directory, a hub id, or a Dataset
+    source: Any,  # a json, jsonl, csv or parquet file, a saved directory, a hub id, or rows
     tokenizer: Any,  # a fast transformers tokenizer; None will do for token ids
     *,
-    split: str = "train",
+    split: str | None = None,  # None: train
     config: str | None = None,  # the hub's name for a part of the data set
     fields: Mapping[str, str] | None = None,  # e.g. {"chosen": "better"}: the data's own names
     max_length: int | None = None,  # tokens of the prompt and one response
     append_eos: bool = True,  # plain text only
+    strict: bool = False,  # drop every row that would be kept with a note
     limit: int | None = None,  # rows to read, not pairs to keep
     skip: int = 0,  # rows to leave out at the start
     progress: bool = False,
@@ -104,7 +107,7 @@ def read_pairs(
     """
     rows = load_rows(source, split=split, config=config, limit=limit, skip=skip)
     form = find_format(rows.column_names, fields=fields)
-    name = str(source) if isinstance(source, str | Path) else "the data set"
+    name = source_name(source)
     report = Report(name, form.name, read=len(rows))
     result = PairSet([], [], report)
     named = named_rows(rows, form, first=skip, fields=fields)
@@ -117,7 +120,8 @@ def read_pairs(
                 report.drop(one)
             else:
                 batch.append(one)
-        for done in tokenise(batch, tokenizer, max_length=max_length, append_eos=append_eos):
+        how = dict(max_length=max_length, append_eos=append_eos, strict=strict)
+        for done in tokenise(batch, tokenizer, **how):
             if isinstance(done, Drop):
                 report.drop(done)
                 continue
@@ -136,16 +140,22 @@ def read_pairs(
 
 
 def named_rows(
-    rows: Iterable[Mapping[str, Any]],
+    rows: Rows,
     form: Format,
     *,
     first: int = 0,  # number of the first row
     fields: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Preference | Drop, str]]:
-    """Each row read, under an id that no other has, and the id that the data gave it."""
+    """Each row read, under an id that no other has, and the id that the data gave it.
+
+    Raises InputError as `read_row` does, with the file that the row is in.
+    """
     ids: set[str] = set()
     for number, row in enumerate(rows, start=first):
-        one = read_row(row, number, form, fields=fields)
+        try:
+            one = read_row(row, number, form, fields=fields)
+        except InputError as error:
+            raise InputError(f"{rows.source(number - first)}: {error}") from error
         own_id = one.id
         if own_id in ids:  # two rows of one name could not be told apart in a store
             one = replace(one, id=f"{own_id}#{number}")

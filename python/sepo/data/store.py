@@ -42,6 +42,7 @@ from sepo.data.manifest import (
     sealed,
 )
 from sepo.data.part import TOKENS, WEIGHTS, Part, hidden_name, read_about, write_part
+from sepo.data.tokenise import text_prefix
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 
@@ -253,12 +254,14 @@ def verify_store(path: str | os.PathLike) -> ScoredStore:
     return store
 
 
-def tokenizer_hash(tokenizer) -> str:
+def tokenizer_hash(tokenizer, *, like: str | None = None) -> str:
     """SHA-256 of what turns text into ids and what the ids mean.
 
-    Vocabulary, merges, normaliser, pre-tokeniser, added tokens and the bos, eos and unk tokens
-    count. Truncation and padding state, the padding token and post-processing do not: none of them
-    changes the tokens of a pair, and training scripts set them freely.
+    Vocabulary, merges, normaliser, pre-tokeniser, added tokens, the bos, eos and unk tokens and
+    what post-processing puts before a text count. Truncation and padding state, the padding token
+    and the rest of post-processing do not: none of them changes the tokens of a pair, and training
+    scripts set them freely. A hash of an older version, which knew nothing of post-processing, is
+    returned if it is `like` and this tokenizer's.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -266,7 +269,10 @@ def tokenizer_hash(tokenizer) -> str:
     else:
         content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     special = {k: getattr(tokenizer, k, None) for k in ("bos_token", "eos_token", "unk_token")}
-    return hash_json([content, {k: v and str(v) for k, v in special.items()}])
+    known = [content, {k: v and str(v) for k, v in special.items()}]
+    if like is not None and like == hash_json(known):
+        return like
+    return hash_json([*known, text_prefix(tokenizer)])
 
 
 def template_hash(tokenizer) -> str:
@@ -347,7 +353,8 @@ def _check_same_run(path: Path, present: dict, wanted: dict) -> None:
 
 
 def _check_tokenizer(path: Path, manifest: dict, tokenizer) -> None:
-    given, stored = tokenizer_hash(tokenizer), manifest["tokenizer"]
+    stored = manifest["tokenizer"]
+    given = tokenizer_hash(tokenizer, like=stored)
     if given != stored:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise InputError(

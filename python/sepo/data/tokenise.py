@@ -8,26 +8,16 @@ reads the prompt and goes on writing ever meets.
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
-from sepo.data.formats import Drop, Preference, Why
+from sepo.data.formats import Preference
 from sepo.data.official import Selected
+from sepo.data.reasons import Drop, Note, Why
 from sepo.data.render import Span, spans
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
-
-
-class Note(StrEnum):
-    """What happened to a row that was kept."""
-
-    CUT_CHOSEN = "chosen cut at max_length"
-    CUT_REJECTED = "rejected cut at max_length"
-    PREFIX = "one response begins with the whole other"
-    STRADDLE = "a token holds the end of the prompt and the start of a response"
-    NO_END = "a response has no end-of-turn token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +34,7 @@ def tokenise(
     *,
     max_length: int | None = None,  # tokens of the prompt and one response; None: no limit
     append_eos: bool = True,  # plain text only: a chat template brings its own end-of-turn token
+    strict: bool = False,  # drop what would be kept with a note
 ) -> list[Tokenised | Drop]:
     """Tokenise a batch of rows; one result a row, in order.
 
@@ -55,7 +46,8 @@ def tokenise(
 
     A token that holds characters of both prompt and response belongs to the response. The prompt
     is what both responses have in common up to there. A response cut by `max_length` has no end
-    token. Raises InputError if the tokenizer cannot do what a row needs.
+    token. What a template makes of a row is compared with the row, and with what inference
+    renders; `Note` says what can be found. Raises InputError if the tokenizer cannot do what a row needs.
     """
     if max_length is not None and max_length < 2:
         raise InputError(f"expected max_length >= 2, got {max_length}")
@@ -64,7 +56,12 @@ def tokenise(
     if has_plain and append_eos and rules.eos is None:
         raise InputError("expected a tokenizer with an eos_token, or append_eos=False; got none")
     sides = [None if _has_ids(p) else spans(p, tokenizer) for p in preferences]
-    texts = [span.text for pair in sides if isinstance(pair, tuple) for span in pair]
+    texts = [
+        (p.id, span.text)
+        for p, pair in zip(preferences, sides, strict=True)
+        if isinstance(pair, tuple)
+        for span in pair
+    ]
     encoded = iter(_encode(tokenizer, texts))
     results: list[Tokenised | Drop] = []
     for preference, pair in zip(preferences, sides, strict=True):
@@ -75,10 +72,14 @@ def tokenise(
             whole, notes = _pair_of_ids(preference, tokenizer)
         else:
             cut = [_cut_out(span, next(encoded), rules, append_eos) for span in pair]
-            whole, notes = _pair_of_text(preference.id, *cut)
+            whole, notes = _pair_of_text(preference.id, *cut, has_prompt=pair[0].start > 0)
+            notes = [*dict.fromkeys(note for span in pair for note in span.notes), *notes]
             if preference.selected is not None and not isinstance(whole, Drop):
                 whole = _with_selected(whole, preference.selected)
-        results.append(whole if isinstance(whole, Drop) else _finish(whole, notes, max_length))
+        done = whole if isinstance(whole, Drop) else _finish(whole, notes, max_length)
+        if strict and isinstance(done, Tokenised) and done.notes:
+            done = Drop(preference.id, done.notes[0])
+        results.append(done)
     return results
 
 
@@ -101,36 +102,58 @@ def _rules(tokenizer: Any) -> _Rules:
             "expected a fast tokenizer, which tells where in the text a token comes from, got "
             f"{type(tokenizer).__name__}"
         )
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a", add_special_tokens=True)["input_ids"]
-    at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     # white space can be an added token too; it ends no turn
     other = {i for i, token in added.items() if token.content.strip()} - special
     return _Rules(
-        full[:at],
+        text_prefix(tokenizer),
         tokenizer.eos_token_id,
         frozenset(special),
         frozenset(other),
     )
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+def text_prefix(tokenizer: Any) -> list[int]:
+    """Ids of what a tokenizer puts before any plain text, a bos if it has one to put there."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return full[:at]
+
+
+def _encode(
+    tokenizer: Any,
+    texts: list[tuple[str, str]],  # (id of the row, text)
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Token ids and character offsets of each text."""
     if not texts:
         return []
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        padding=False,
-        truncation=False,
-        verbose=False,
-    )
+    try:
+        encoded = tokenizer(
+            [text for _, text in texts],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            padding=False,
+            truncation=False,
+            verbose=False,
+        )
+    except (UnicodeError, TypeError):
+        _refuse_half_characters(texts)
+        raise
     return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+
+def _refuse_half_characters(texts: list[tuple[str, str]]) -> None:
+    """JSON can write half of a character (\\ud83d), which no text can hold."""
+    for id, text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(text[error.start])
+            raise InputError(f"row {id}: expected text, got half of a character, {half}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +184,11 @@ def _cut_out(
     body = max(after, int(np.searchsorted(starts, span.end, side="left")))
     straddles = start < len(ids) and bool(starts[start] < span.start)
     if not span.is_chat:
-        return _plain_side(_Side(ids, start, body, straddles), rules, append_eos)
+        side = _Side(ids, start, body, straddles)
+        return _plain_side(side, span.text, ends, rules, append_eos)
     stop = _end_of_turn(ids, after, rules)
+    if stop is None and body > start and int(ids[body - 1]) in rules.special:
+        stop = body - 1  # a template that ends a call of tools in another token than an answer
     if stop is None:
         return _Side(ids[:body], start, body, straddles)
     # min: an end-of-turn token that takes in the blanks before it starts inside the response
@@ -179,20 +205,30 @@ def _end_of_turn(ids: np.ndarray, first: int, rules: _Rules) -> int | None:
     return None
 
 
-def _plain_side(side: _Side, rules: _Rules, append_eos: bool) -> _Side:
+def _plain_side(side: _Side, text: str, ends: np.ndarray, rules: _Rules, append_eos: bool) -> _Side:
     """The side with the tokenizer's own tokens before it and the end token after it, both once."""
     ids, body = side.ids.tolist(), side.body
     prefix = [] if ids[: len(rules.prefix)] == rules.prefix else rules.prefix
-    if append_eos and ids and ids[-1] == rules.eos:
-        body -= 1  # the text brought it
-    elif append_eos:
-        ids = [*ids, rules.eos]
+    if append_eos:
+        end = _brought_end(side, ends, text, rules.eos)
+        body = min(body, len(ids) if end is None else end)
+        ids = [*ids[:end], rules.eos]
     return _Side(
         np.asarray([*prefix, *ids], dtype=np.int32),
         side.start + len(prefix),
         body + len(prefix),
         side.straddles,
     )
+
+
+def _brought_end(side: _Side, ends: np.ndarray, text: str, eos: int) -> int | None:
+    """Index of the end token that the response brings, after which it has nothing but blanks."""
+    for i in reversed(range(side.start, len(side.ids))):
+        if text[ends[i] :].strip():
+            return None
+        if side.ids[i] == eos:
+            return i
+    return None
 
 
 def _covers(text: str, starts: np.ndarray, ends: np.ndarray) -> bool:  # (N,), (N,) characters
@@ -214,7 +250,7 @@ def _covers(text: str, starts: np.ndarray, ends: np.ndarray) -> bool:  # (N,), (
 
 
 def _pair_of_text(
-    id: str, chosen: _Side | None, rejected: _Side | None
+    id: str, chosen: _Side | None, rejected: _Side | None, *, has_prompt: bool
 ) -> tuple[TokenPair | Drop, list[Note]]:
     if chosen is None or rejected is None:
         return Drop(id, Why.OFFSETS), []
@@ -225,7 +261,7 @@ def _pair_of_text(
     start = int(differ[0]) if len(differ) else limit
     sides = (chosen, rejected)
     if start == 0:
-        return Drop(id, Why.NO_PROMPT), []
+        return Drop(id, Why.MERGED if has_prompt else Why.NO_PROMPT), []
     if any(side.body <= side.start for side in sides):
         return Drop(id, Why.EMPTY, "no token is left of it"), []
     notes = []
@@ -271,13 +307,18 @@ def _pair_of_ids(p: Preference, tokenizer: Any) -> tuple[TokenPair, list[Note]]:
         chosen_weight=p.chosen_weight,
         rejected_weight=p.rejected_weight,
     )
-    return pair, [Note.PREFIX] if _is_prefix(p.chosen, p.rejected) else []
+    notes = [Note.PREFIX] if _is_prefix(p.chosen, p.rejected) else []
+    begins = [_begins(side, p.prompt) for side in (p.chosen, p.rejected)]
+    if all(begins) or (any(begins) and len(p.prompt) > 2):
+        notes.insert(0, Note.REPEATS)
+    return pair, notes
 
 
 def _finish(pair: TokenPair, notes: list[Note], max_length: int | None) -> Tokenised | Drop:
     """Cut the responses to max_length and refuse what cannot be learnt from."""
     if np.array_equal(pair.chosen, pair.rejected):
-        return Drop(pair.id, Why.SAME)
+        lost = "the chat template leaves out what differs" if Note.LOST_RESPONSE in notes else ""
+        return Drop(pair.id, Why.SAME, lost)
     if max_length is None:
         return Tokenised(pair, tuple(notes))
     room = max_length - len(pair.prompt)
@@ -298,6 +339,10 @@ def _finish(pair: TokenPair, notes: list[Note], max_length: int | None) -> Token
         if weight is not None and not weight.any():
             return Drop(pair.id, Why.ZERO_WEIGHT, "after the cut at max_length")
     return Tokenised(pair, tuple(notes))
+
+
+def _begins(ids: np.ndarray, start: np.ndarray) -> bool:
+    return len(ids) >= len(start) and _is_prefix(ids, start)
 
 
 def _is_prefix(one: np.ndarray, other: np.ndarray) -> bool:
