@@ -19,7 +19,14 @@ from sepo.data.store import ScoredStore, template_hash, tokenizer_hash
 from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError
 from sepo.fingerprint import checkpoint_hash
-from sepo.model import Head, head, hidden_states, load_model, token_logprob
+from sepo.folder import ModelFolder
+from sepo.model import (
+    Head,
+    head,
+    hidden_states,
+    load_model,
+    token_logprob,
+)
 from sepo.ops import selected_logprob_kl
 
 Keep = Literal[
@@ -100,6 +107,7 @@ def token_logprob_kl(
     direction: str = "ref||policy",  # or "policy||ref"
     budget: int | None = None,  # bytes, see selected_logprob_kl
     impl: str = "auto",
+    routers: list[Tensor] | None = None,  # the policy's, see hidden_states
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl: (M,) float32, nats
     """Both models' log-probability of every selected token, and the KL divergence at its row.
 
@@ -107,7 +115,7 @@ def token_logprob_kl(
     reference whose states are rounded to it. Call it inside the wrapped module's forward, as
     `token_logprob`. Raises InputError for a reference whose head does not fit the policy's.
     """
-    hidden, own = hidden_states(model, batch), head(model)
+    hidden, own = hidden_states(model, batch, routers=routers), head(model)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         own = own._replace(weight=_as(own.weight, hidden), bias=_as(own.bias, hidden))
@@ -132,7 +140,7 @@ def token_logprob_kl(
 
 
 def load_reference(
-    path: str,  # hub id or local directory of the reference
+    path: str | ModelFolder,  # hub id or local directory of the reference
     data: Mapping[str, Sequence[TokenPair]],  # by the name that a message calls it
     tokenizer: PreTrainedTokenizerBase,  # the policy's
     *,
@@ -155,7 +163,7 @@ def load_reference(
 
 
 def cached_reference(
-    path: str,  # hub id or local directory of the reference
+    path: str | ModelFolder,  # hub id or local directory of the reference
     data: Mapping[str, Sequence[TokenPair]],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -185,7 +193,9 @@ def cached_reference(
 class _Key:
     """What a store must have been scored with; hashes are made when they are compared."""
 
-    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool):
+    def __init__(
+        self, path: str | ModelFolder, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
+    ):
         self.path, self._tokenizer, self._trust = path, tokenizer, trust_remote_code
         self._weights: dict[torch.dtype, str] = {}
 
