@@ -10,6 +10,7 @@ from packed_runs import packed
 from safetensors.torch import load_file, save_file
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import make_run
+from transformers import AutoModelForCausalLM
 
 from sepo.errors import InputError
 from sepo.fingerprint import checkpoint_hash, weights_hash
@@ -23,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
+NOTHING = ("missing_keys", "unexpected_keys", "mismatched_keys")
 IDS = torch.arange(3, 12)[None]
 
 
@@ -180,6 +182,15 @@ def test_a_fingerprint_is_of_a_whole_model(base):
     edit_json(base / "config.json", num_hidden_layers=1)
     with pytest.raises(InputError, match=r"got 9 unexpected"):
         checkpoint_hash(str(base))
+
+
+def test_nothing_is_merged_into_shards(base, tmp_path, monkeypatch):
+    save_adapter(tmp_path / "sft", base)
+    load = AutoModelForCausalLM.from_pretrained
+    sharded = lambda *a, **k: (load(*a, **k)[0].to("meta"), dict.fromkeys(NOTHING, []))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", sharded)
+    with pytest.raises(InputError, match="the model is sharded as it is loaded .*merge it first"):
+        load_model(str(tmp_path / "sft"))
 
 
 def test_what_a_folder_holds_is_one_line(base, tmp_path):

@@ -206,6 +206,12 @@ def read_model(
 def _merged(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
     from peft import PeftConfig, PeftModel
 
+    if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
+        raise InputError(
+            f"{folder.path} is an adapter, and the model is sharded as it is loaded (ZeRO-3, or "
+            "fsdp_cpu_ram_efficient_loading): merge it first, on one process, "
+            f"sepo.model.load_model('{folder.path}').save_pretrained(...)"
+        )
     ties = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
     try:
         config = PeftConfig.from_pretrained(folder.path)

@@ -25,6 +25,7 @@ from sepo.model import (
     head,
     hidden_states,
     load_model,
+    probe_logprob,
     token_logprob,
 )
 from sepo.ops import selected_logprob_kl
@@ -96,6 +97,39 @@ class LiveReference:
 
 
 Reference = CachedReference | LiveReference
+
+
+def without_adapters(model: nn.Module) -> LiveReference:
+    """A PeftModel, its adapters off, as its own reference.
+
+    Raises InputError for adapters that change it already: training would not start at its reference.
+    """
+    reference = LiveReference(model, without_adapters=True)
+    logp = probe_logprob(model)
+    if logp is None:
+        return reference
+    with reference.frozen() as frozen:
+        change = (logp - probe_logprob(frozen)).abs().max().item()
+    # new LoRA adds zeros; what multiplies (DoRA, OFT) is rounded on the way, in 16 bits to be seen
+    adds = all(c.peft_type == "LORA" and not c.use_dora for c in model.peft_config.values())
+    exact = adds or next(model.parameters()).dtype.itemsize >= 4
+    if not change <= (1e-4 if exact else 0.1):
+        raise InputError(
+            f"the policy's adapters change its log-probabilities by {change:.2g} nats before the "
+            "first step, so without them it is not the reference that training starts from: expected "
+            "new adapters (merge_and_unload() these, and give peft_config), or reference_model="
+        )
+    return reference
+
+
+def check_apart(model: nn.Module, reference: nn.Module) -> None:
+    """Raise InputError for a reference that would move with the policy."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if reference is model or any(id(p) in trained for p in reference.parameters()):
+        raise InputError(
+            "reference_model: expected a model of its own, got the policy or one that shares its "
+            "weights; load it once more, or leave it out under LoRA"
+        )
 
 
 def token_logprob_kl(

@@ -19,6 +19,7 @@ from sepo.reference import (
     Reference,
     check_heads,
     token_logprob_kl,
+    without_adapters,
 )
 
 MASK = "sparse_mask"  # the policy's submodule: only so do DDP and FSDP2 see its parameters
@@ -101,7 +102,8 @@ def find_reference(
     if given is None and method.reference == "hidden" and _keeps_hidden(data):
         reference = CachedReference(data.reference_head())
     elif given is None and has_adapters(model):
-        reference = LiveReference(model, without_adapters=True)
+        read = method.reference == "logp" and data is not None and _carries_logp(data)
+        reference = LiveReference(model, True) if read else without_adapters(model)
     if isinstance(reference, CachedReference) and method.reference == "layers":
         raise InputError(
             f"--method {name}: expected a live reference, whose layers its mask reads, got cached rows"
