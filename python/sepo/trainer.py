@@ -22,16 +22,17 @@ from sepo.data.cost import attention_cost
 from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.read import read_pairs
-from sepo.data.types import TokenPair
+from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError
 from sepo.layers import compile_layers, disable_dropout, recompute_cheap
 from sepo.masked import MaskedTrainer, add_mask
-from sepo.methods import METHODS, reduce_segments
+from sepo.methods import METHODS, TokenValues, reduce_segments
 from sepo.metrics import RunningMeans, Throughput, pair_metrics, token_metrics
 from sepo.model import prepare_model, restore_attention, vocabulary
 from sepo.prepared import PreparedPairs, data_seed
 from sepo.reference import LiveReference, Reference, check_apart
 from sepo.resumable import describe_run
+from sepo.routers import router_loss
 from sepo.tokens import TokenStep, find_reference
 
 
@@ -79,6 +80,7 @@ class SePOTrainer(MaskedTrainer):
             )
         # all of it before Trainer makes the output directory: bad data leaves nothing behind
         self._attention = attention_share(model)
+        self._router_loss = router_loss(model)
         self._vocabularies = {"policy": vocabulary(model)}
         if isinstance(reference_model, nn.Module):
             check_apart(model, reference_model)
@@ -169,14 +171,23 @@ class SePOTrainer(MaskedTrainer):
         )
         # accelerate casts in the policy's forward alone, but the reference runs in there too
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            tokens = model(batch=batch, compute=TokenStep(self.method, self.args, self.reference))
+            step = TokenStep(self.method, self.args, self.reference, self._router_loss)
+            tokens = model(batch=batch, compute=step)
         segments = reduce_segments(tokens, batch.weights, batch.cu_rows)
         losses = self.method.loss(segments, self.args)
+        if tokens.router_loss is not None:
+            losses = losses + self._router_loss.coefficient * self._per_pair(tokens, batch)
         reward = self.method.reward
         rewards = None if reward is None else reward(segments, self.args)
-        means.add(pair_metrics(segments, losses, rewards), len(losses))
+        means.add(pair_metrics(segments, losses, rewards, tokens.router_loss), len(losses))
         means.add(token_metrics(tokens), len(batch.rows))
         return losses
+
+    def _per_pair(self, tokens: TokenValues, batch: PackedBatch) -> Tensor:  # (P,)
+        """The router's loss, for a sum that `_loss_count` will make a mean."""
+        if self.method.per == "pair":
+            return tokens.router_loss
+        return tokens.router_loss * batch.cu_rows.diff().view(-1, 2).sum(1)
 
     def _loss_count(self, pairs: PreparedPairs, indices: np.ndarray) -> int:
         """What the step's sum of losses is divided by, the same on every rank."""
