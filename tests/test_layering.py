@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # module: what it may import of this project (itself is always allowed); a module of sepo that is
 # not named here may import all but bench and tests, and nothing named here may import it
-LEAVES = {"sepo.errors", "sepo.fingerprint", "sepo.lock", "sepo.terminal"}
+LEAVES = {"sepo.errors", "sepo.folder", "sepo.fingerprint", "sepo.lock", "sepo.terminal"}
 DATA = {"sepo.data", *LEAVES}
 MODEL = DATA | {"sepo.ops", "sepo.attention"}
 RESPONSE = MODEL | {"sepo.model"}
@@ -18,19 +18,23 @@ SCORE = RESPONSE | {"sepo.response_logp", "sepo.precision"}
 METHODS = {"sepo.losses", "sepo.ops", "sepo.config", *LEAVES}
 TRAINER = SCORE | METHODS | {"sepo_kernels", "sepo.score", "sepo.checkpoints"}
 STEP = {f"sepo.{name}" for name in ("methods", "metrics", "adapters", "layers", "prepared")}
-STEP |= {f"sepo.{name}" for name in ("identity", "resumable", "reference", "tokens", "masked")}
+STEP |= {
+    f"sepo.{name}" for name in ("identity", "resumable", "reference", "tokens", "masked", "routers")
+}
 ALLOWED = {
     "sepo_kernels": set(),
     "sepo.losses": set(),
     "sepo.terminal": set(),
     "sepo.errors": {"sepo.terminal"},
-    "sepo.fingerprint": {"sepo.errors"},
+    "sepo.folder": {"sepo.errors"},
+    "sepo.fingerprint": {"sepo.errors", "sepo.folder"},
     "sepo.lock": {"sepo.errors"},
     "sepo.arithmetic": {"sepo_kernels"},
     "sepo.ops": {"sepo_kernels", "sepo.losses"},
     "sepo.data": LEAVES,
     "sepo.attention": DATA | {"sepo_kernels"},
-    "sepo.model": MODEL,
+    "sepo.decoder": MODEL,
+    "sepo.model": MODEL | {"sepo.decoder"},
     "sepo.response_logp": RESPONSE,
     "sepo.precision": RESPONSE | {"sepo.response_logp"},
     "sepo.score": SCORE,
@@ -46,9 +50,10 @@ ALLOWED = {
     "sepo.adapters": LEAVES | {"sepo.config"},
     "sepo.layers": set(),
     "sepo.masks": RESPONSE,
+    "sepo.routers": DATA,
     "sepo.tokens": RESPONSE
     | METHODS
-    | {"sepo.adapters", "sepo.masks", "sepo.methods"}
+    | {"sepo.adapters", "sepo.masks", "sepo.methods", "sepo.routers"}
     | {"sepo.reference"},
     "sepo.masked": {"sepo.config", "sepo.masks", "sepo.resumable", "sepo.tokens"},
     "sepo.prepared": DATA | METHODS | {"sepo.methods"},

@@ -32,13 +32,46 @@ def test_a_batch_without_pairs_reaches_every_parameter():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_any_other_call_needs_another_attention():
+@pytest.mark.parametrize(
+    ("arch", "own"),
+    [
+        ("llama", "sdpa"),
+        ("llama", "eager"),
+        ("mistral", "sdpa"),
+        ("gpt2", "sdpa"),
+        ("gemma2", "eager"),
+    ],
+)
+def test_any_other_call_is_the_models_own(arch, own):
+    """With the attention that it had, padding and sliding windows included; a batch gets ours back."""
+    plain, model = (tiny_model(arch, attn_implementation=own) for _ in range(2))
+    ids = torch.arange(14).view(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    expected = tiny_model(arch)
+    expected = prepare_model(expected)(batch=packed())
+    prepare_model(model)
+    for _ in range(2):
+        found = model(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(found, plain(input_ids=ids, attention_mask=mask).logits)
+        assert model.config._attn_implementation == plain.config._attn_implementation
+        torch.testing.assert_close(model(batch=packed()), expected, rtol=0, atol=2e-4)
+        made = (m.generate(ids, attention_mask=mask, max_new_tokens=4) for m in (model, plain))
+        assert torch.equal(*made)
+
+
+def test_a_layer_alone_still_wants_a_batch():
     model = prepare_model(tiny_model("llama"))
-    ids = torch.arange(5)[None]
     with pytest.raises(InputError, match="no PackedBatch reached the attention"):
-        model(input_ids=ids)
-    model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(model(input_ids=ids).logits, tiny_model("llama")(ids).logits)
+        model.model(input_ids=torch.arange(5)[None])
+
+
+def test_preparing_again_elsewhere_keeps_the_models_own_attention():
+    model = prepare_model(tiny_model("llama"))
+    model.packed_checked = frozenset()  # as on another device
+    prepare_model(model)
+    model(input_ids=torch.arange(5)[None])
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(

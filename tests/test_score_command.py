@@ -76,7 +76,7 @@ def test_a_store_of_the_reference_spares_its_pass(tmp_path, capsys, monkeypatch)
     score_dataset(make_pairs(), cached, reference=models["reference"], keep=("logp",), **QUIET)
     score_dataset(make_pairs(), whole, **models, **QUIET)
     loaded = []
-    load = lambda path, **how: loaded.append(path) or load_model(path, **how)
+    load = lambda folder, **how: loaded.append(folder.path) or load_model(folder, **how)
     monkeypatch.setattr(score_command, "load_model", load)
 
     def run(out, *words, dataset=cached, model=reference):

@@ -234,8 +234,10 @@ def test_tokens_outside_the_vocabulary(tmp_path):
     from dataclasses import replace
 
     pair = replace(PAIRS[0], prompt=PAIRS[0].prompt + V)
-    with pytest.raises(ValueError, match=rf"token ids in \[0, {V}\)"):
-        make_trainer(tmp_path, pairs=[pair]).train()
+    with pytest.raises(
+        InputError, match=f"row 0: token .*, but the policy has a vocabulary of {V}"
+    ):
+        make_trainer(tmp_path, pairs=[pair])
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,25 @@ def add_adapters(
         raise InputError(f"--lora_target_modules: {error}") from error
 
 
+def check_adapters(
+    model: torch.nn.Module,
+    peft_config,  # peft.PeftConfig, None: no new ones
+) -> None:
+    """Raise InputError for a policy whose adapters would be lost, or trained upon unseen."""
+    stacked = has_adapters(model) or getattr(model, "_hf_peft_config_loaded", False)
+    if stacked and peft_config is not None:
+        raise InputError(
+            "peft_config: expected a model without adapters, got one that has some; "
+            "merge_and_unload() them first, or load its folder with sepo.model.load_model, which does"
+        )
+    trained = any(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
+    if stacked and not has_adapters(model) and not trained:
+        raise InputError(
+            "expected a plain model, or adapters to train, got a model into which transformers put a "
+            "frozen adapter; load its folder with sepo.model.load_model, which merges it"
+        )
+
+
 def has_adapters(model: torch.nn.Module) -> bool:
     """Whether the model can do without what is trained: its adapters can be switched off."""
     return hasattr(model, "disable_adapter")

@@ -5,20 +5,17 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import cached_file
+from transformers import AutoModelForCausalLM
 
-from sepo.errors import InputError
+from sepo.folder import ModelFolder, find_folder, read_model
 
 CHUNK = 1 << 24  # values cast and copied to the host at once: 64 MiB in float32
-WEIGHTS = "model.safetensors"  # looked for in this order, as transformers does
 UNREAD = "not read"
-INDEX = "model.safetensors.index.json"
+OF_THE_MACHINE = {"base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -26,9 +23,12 @@ def weights_hash(model: nn.Module) -> str:
 
     Names, shapes and values count; dtype and device do not: floating-point values are read as
     float32. So a bfloat16 checkpoint has one hash whether it is loaded in bfloat16 or float32,
-    and a float32 checkpoint rounded to bfloat16 has another. Tied weights count once. Raises
+    and a float32 checkpoint rounded to bfloat16 has another. Tied weights count once. A model that
+    `read_model` merged has the hash of its folder: machines differ in how a merge rounds. Raises
     ValueError for a model without values (on the meta device).
     """
+    if (folder := getattr(model, "merged_from", None)) is not None:
+        return checkpoint_hash(folder, dtype=model.dtype)
     stored = _stored(model)
     for name, tensor in sorted(stored.items()):
         if tensor.is_meta:
@@ -37,33 +37,32 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def checkpoint_hash(
-    path: str,  # hub id or local directory
+    path: str | ModelFolder,  # hub id or local directory
     *,
     dtype: torch.dtype = torch.float32,  # to which loading would round
     trust_remote_code: bool = False,
 ) -> str:
-    """`weights_hash` of the model that transformers would load, read from its files.
+    """`weights_hash` of the model that `read_model` would load, read from its files.
 
     The files are memory-mapped: no model is built, and no more than CHUNK values are copied at
     once. A checkpoint that stores its tensors under other names or shapes than the model's (an
-    adapter, an older layout, merged experts) is loaded after all. Raises InputError for a path
-    without a model in safetensors.
+    older layout, merged experts) is loaded after all. An adapter is named by its base, its
+    configuration and its tensors. Raises InputError for a path without a model in safetensors, or
+    with a part of one.
     """
-    code = dict(trust_remote_code=trust_remote_code)
-    try:
-        if _file(path, "adapter_config.json") is None:  # else it is two checkpoints
-            config = AutoConfig.from_pretrained(path, **code)
-            with torch.device("meta"):  # names and shapes, and which weights are tied
-                model = AutoModelForCausalLM.from_config(config, **code)
-            expected, found = _stored(model), _on_disk(path, model)
-            fits = lambda name: name in found and found[name].shape == expected[name].shape
-            if all(map(fits, expected)):
-                return _hash(((name, found[name]) for name in expected), dtype)
-        load = AutoModelForCausalLM.from_pretrained
-        return weights_hash(load(path, dtype=dtype, use_safetensors=True, **code))
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"can't read a model from {path}: {reason}") from error
+    folder = path
+    if not isinstance(path, ModelFolder):
+        folder = find_folder(path, trust_remote_code=trust_remote_code)
+    if folder.adapter is not None:
+        return _adapter_hash(folder, dtype)
+    with torch.device("meta"):  # names and shapes, and which weights are tied
+        code = dict(trust_remote_code=folder.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(folder.config, **code)
+    expected, found = _stored(model), _on_disk(folder, model)
+    fits = lambda name: name in found and found[name].shape == expected[name].shape
+    if all(map(fits, expected)) and found.keys() <= model.state_dict().keys():
+        return _hash(((name, found[name]) for name in expected), dtype)
+    return weights_hash(read_model(folder, dtype=dtype))
 
 
 def quick_hash(model: nn.Module, *, frozen: bool = False) -> str | None:
@@ -105,8 +104,18 @@ def _without_adapters(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _hash(stored: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
-    digest = hashlib.sha256()
+def _adapter_hash(folder: ModelFolder, dtype: torch.dtype) -> str:
+    about = {k: v for k, v in folder.adapter.items() if k not in OF_THE_MACHINE}
+    about = {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in about.items()}
+    head = [checkpoint_hash(folder.base, dtype=dtype), json.dumps(about, sort_keys=True)]
+    tensors = {name: t for file in folder.files for name, t in _tensors(file).items()}
+    return _hash(tensors.items(), header="\n".join(head))
+
+
+def _hash(
+    stored: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, *, header: str = ""
+) -> str:
+    digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(stored, key=lambda item: item[0]):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         for chunk in _chunks(tensor.detach(), dtype):
@@ -123,18 +132,9 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
     return parameters | buffers
 
 
-def _on_disk(path: str, model: nn.Module) -> dict[str, Tensor]:
+def _on_disk(folder: ModelFolder, model: nn.Module) -> dict[str, Tensor]:
     """The checkpoint's tensors by the model's names, memory-mapped."""
-    if (whole := _file(path, WEIGHTS)) is not None:
-        tensors = _tensors(whole)
-    elif (index := _file(path, INDEX)) is not None:
-        tensors = {}
-        for shard in sorted(set(json.loads(Path(index).read_text())["weight_map"].values())):
-            if (file := _file(path, shard)) is None:
-                raise OSError(f"{shard} is missing")
-            tensors |= _tensors(file)
-    else:
-        return {}
+    tensors = {name: t for file in folder.files for name, t in _tensors(file).items()}
     transforms = _transforms(model)
     return {_rename(name, transforms): tensor for name, tensor in tensors.items()}
 
@@ -154,13 +154,6 @@ def _rename(name: str, transforms: list) -> str:
         if changed is not None and getattr(transform, "operations", None):
             return f"{name}, to be computed"  # merged or split: nobody's name, so it is loaded
     return name
-
-
-def _file(path: str, name: str) -> str | None:
-    try:
-        return cached_file(path, name)
-    except OSError:  # not there, or out of reach; who needs it says so
-        return None
 
 
 def _tensors(file: str) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ class TokenValues(NamedTuple):
     kl: Tensor | None = None  # (M,) divergence of policy and reference at the token's row, nats
     reward_mask: Tensor | None = None  # (M,) >= 0, SparsePO's m_u; None: ones
     kl_mask: Tensor | None = None  # (M,) >= 0, its m_d
+    router_loss: Tensor | None = None  # (P,) of a mixture of experts, before its coefficient
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,13 @@ def pair_metrics(
     segments: Segments,
     losses: Tensor,  # (P,)
     rewards: Tensor | None,  # (S,), None: the method compares nothing
+    router_loss: Tensor | None = None,  # (P,) of a mixture of experts, before its coefficient
 ) -> dict[str, Tensor]:
     """Sums over the pairs, under TRL's names."""
     logp_chosen, logp_rejected = segments.logp.view(-1, 2).unbind(1)
     sums = {"loss": losses.sum(), "logps/chosen": logp_chosen.sum()}
+    if router_loss is not None:
+        sums["aux_loss"] = router_loss.sum()
     if rewards is None:
         return sums
     chosen, rejected = rewards.view(-1, 2).unbind(1)

@@ -1,71 +1,39 @@
-"""A transformers decoder on packed batches: its hidden states, its head, its log-probabilities."""
+"""Which models are served: prepared for packed batches, compared with themselves, loaded."""
 
 from collections.abc import Callable
+from functools import wraps
 from types import MethodType
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, PreTrainedModel
 
 from sepo import attention
 from sepo.data import all_positions, pack, truncate
 from sepo.data.types import PackedBatch
+from sepo.decoder import (
+    Head,
+    attn_impl,
+    base_of,
+    head,
+    hidden_states,
+    logprob,
+    restore_attention,
+    token_logprob,
+    trunk,
+    use_packed_attention,
+    vocabulary,
+)
 from sepo.errors import InputError
-from sepo.ops import selected_logprob
+from sepo.folder import ADAPTER, ModelFolder, find_file, find_folder, read_model
 
-
-def token_logprob(
-    model: PreTrainedModel,
-    batch: PackedBatch,
-    *,
-    budget: int | None = None,  # bytes for logits or probabilities, see selected_logprob
-    impl: str = "auto",
-) -> Tensor:  # (M,) float32, natural log-probability of batch.targets at batch.rows
-    """Log-probability of every selected token; differentiable unless under no_grad.
-
-    Call it inside the wrapped module's forward (`prepare_model` arranges that), or the hooks of DDP
-    and FSDP2 do not fire.
-    """
-    return _logprob(model, batch, hidden_states(model, batch), budget=budget, impl=impl)
-
-
-def _logprob(
-    model: PreTrainedModel,
-    batch: PackedBatch,
-    hidden: Tensor,  # (N, D)
-    *,
-    budget: int | None = None,
-    impl: str = "auto",
-) -> Tensor:  # (M,) float32
-    weight, bias, scale, softcap = head(model)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return selected_logprob(
-        hidden,
-        weight,
-        batch.rows,
-        batch.targets,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        budget=budget,
-        impl=impl,
-    )
-
-
-def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:  # (N, D)
-    """The trunk's output after the final norm, for every row of the packed buffer."""
-    return _trunk(model, batch, attention.Layout(batch, attn_impl(model)))
-
-
-def attn_impl(model: PreTrainedModel) -> str:
-    """The attention that prepare_model was asked for."""
-    return getattr(_base(model), "packed_attn_impl", "auto")
+__all__ = [
+    "Head", "attn_impl", "explain_attention", "head", "hidden_states", "load_model",
+    "load_tokenizer", "prepare_model", "probe_logprob", "restore_attention", "token_logprob",
+    "vocabulary",
+]  # fmt: skip
 
 
 def explain_attention(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> str:
@@ -73,34 +41,8 @@ def explain_attention(model: PreTrainedModel, *, dtype: torch.dtype | None = Non
 
     dtype is that of autocast, if the step runs under it.
     """
-    base = _base(model)
+    base = base_of(model)
     return attention.explain(attn_impl(base), _terms(base, dtype or base.dtype))
-
-
-class Head(NamedTuple):
-    """logits = softcap * tanh((hidden @ weight.T * scale + bias) / softcap)"""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    scale: float
-    softcap: float | None
-
-
-def head(model: PreTrainedModel) -> Head:
-    """What the model does after its trunk. Raises InputError for a head that isn't one matrix."""
-    model = _base(model)
-    module = model.get_output_embeddings()
-    if reason := _why_not_head(model, module):
-        raise InputError(f"{type(model).__name__}: expected an nn.Linear head, {reason}")
-    config = model.config.get_text_config(decoder=True)
-    divisor = getattr(config, "logits_scaling", None)  # Granite divides
-    factor = getattr(config, "logit_scale", None)  # Cohere multiplies
-    return Head(
-        weight=_full(module.weight),
-        bias=None if module.bias is None else _full(module.bias),
-        scale=(factor or 1.0) / (divisor or 1.0),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
 
 
 def prepare_model(
@@ -112,12 +54,14 @@ def prepare_model(
 
     With `compute=f` the call returns f(model, batch) instead, for a loss that reads more than the
     log-probabilities. It goes through the module's own forward, so wrapping it in DDP or FSDP2
-    afterwards is enough. Any other call is the model's own, which then needs another attention.
+    afterwards is enough. Any other call is the model's own, with the attention that it had; under
+    activation checkpointing no such call belongs between a batch's forward and its backward, which
+    runs the layers once more.
     The attention is chosen where it runs: prepare again after moving the model to another device,
     or what runs there was not compared with the model. Raises InputError naming the model and the
     reason.
     """
-    base = _base(model)
+    base = base_of(model)
     if attn_impl is not None:
         attention.check_name(attn_impl)
         base.packed_attn_impl = attn_impl
@@ -132,25 +76,30 @@ def prepare_model(
             with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype != base.dtype):
                 _check_against_itself(base, name)
             base.packed_checked = checked | {probe}
-    base.set_attn_implementation(attention.ATTENTION)
-    base.forward = MethodType(_forward, base)
+    use_packed_attention(base)
+    base.forward = MethodType(_forward_of(type(base)), base)
     return model
 
 
-def _forward(
-    self,
-    *args,
-    batch: PackedBatch | None = None,
-    compute: Callable | None = None,  # (model, batch) -> tensors
-    **kwargs,
-):
-    if batch is None:
-        return type(self).forward(self, *args, **kwargs)
-    return (compute or token_logprob)(self, batch)
+def _forward_of(cls: type[PreTrainedModel]) -> Callable:
+    @wraps(cls.forward)  # its signature decides what `generate` hands over: masks, position ids
+    def forward(
+        self,
+        *args,
+        batch: PackedBatch | None = None,
+        compute: Callable | None = None,  # (model, batch) -> tensors
+        **kwargs,
+    ):
+        if batch is None:
+            restore_attention(self)
+            return type(self).forward(self, *args, **kwargs)
+        return (compute or token_logprob)(self, batch)
+
+    return forward
 
 
 def load_model(
-    path: str,  # hub id or local directory
+    path: str | ModelFolder,  # hub id or local directory, or what find_folder said of it
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -158,79 +107,40 @@ def load_model(
     quantization_config=None,  # transformers' BitsAndBytesConfig; then it chooses the device
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A prepared model in eval mode, from safetensors. Raises InputError if it can't be loaded."""
+    """A prepared model in eval mode, from safetensors, adapters merged.
+
+    Raises InputError if it can't be loaded whole, as `find_folder` and `read_model` do.
+    """
     attention.check_name(attn_impl)  # before minutes of reading
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            quantization_config=quantization_config,
-            use_safetensors=True,  # nothing is unpickled
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"can't load a model from {path}: {_first_line(error)}") from error
-    if quantization_config is None:
+    folder = path
+    if not isinstance(path, ModelFolder):
+        folder = find_folder(path, trust_remote_code=trust_remote_code)
+    model = read_model(folder, dtype=dtype, quantization_config=quantization_config)
+    if quantization_config is None and not folder.quantised:
         model = model.to(device)
     return prepare_model(model.eval(), attn_impl=attn_impl)
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False):
-    """The tokenizer saved beside a model. Raises InputError if there is none."""
+    """The tokenizer saved beside a model, or beside the base of an adapter without one.
+
+    Raises InputError if there is none.
+    """
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"can't load a tokenizer from {path}: {_first_line(error)}") from error
-
-
-def _trunk(model: PreTrainedModel, batch: PackedBatch, layout: attention.Layout) -> Tensor:
-    output = _base(model).get_decoder()(
-        input_ids=batch.tokens[None],
-        position_ids=batch.position_ids[None],
-        attention_mask=None,  # a 2-D mask of ones would let the pairs see each other
-        use_cache=False,
-        packed_layout=layout,
-    )
-    return output.last_hidden_state[0]  # (N, D)
-
-
-def _base(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PeftModel, whose adapters are in its layers; else itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if find_file(path, ADAPTER) is not None:
+            base = find_folder(path, trust_remote_code=trust_remote_code).base.path
+            return load_tokenizer(base, trust_remote_code=trust_remote_code)
+        raise InputError(f"can't load a tokenizer from {path}: {reason}") from error
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
     adapter = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         return f"{adapter.peft_type.value} adapters put tokens or keys before every sequence"
-    return attention.why_not(_base(model))
-
-
-def _why_not_head(model: PreTrainedModel, module: nn.Module | None) -> str | None:
-    name = type(module).__name__
-    if _is_adapter(module):
-        return f"got {name} of peft; an adapter on the head is not supported"
-    tied = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
-    if tied and _is_adapter(model.get_input_embeddings()):
-        return (
-            "got one tied to an embedding with an adapter; an adapter on the head is not supported"
-        )
-    if not isinstance(module, nn.Linear):
-        return f"got {name}"
-    if getattr(model, "tp_size", None) not in (None, 1):
-        return f"got {name} split by tensor parallelism"
-    plain = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    tensors = (Tensor, nn.Parameter, DTensor)
-    if type(module.weight) not in tensors or module.weight.dtype not in plain:
-        kind = f"{type(module.weight).__name__} of {module.weight.dtype}"
-        return f"got {name} with a quantised weight ({kind}); leave the head out of quantisation"
-    return None
-
-
-def _is_adapter(module: nn.Module | None) -> bool:
-    # what peft puts in a module's place: base_layer in a tuner's layer, the others in its wrappers
-    marks = ("base_layer", "original_module", "token_adapter")
-    return any(hasattr(module, mark) for mark in marks)
+    return attention.why_not(base_of(model))
 
 
 def _without_storage(model: PreTrainedModel) -> bool:
@@ -289,14 +199,10 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
     shows here, before anything is trained on it.
     """
     training, implementation = model.training, model.config._attn_implementation
-    device, vocab_size = model.device, model.get_input_embeddings().num_embeddings
-    model.eval()
-    draw = lambda n, seed: np.random.default_rng(seed).integers(0, vocab_size, n).astype(np.int32)
-    triples = [(draw(4, 0), draw(3, 1), draw(5, 2)), (draw(2, 3), draw(6, 4), draw(2, 5))]
-    whole = lambda response: truncate(response, all_positions(len(response)))
-    batch = pack([(p, whole(c), whole(r)) for p, c, r in triples]).to(device)
+    device, expected = model.device, []
+    triples, batch = _probe(model)
     layout = attention.Layout(batch, impl)
-    expected = []
+    model.eval()
     try:
         model.set_attn_implementation("eager")  # the definition: sdpa ignores a soft cap
         for prompt, *responses in triples:
@@ -306,7 +212,7 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
                 logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
                 expected.append(logp.gather(-1, ids[len(prompt) :, None])[:, 0])
         model.set_attn_implementation(attention.ATTENTION)
-        found = _logprob(model, batch, _trunk(model, batch, layout))
+        found = logprob(model, batch, trunk(model, batch, layout))
     finally:
         model.set_attn_implementation(implementation)
         model.train(training)
@@ -332,13 +238,26 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
         )
 
 
-def _full(parameter: Tensor) -> Tensor:
-    """All of a head that FSDP2 shards on its own; a head in the root's group is whole already."""
-    if isinstance(parameter, DTensor):
-        # every rank used all of it for its own pairs: gradients average, like FSDP2's own
-        return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
-    return parameter
+@torch.no_grad()
+def probe_logprob(model: PreTrainedModel) -> Tensor | None:  # (M,) float32
+    """Of a few random tokens, where the model is now; None while it is on no device, or in shards."""
+    base = base_of(model)
+    if _without_storage(base):
+        return None
+    (name, dtype), *_ = _runnable(base).items()
+    _, batch = _probe(base)
+    training = model.training
+    model.eval()
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype != base.dtype):
+        logp = logprob(model, batch, trunk(model, batch, attention.Layout(batch, name)))
+    model.train(training)
+    return logp
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _probe(model: PreTrainedModel) -> tuple[list[tuple[np.ndarray, ...]], PackedBatch]:
+    """Two small pairs of random tokens, as (prompt, chosen, rejected) and packed."""
+    size = vocabulary(model)
+    draw = lambda n, seed: np.random.default_rng(seed).integers(0, size, n).astype(np.int32)
+    triples = [(draw(4, 0), draw(3, 1), draw(5, 2)), (draw(2, 3), draw(6, 4), draw(2, 5))]
+    whole = lambda response: truncate(response, all_positions(len(response)))
+    return triples, pack([(p, whole(c), whole(r)) for p, c, r in triples]).to(model.device)

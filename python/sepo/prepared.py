@@ -1,6 +1,6 @@
 """Pairs as a method reads them, made when a step asks for them; their lengths at once, for the plan."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from sepo.config import SePOConfig
 from sepo.data.contents import PAIRS, REF_LOGP, SCORES, ContentHash
 from sepo.data.cost import pair_costs
 from sepo.data.pack import PackablePair
-from sepo.data.segments import make_segments
+from sepo.data.segments import check_tokens, make_segments
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
 from sepo.methods import METHODS
@@ -18,8 +18,8 @@ class PreparedPairs(Sequence):
     """Segments of every pair, selected and truncated anew at each reading.
 
     Nothing of a pair is kept but three lengths and a count, so a million pairs take tens of
-    megabytes beside the data. Raises InputError, naming the row, for what the method can't use and
-    for a pair longer than `args.max_tokens_per_batch`.
+    megabytes beside the data. Raises InputError, naming the row, for what the method can't use,
+    a token that a model lacks, and a pair longer than `args.max_tokens_per_batch`.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class PreparedPairs(Sequence):
         args: SePOConfig,
         *,
         attention: float = 0.0,  # cost of a query and a key, in tokens: see `attention_cost`
+        vocabularies: Mapping[str, int] | None = None,  # sizes, by what a message calls the model
     ):
         if len(pairs) == 0:
             raise InputError("expected at least one pair, got an empty data set")
@@ -51,6 +52,7 @@ class PreparedPairs(Sequence):
             hashes["ref_logp"] = ContentHash(REF_LOGP)
         for i in range(len(pairs)):
             pair = pairs[i]
+            check_tokens(pair, vocabularies or {})
             prompt, chosen, rejected = make_segments(pair, **self._how)
             for one in hashes.values():
                 one.add(pair)

@@ -19,7 +19,15 @@ from sepo.data.store import ScoredStore, template_hash, tokenizer_hash
 from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError
 from sepo.fingerprint import checkpoint_hash
-from sepo.model import Head, head, hidden_states, load_model, token_logprob
+from sepo.folder import ModelFolder
+from sepo.model import (
+    Head,
+    head,
+    hidden_states,
+    load_model,
+    probe_logprob,
+    token_logprob,
+)
 from sepo.ops import selected_logprob_kl
 
 Keep = Literal[
@@ -91,6 +99,39 @@ class LiveReference:
 Reference = CachedReference | LiveReference
 
 
+def without_adapters(model: nn.Module) -> LiveReference:
+    """A PeftModel, its adapters off, as its own reference.
+
+    Raises InputError for adapters that change it already: training would not start at its reference.
+    """
+    reference = LiveReference(model, without_adapters=True)
+    logp = probe_logprob(model)
+    if logp is None:
+        return reference
+    with reference.frozen() as frozen:
+        change = (logp - probe_logprob(frozen)).abs().max().item()
+    # new LoRA adds zeros; what multiplies (DoRA, OFT) is rounded on the way, in 16 bits to be seen
+    adds = all(c.peft_type == "LORA" and not c.use_dora for c in model.peft_config.values())
+    exact = adds or next(model.parameters()).dtype.itemsize >= 4
+    if not change <= (1e-4 if exact else 0.1):
+        raise InputError(
+            f"the policy's adapters change its log-probabilities by {change:.2g} nats before the "
+            "first step, so without them it is not the reference that training starts from: expected "
+            "new adapters (merge_and_unload() these, and give peft_config), or reference_model="
+        )
+    return reference
+
+
+def check_apart(model: nn.Module, reference: nn.Module) -> None:
+    """Raise InputError for a reference that would move with the policy."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if reference is model or any(id(p) in trained for p in reference.parameters()):
+        raise InputError(
+            "reference_model: expected a model of its own, got the policy or one that shares its "
+            "weights; load it once more, or leave it out under LoRA"
+        )
+
+
 def token_logprob_kl(
     model: PreTrainedModel,
     batch: PackedBatch,
@@ -100,6 +141,7 @@ def token_logprob_kl(
     direction: str = "ref||policy",  # or "policy||ref"
     budget: int | None = None,  # bytes, see selected_logprob_kl
     impl: str = "auto",
+    routers: list[Tensor] | None = None,  # the policy's, see hidden_states
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl: (M,) float32, nats
     """Both models' log-probability of every selected token, and the KL divergence at its row.
 
@@ -107,7 +149,7 @@ def token_logprob_kl(
     reference whose states are rounded to it. Call it inside the wrapped module's forward, as
     `token_logprob`. Raises InputError for a reference whose head does not fit the policy's.
     """
-    hidden, own = hidden_states(model, batch), head(model)
+    hidden, own = hidden_states(model, batch, routers=routers), head(model)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         own = own._replace(weight=_as(own.weight, hidden), bias=_as(own.bias, hidden))
@@ -132,7 +174,7 @@ def token_logprob_kl(
 
 
 def load_reference(
-    path: str,  # hub id or local directory of the reference
+    path: str | ModelFolder,  # hub id or local directory of the reference
     data: Mapping[str, Sequence[TokenPair]],  # by the name that a message calls it
     tokenizer: PreTrainedTokenizerBase,  # the policy's
     *,
@@ -155,7 +197,7 @@ def load_reference(
 
 
 def cached_reference(
-    path: str,  # hub id or local directory of the reference
+    path: str | ModelFolder,  # hub id or local directory of the reference
     data: Mapping[str, Sequence[TokenPair]],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -185,7 +227,9 @@ def cached_reference(
 class _Key:
     """What a store must have been scored with; hashes are made when they are compared."""
 
-    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool):
+    def __init__(
+        self, path: str | ModelFolder, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
+    ):
         self.path, self._tokenizer, self._trust = path, tokenizer, trust_remote_code
         self._weights: dict[torch.dtype, str] = {}
 

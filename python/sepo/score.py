@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sepo
 from sepo.data.hidden import ROW_DTYPE, HiddenRows, StoredHead, check_room, size_name
+from sepo.data.segments import check_tokens
 from sepo.data.store import (
     FORMAT,
     ScoredStore,
@@ -30,7 +31,7 @@ from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.fingerprint import weights_hash
 from sepo.lock import lock
-from sepo.model import head
+from sepo.model import head, vocabulary
 from sepo.precision import check_precision
 from sepo.response_logp import check_budget, dtype_name, kept_logp, response_logp
 from sepo.terminal import say
@@ -82,7 +83,9 @@ def score_dataset(
     index, count = _checked_shard(shard)
     for role, model in (("reference", reference), ("oracle", oracle)):
         if model is not None:
-            _check_tokens(pairs, model, role)
+            size = vocabulary(model)
+            for pair in pairs:
+                check_tokens(pair, {role: size})
     check_budget(pairs, max_tokens)
     manifest = {
         "format": FORMAT,
@@ -223,18 +226,6 @@ def _number(variable: str, default: int) -> int:
         return int(text := os.environ.get(variable, str(default)))
     except ValueError as error:
         raise InputError(f"{variable}: expected a number, got {text!r}") from error
-
-
-def _check_tokens(pairs: list[TokenPair], model: PreTrainedModel, role: str) -> None:
-    # Models that share a tokenizer may pad the vocabulary differently, so sizes alone do not tell.
-    size = model.get_input_embeddings().num_embeddings
-    for pair in pairs:
-        largest = max(int(ids.max()) for ids in (pair.prompt, pair.chosen, pair.rejected))
-        if largest >= size:
-            raise InputError(
-                f"row {pair.id}: token {largest}, but the {role} has a vocabulary of {size}; "
-                "it needs the tokenizer that made the pairs"
-            )
 
 
 def _about_model(role: str, model: PreTrainedModel | None) -> dict:

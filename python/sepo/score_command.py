@@ -14,6 +14,7 @@ from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore, is_store, tokenizer_hash
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
+from sepo.folder import find_folder
 from sepo.lock import lock
 from sepo.model import load_model, load_tokenizer
 from sepo.reference import cached_reference
@@ -79,6 +80,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
+    folders = {
+        role: find_folder(path)
+        for role in ("reference", "oracle")
+        if (path := getattr(args, role)) is not None
+    }
+    for role, folder in folders.items():
+        say(f"{role}: {folder}")
     tokenizer = load_tokenizer(args.reference)
     if args.oracle is not None:
         _check_same_tokenizer(args.oracle, args.reference, tokenizer)
@@ -92,7 +100,7 @@ def _score(args: argparse.Namespace) -> None:
         device = getattr(args, f"{role}_device") or args.device or _default_device()
         needed = getattr(args, role) and not (role == "reference" and data.has_reference)
         if needed:
-            models[role] = load_model(getattr(args, role), dtype=dtype, device=device)
+            models[role] = load_model(folders[role], dtype=dtype, device=device)
         if needed and dtype == torch.bfloat16:
             own = f"{role}_" * (getattr(args, f"{role}_dtype") is not None)
             slow[device] = f"--{own}dtype bfloat16"

@@ -19,7 +19,9 @@ from sepo.reference import (
     Reference,
     check_heads,
     token_logprob_kl,
+    without_adapters,
 )
+from sepo.routers import RouterLoss
 
 MASK = "sparse_mask"  # the policy's submodule: only so do DDP and FSDP2 see its parameters
 
@@ -31,11 +33,22 @@ class TokenStep:
     method: Method
     args: SePOConfig
     reference: Reference | None
+    router_loss: RouterLoss | None = None
 
     def __call__(self, model: nn.Module, batch: PackedBatch) -> TokenValues:
+        routers = None if self.router_loss is None else []
+        values = self._values(model, batch, routers)
+        if routers is None:
+            return values
+        return values._replace(router_loss=self.router_loss(routers, batch))
+
+    def _values(
+        self, model: nn.Module, batch: PackedBatch, routers: list[Tensor] | None
+    ) -> TokenValues:
         budget, direction = self.args.head_budget, self.method.direction
         if direction is None:
-            return TokenValues(token_logprob(model, batch, budget=budget), self._ref_logp(batch))
+            logp = token_logprob(model, batch, budget=budget, routers=routers)
+            return TokenValues(logp, self._ref_logp(batch))
         ref_hidden, read = self._read_reference(batch)
         values = token_logprob_kl(
             model,
@@ -44,6 +57,7 @@ class TokenStep:
             ref_hidden=ref_hidden,
             direction=direction(self.args),
             budget=budget,
+            routers=routers,
         )
         # backward takes what came last first, and has let go of the layers before it is in the trunk
         return TokenValues(*values, *self._masks(model, batch, read))
@@ -101,7 +115,8 @@ def find_reference(
     if given is None and method.reference == "hidden" and _keeps_hidden(data):
         reference = CachedReference(data.reference_head())
     elif given is None and has_adapters(model):
-        reference = LiveReference(model, without_adapters=True)
+        read = method.reference == "logp" and data is not None and _carries_logp(data)
+        reference = LiveReference(model, True) if read else without_adapters(model)
     if isinstance(reference, CachedReference) and method.reference == "layers":
         raise InputError(
             f"--method {name}: expected a live reference, whose layers its mask reads, got cached rows"

@@ -20,6 +20,7 @@ from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore, is_store
 from sepo.data.types import TokenPair
 from sepo.errors import InputError, exit_with_one_line
+from sepo.folder import ModelFolder, find_folder
 from sepo.lock import contents, lock
 from sepo.methods import METHODS
 from sepo.model import explain_attention, load_model, load_tokenizer
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(args: SePOConfig) -> None:
     """Everything from the data to the saved model, in an output directory that is held."""
     adapters, quantised = lora_config(args), quantization_config(args)
+    policy = find_policy(args)
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     data = {args.dataset_name: load_pairs(args.dataset_name, args.dataset_split, tokenizer, args)}
     if args.eval_dataset_name is not None:
@@ -48,13 +50,12 @@ def train(args: SePOConfig) -> None:
     pairs, *eval_pairs = data.values()
     reference = None
     if METHODS[args.method].reference is not None:
-        reference = reference_of(args, data, tokenizer)
+        reference = reference_of(args, policy, data, tokenizer)
     model = load_model(
-        args.model_name_or_path,
+        policy,
         dtype=getattr(torch, args.dtype),
         attn_impl=args.attn_impl,
         quantization_config=quantised,
-        trust_remote_code=args.trust_remote_code,
     )
     trainer = SePOTrainer(
         model,
@@ -97,6 +98,29 @@ def parse(argv: list[str]) -> SePOConfig:
     return args
 
 
+def find_policy(args: SePOConfig) -> ModelFolder:
+    """What the policy's folder holds, printed. Raises InputError for what can't be trained."""
+    path = args.model_name_or_path
+    policy = find_folder(path, trust_remote_code=args.trust_remote_code)
+    flag = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit"
+    quantise = args.load_in_4bit or args.load_in_8bit
+    if policy.quantised and quantise:
+        raise InputError(f"{flag}: {path} is quantised already, by {policy.quantised}")
+    if policy.quantised and not args.use_peft:
+        raise InputError(
+            f"--model_name_or_path {path}: its weights are quantised by {policy.quantised} and can't "
+            "be trained; expected --use_peft too, or plain weights"
+        )
+    if policy.adapter is not None and quantise:
+        raise InputError(
+            f"{flag}: {path} is an adapter, which would be merged into quantised weights; merge it "
+            f"first: sepo.model.load_model('{path}').save_pretrained(...)"
+        )
+    if args.should_log:
+        print(f"policy: {policy}")
+    return policy
+
+
 def load_pairs(
     name: str, split: str, tokenizer: PreTrainedTokenizerBase, args: SePOConfig
 ) -> Sequence[TokenPair]:
@@ -119,16 +143,23 @@ def load_pairs(
 
 
 def reference_of(
-    args: SePOConfig, data: dict[str, Sequence[TokenPair]], tokenizer: PreTrainedTokenizerBase
+    args: SePOConfig,
+    policy: ModelFolder,
+    data: dict[str, Sequence[TokenPair]],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Reference | None:
     """Cached if all data keeps what the method reads, else live; None: the policy without adapters."""
-    path = args.reference_model_name_or_path or args.model_name_or_path
+    path, named = policy, args.reference_model_name_or_path
+    if named is not None:
+        path = find_folder(named, trust_remote_code=args.trust_remote_code)
+        if args.should_log:
+            print(f"reference: {path}")
     how = dict(
         keep=METHODS[args.method].reference,
         dtype=compute_dtype(args),
         trust_remote_code=args.trust_remote_code,
     )
-    if args.use_peft and args.reference_model_name_or_path is None:
+    if args.use_peft and named is None:
         return cached_reference(path, data, tokenizer, **how)
     like_policy = dict(weights_dtype=getattr(torch, args.dtype), attn_impl=args.attn_impl)
     return load_reference(path, data, tokenizer, **how, **like_policy)

@@ -19,23 +19,24 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sepo.adapters import add_adapters
+from sepo.adapters import add_adapters, check_adapters, has_adapters
 from sepo.config import SePOConfig
 from sepo.data.cost import attention_cost
 from sepo.data.load import is_rows
 from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.read import read_pairs
-from sepo.data.types import TokenPair
+from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError
 from sepo.identity import describe_run
 from sepo.layers import compile_layers, disable_dropout, recompute_cheap
 from sepo.masked import MaskedTrainer, add_mask
-from sepo.methods import METHODS, reduce_segments
+from sepo.methods import METHODS, TokenValues, reduce_segments
 from sepo.metrics import RunningMeans, Throughput, pair_metrics, token_metrics
-from sepo.model import prepare_model
+from sepo.model import prepare_model, restore_attention, vocabulary
 from sepo.prepared import PreparedPairs, data_seed
-from sepo.reference import LiveReference, Reference
+from sepo.reference import LiveReference, Reference, check_apart
+from sepo.routers import router_loss
 from sepo.terminal import say
 from sepo.tokens import TokenStep, find_reference
 
@@ -69,12 +70,14 @@ class SePOTrainer(MaskedTrainer):
         )
         if args.disable_dropout:
             disable_dropout(model)
+        check_adapters(model, peft_config)
         if peft_config is not None:
             set_seed(args.seed)  # Trainer does so later, when the adapters are drawn
             model = add_adapters(model, peft_config)
         prepare_model(model, attn_impl=args.attn_impl)
         if isinstance(reference_model, LiveReference):
-            reference_model = reference_model.model
+            itself = reference_model.without_adapters and reference_model.model is model
+            reference_model = None if itself else reference_model.model
         if isinstance(reference_model, nn.Module) and is_deepspeed_zero3_enabled():
             raise InputError(
                 "ZeRO-3 shards every model that is loaded, but trains one: expected the reference's "
@@ -82,6 +85,11 @@ class SePOTrainer(MaskedTrainer):
             )
         # all of it before Trainer makes the output directory: bad data leaves nothing behind
         self._attention = attention_share(model)
+        self._router_loss = router_loss(model)
+        self._vocabularies = {"policy": vocabulary(model)}
+        if isinstance(reference_model, nn.Module):
+            check_apart(model, reference_model)
+            self._vocabularies["reference"] = vocabulary(reference_model)
         self.train_pairs = self._prepared(train_dataset, args)
         self._eval_pairs = self._prepared(eval_dataset, args)
         if isinstance(reference_model, nn.Module):
@@ -115,8 +123,6 @@ class SePOTrainer(MaskedTrainer):
         self._compile()
         if isinstance(reference_model, nn.Module):
             prepare_model(reference_model.to(args.device))
-        # not its weight's shape: ZeRO-3 leaves that empty
-        self._vocab_size = model.get_output_embeddings().out_features
 
     # One step
 
@@ -211,24 +217,37 @@ class SePOTrainer(MaskedTrainer):
     def _losses(
         self, model: nn.Module, pairs: PreparedPairs, part: Sequence[int], means: RunningMeans
     ) -> Tensor:  # (P,) of one micro-batch
-        batch = pack([pairs[i] for i in part], vocab_size=self._vocab_size).to(self.args.device)
+        batch = pack([pairs[i] for i in part], vocab_size=self._vocabularies["policy"]).to(
+            self.args.device
+        )
         # accelerate casts in the policy's forward alone, but the reference runs in there too
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            tokens = model(batch=batch, compute=TokenStep(self.method, self.args, self.reference))
+            step = TokenStep(self.method, self.args, self.reference, self._router_loss)
+            tokens = model(batch=batch, compute=step)
         segments = reduce_segments(tokens, batch.weights, batch.cu_rows)
         losses = self.method.loss(segments, self.args)
+        if tokens.router_loss is not None:
+            losses = losses + self._router_loss.coefficient * self._per_pair(tokens, batch)
         reward = self.method.reward
         rewards = None if reward is None else reward(segments, self.args)
-        means.add(pair_metrics(segments, losses, rewards), len(losses))
+        means.add(pair_metrics(segments, losses, rewards, tokens.router_loss), len(losses))
         means.add(token_metrics(tokens), len(batch.rows))
         return losses
+
+    def _per_pair(self, tokens: TokenValues, batch: PackedBatch) -> Tensor:  # (P,)
+        """The router's loss, for a sum that `_loss_count` will make a mean."""
+        if self.method.per == "pair":
+            return tokens.router_loss
+        return tokens.router_loss * batch.cu_rows.diff().view(-1, 2).sum(1)
 
     def _loss_count(self, pairs: PreparedPairs, indices: np.ndarray) -> int:
         """What the step's sum of losses is divided by, the same on every rank."""
         return int(pairs.selected[indices].sum()) if self.method.per == "token" else len(indices)
 
     def _prepared(self, data: Sequence[TokenPair] | None, args: SePOConfig) -> PreparedPairs | None:
-        return None if data is None else PreparedPairs(data, args, attention=self._attention)
+        if data is None:
+            return None
+        return PreparedPairs(data, args, attention=self._attention, vocabularies=self._vocabularies)
 
     def _compile(self) -> None:
         """Layer by layer, where accelerate would compile the model whole: for every batch anew."""
@@ -236,6 +255,15 @@ class SePOTrainer(MaskedTrainer):
         if plugin.backend != DynamoBackend.NO:
             compile_layers(self.model, plugin)
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+
+    def train(self, *args, **kwargs):
+        """As ResumableTrainer's; afterwards the model answers any call, `generate` among them."""
+        if not has_adapters(self.model):
+            self.model.merged_from = None  # what it was loaded from is not what it is any more
+        done = super().train(*args, **kwargs)
+        self.model.eval()  # checkpointed layers in training keep no cache
+        restore_attention(self.model)
+        return done
 
     # What Trainer asks its subclasses
 

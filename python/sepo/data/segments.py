@@ -1,5 +1,6 @@
 """From a pair to what a method reads of it: select, then truncate."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
@@ -49,6 +50,24 @@ def make_segments(
         segment("chosen", fraction=fraction),
         segment("rejected", fraction=rejected_fraction),
     )
+
+
+def check_tokens(pair: TokenPair, vocabularies: Mapping[str, int]) -> None:
+    """Raise InputError naming the row for a token that a model lacks; sizes by the model's role.
+
+    Models that share a tokenizer may pad the vocabulary differently, so a tokenizer does not tell.
+    """
+    if not vocabularies:
+        return
+    ids = np.concatenate([pair.prompt, pair.chosen, pair.rejected])
+    least, largest = int(ids.min(initial=0)), int(ids.max(initial=0))
+    for role, size in vocabularies.items():
+        if not 0 <= least <= largest < size:
+            token = largest if largest >= size else least
+            raise InputError(
+                f"row {pair.id}: token {token}, but the {role} has a vocabulary of {size}; "
+                "it needs the tokenizer that made the pairs"
+            )
 
 
 def num_tokens(pair: PackablePair) -> int:

@@ -1,0 +1,281 @@
+"""What a model's folder holds, found out once from its small files; and reading it whole or not at all.
+
+A folder is a model, or an adapter on another folder: that one is loaded first, the adapter merged
+into it. Whatever is neither is refused by name, before anything large is read.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from sepo.errors import InputError
+
+WEIGHTS = "model.safetensors"  # looked for in this order, as transformers does
+INDEX = "model.safetensors.index.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"}
+WRAPPERS = {"_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP"}  # marks of theirs
+UNREADABLE = (
+    OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """One line of it is `str(folder)`."""
+
+    path: str  # hub id or local directory
+    config: PreTrainedConfig  # of the model, which for an adapter is the base's
+    adapter: dict | None = None  # its adapter_config.json
+    base: "ModelFolder | None" = None  # that the adapter is on; it may be an adapter too
+    trust_remote_code: bool = False
+
+    @property
+    def quantised(self) -> str | None:
+        """The method by which the weights on disk are quantised, None for plain ones."""
+        about = getattr(self.config, "quantization_config", None)
+        if about is None:
+            return None
+        method = about["quant_method"] if isinstance(about, dict) else about.quant_method
+        return str(getattr(method, "value", method))
+
+    @property
+    def files(self) -> list[str]:
+        """Its own safetensors files."""
+        if self.adapter is None:
+            return _weight_files(self.path)
+        return [find_file(self.path, ADAPTER_WEIGHTS)]
+
+    def __str__(self) -> str:
+        if self.adapter is not None:
+            return f"{self.path}, a {self.adapter['peft_type']} adapter merged into {self.base}"
+        quantised = f", quantised by {self.quantised}" if self.quantised else ""
+        return f"{self.path} ({self.config.model_type}{quantised})"
+
+
+def find_folder(path: str, *, trust_remote_code: bool = False) -> ModelFolder:
+    """Look at names and headers, and at no weights.
+
+    Raises InputError for a folder without a model in safetensors, one that is torn or that a wrapped
+    model was saved to, and an adapter that can't be merged or whose base is not there.
+    """
+    return _find(str(path), trust_remote_code, ())
+
+
+def _find(path: str, trust_remote_code: bool, above: tuple[str, ...]) -> ModelFolder:
+    if path in above:
+        raise InputError(
+            f"can't load a model from {above[0]}: the adapter in {path} is its own base"
+        )
+    adapter = find_file(path, ADAPTER)
+    if adapter is not None:
+        about = _read_adapter(path, adapter)
+        base = about["base_model_name_or_path"]
+        try:
+            found = _find(str(base), trust_remote_code, (*above, path))
+        except InputError as error:
+            raise InputError(f"{path} is an adapter on {base}: {error}") from error
+        if found.quantised:
+            raise InputError(
+                f"{path} is an adapter on {base}, which is quantised by {found.quantised}: it can't "
+                "be merged without rounding; expected an adapter on plain weights"
+            )
+        return ModelFolder(path, found.config, about, found, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    _check_files(path, _weight_files(path))
+    return ModelFolder(path, config, trust_remote_code=trust_remote_code)
+
+
+def _read_adapter(path: str, file: str) -> dict:
+    refuse = lambda reason: InputError(f"can't load a model from {path}: {reason}")
+    try:
+        about = json.loads(Path(file).read_text())
+        kind, base = about["peft_type"], about["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise refuse(f"expected peft's {ADAPTER}, got {_first_line(error)}") from error
+    if kind in PROMPTS:
+        raise refuse(f"{kind} adapters put tokens or keys before every sequence: not supported")
+    if not base:
+        raise refuse(f"expected base_model_name_or_path in its {ADAPTER}, got {base}")
+    if find_spec("peft") is None:
+        raise refuse("an adapter needs peft, which is not installed: pip install peft")
+    if any(find_file(path, name) for name in (WEIGHTS, INDEX)):
+        raise refuse(
+            f"expected a model or an adapter, found both: move {ADAPTER} away, or {WEIGHTS}"
+        )
+    if (weights := find_file(path, ADAPTER_WEIGHTS)) is None:
+        raise refuse(f"expected {ADAPTER_WEIGHTS} (others are not read: they unpickle), found none")
+    _check_files(path, [weights])
+    return about
+
+
+def find_file(path: str, name: str) -> str | None:
+    try:
+        return cached_file(path, name)
+    except OSError:  # not there, or out of reach; who needs it says so
+        return None
+
+
+def _weight_files(path: str) -> list[str]:
+    if (whole := find_file(path, WEIGHTS)) is not None:
+        return [whole]
+    if (index := find_file(path, INDEX)) is None:
+        raise InputError(
+            f"can't load a model from {path}: expected {WEIGHTS} or {INDEX} (other files are not "
+            "read: they unpickle), found none"
+        )
+    try:
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"can't load a model from {path}: expected a weight_map in {INDEX}, got "
+            f"{_first_line(error)}"
+        ) from error
+    files = [find_file(path, name) for name in names]
+    if None in files:
+        missing = names[files.index(None)]
+        raise InputError(f"can't load a model from {path}: {missing} is missing")
+    return files
+
+
+def _check_files(path: str, files: list[str]) -> None:
+    """A header vouches for the length of its file; names tell who wrote them."""
+    names = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names += opened.keys()
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file} is not a whole safetensors file: {error}") from error
+    for mark, wrapper in WRAPPERS.items():
+        if wrapped := [name for name in names if mark in name]:
+            raise InputError(
+                f"can't load a model from {path}: expected the model's own names, got {wrapped[0]}; "
+                f"save the model inside {wrapper}, not its wrapper"
+            )
+
+
+def read_model(
+    folder: ModelFolder,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization_config=None,  # transformers' BitsAndBytesConfig
+) -> PreTrainedModel:
+    """Every tensor of the model from the folder, adapters merged.
+
+    Raises InputError naming tensors that are missing, of another shape, or nobody's.
+    """
+    if folder.adapter is not None:
+        if quantization_config is not None:
+            raise InputError(f"{folder.path} is an adapter, expected plain weights to quantise")
+        return _merged(read_model(folder.base, dtype=dtype), folder)
+    try:
+        with _without_report():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder.path,
+                dtype=dtype,
+                quantization_config=quantization_config,
+                use_safetensors=True,  # nothing is unpickled
+                trust_remote_code=folder.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+            )
+    except UNREADABLE as error:
+        raise _unreadable(folder.path, error) from error
+    shapes = [f"{n} {tuple(has)} for {tuple(own)}" for n, has, own in found["mismatched_keys"]]
+    # what a quantised checkpoint holds beside the weights is its method's affair
+    unexpected = [] if folder.quantised else found["unexpected_keys"]
+    _demand(folder.path, model, found["missing_keys"], unexpected, shapes)
+    return model
+
+
+def _merged(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
+    from peft import PeftConfig, PeftModel
+
+    if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
+        raise InputError(
+            f"{folder.path} is an adapter, and the model is sharded as it is loaded (ZeRO-3, or "
+            "fsdp_cpu_ram_efficient_loading): merge it first, on one process, "
+            f"sepo.model.load_model('{folder.path}').save_pretrained(...)"
+        )
+    ties = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    try:
+        config = PeftConfig.from_pretrained(folder.path)
+        config.inference_mode = True
+        adapted = PeftModel(model, config)
+        heads = model.get_output_embeddings(), model.get_input_embeddings()
+        if ties and any(map(is_adapter, heads)):
+            raise InputError("it changes an embedding that is the head too")
+        mapping = getattr(model, "_checkpoint_conversion_mapping", {})
+        found = adapted.load_adapter(
+            folder.path, "default", torch_device=str(model.device), key_mapping=mapping
+        )
+        with safe_open(folder.files[0], framework="pt") as opened:
+            names = list(opened.keys())
+        whole = [m for m in config.modules_to_save or () if not any(f".{m}." in n for n in names)]
+        _demand(folder.path, adapted, [*found.missing_keys, *whole], found.unexpected_keys, [])
+        model = adapted.merge_and_unload(safe_merge=True)
+    except UNREADABLE as error:
+        raise InputError(
+            f"{folder.path} can't be merged into {folder.base.path}: {_first_line(error)}"
+        ) from error
+    # what is saved of it, or on top of it, comes from here and not from the base
+    model.requires_grad_(True)  # peft froze it
+    model.name_or_path = model.config.name_or_path = folder.path
+    model.merged_from = folder
+    return model
+
+
+def is_adapter(module) -> bool:
+    """Whether peft put it in a module's place."""
+    # base_layer in a tuner's layer, the others in its wrappers
+    marks = ("base_layer", "original_module", "token_adapter")
+    return any(hasattr(module, mark) for mark in marks)
+
+
+def _demand(path: str, model, missing, unexpected, shapes) -> None:
+    parts = [
+        f"{len(names)} {what} ({', '.join(sorted(names)[:2])}{', ...' * (len(names) > 2)})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))
+        if names
+    ]
+    if parts:
+        raise InputError(
+            f"can't load a model from {path}: expected every tensor of {type(model).__name__} and "
+            f"no other, got {'; '.join(parts)}"
+        )
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers' table of what did not fit; `_demand` says it in a line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    keep = lambda record: "LOAD REPORT" not in record.getMessage()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _unreadable(path: str, error: Exception) -> InputError:
+    return InputError(f"can't load a model from {path}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
