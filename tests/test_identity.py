@@ -101,6 +101,7 @@ REFUSED = [  # kind, the change, what is expected
     ("lora", dict(pairs=first_pair(rejected=other_ids(PAIRS[0].rejected))), DATA),
     ("sepo", dict(pairs=first_pair(chosen_weight=ones(PAIRS[0].chosen))), DATA),
     ("sepo", dict(pairs=first_pair(id="x")), DATA),
+    ("cached", dict(pairs=[*PAIRS[:-1], replace(PAIRS[-1], id="x")]), DATA),
     ("sepo", dict(pairs=first_pair(chosen_score=nudged(PAIRS[0].chosen_score))), "scores"),
     ("sepo", dict(pairs=first_pair(rejected_score=-PAIRS[0].rejected_score)), "scores"),
     # the reference
