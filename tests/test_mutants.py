@@ -72,6 +72,24 @@ MUTANTS = {
         "pass",
         "tests/test_attention.py::test_values_and_gradients_are_the_definition",
     ),
+    "what inference renders is not looked at": (
+        "python/sepo/data/render.py",
+        "if opening is None or not text.startswith(opening):",
+        "if opening is None:",
+        "tests/data/test_templates.py",
+    ),
+    "what a template cuts from a response is not looked for": (
+        "python/sepo/data/content.py",
+        "if not is_earlier and not all(map(found, _reasoning(message))):",
+        "if False:",
+        "tests/data/test_templates.py",
+    ),
+    "a folder's files as one table": (
+        "python/sepo/data/load.py",
+        "if isinstance(builder, Json) and options.field is None:",
+        "if False:",
+        "tests/data/test_rows.py",
+    ),
     "ranks dealt by count": (
         "python/sepo/data/plan.py",
         "heapreplace(loads, (load + dearest, rank))",

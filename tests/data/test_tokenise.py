@@ -162,6 +162,9 @@ def test_an_end_of_turn_that_is_no_special_token_is_found():
     [
         "{{ messages[0]['content'] }}",  # never
         "{{ messages[-1]['content'] + ' ' + messages[-1]['content'] }}",  # twice
+        # twice, the first time where an answer is expected
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     ],
 )
 def test_a_template_that_does_not_show_the_response_once(template):

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,22 @@ class Rows:
 
     def source(self, index: int) -> str:
         """Where the row comes from."""
-        number = self._part[index]
-        ends = accumulate(count for _, count in self.sources)
-        return next(name for (name, _), end in zip(self.sources, ends, strict=True) if number < end)
+        for name, count in self.runs():
+            if index < count:
+                return name
+            index -= count
+        raise IndexError(index)
+
+    def runs(self) -> Iterator[tuple[str, int]]:
+        """Each source of these rows, and how many come from it, in order."""
+        start = 0
+        for name, count in self.sources:
+            part = self._part[
+                max(0, start - self._part.start) : max(0, start + count - self._part.start)
+            ]
+            if len(part):
+                yield name, len(part)
+            start += count
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -67,7 +80,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
         return parts[0]
     columns = dict.fromkeys(name for part in parts for name in part.column_names)
     whole = Rows(lambda: chain.from_iterable(parts), list(columns), sum(map(len, parts)))
-    whole.sources = [(part.source(0), len(part)) for part in parts if len(part)]
+    whole.sources = [run for part in parts for run in part.runs()]
     return whole
 
 
