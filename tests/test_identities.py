@@ -250,14 +250,14 @@ def test_noise_in_rows_that_predict_nothing(name, monkeypatch):
     expected = per_pair(name, "llama", pairs)
     noisy = []
 
-    def with_noise(model, batch):
-        hidden = hidden_states(model, batch)
+    def with_noise(model, batch, **how):
+        hidden = hidden_states(model, batch, **how)
         unread = torch.ones(len(hidden), 1, dtype=torch.bool)
         unread[batch.rows] = False
         noisy.append(int(unread.sum()))
         return hidden + unread * 1e3 * draw(*hidden.shape, seed=8)
 
-    for module in ("sepo.model", reference_module.__name__, readers.__name__):
+    for module in ("sepo.decoder", reference_module.__name__, readers.__name__):
         monkeypatch.setattr(f"{module}.hidden_states", with_noise)
     found = per_pair(name, "llama", pairs)
     assert_close(found, expected)

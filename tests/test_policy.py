@@ -117,6 +117,19 @@ def test_an_adapter_that_transformers_loaded_is_refused(tmp_path, new):
     make_trainer(tmp_path / "out", model=load_model(str(tmp_path / "sft"))).train()
 
 
+def test_adapters_that_transformers_added_are_trained(tmp_path):
+    model = untied()
+    model.add_adapter(lora())
+    trainer = make_trainer(tmp_path, model=model, method="simpo", pairs=bare(PAIRS), warmup_steps=0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            assert not torch.equal(parameter, before[name]), name
+        elif "lora_" not in name:
+            assert torch.equal(parameter, before[name]), name
+
+
 REFERENCES = {
     "itself": lambda m: m,
     "wrapped": lambda m: LiveReference(m),

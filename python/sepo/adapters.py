@@ -55,12 +55,19 @@ def check_adapters(
             "peft_config: expected a model without adapters, got one that has some; "
             "merge_and_unload() them first, or load its folder with sepo.model.load_model, which does"
         )
-    trained = any(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
-    if stacked and not has_adapters(model) and not trained:
+    if stacked and not has_adapters(model) and not _trains_adapters(model):
         raise InputError(
             "expected a plain model, or adapters to train, got a model into which transformers put a "
             "frozen adapter; load its folder with sepo.model.load_model, which merges it"
         )
+
+
+def _trains_adapters(model: torch.nn.Module) -> bool:
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    marks = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[c.peft_type] for c in model.peft_config.values())
+    trained = (name for name, p in model.named_parameters() if p.requires_grad)
+    return any(mark in name for name in trained for mark in marks)
 
 
 def has_adapters(model: torch.nn.Module) -> bool:

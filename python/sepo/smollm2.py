@@ -78,9 +78,11 @@ def load_model(gguf: Path) -> PreTrainedModel:
     """The dequantised weights in float32, without a trace of the quantised file they came from."""
     if importlib.util.find_spec("gguf") is None:
         raise InputError("reading a GGUF file needs the package gguf; try: pip install gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    model, found = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )
+    if missing := found["missing_keys"]:
+        raise InputError(f"{gguf}: expected every tensor of {NAME}, {min(missing)} is missing")
     # The tensors are plain float32 already; these marks alone would make the Trainer refuse to
     # train "a quantised model" and save_pretrained refuse to write it.
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
