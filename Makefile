@@ -1,11 +1,11 @@
-# make demo · make test · make bench · make gpu: each does all the set-up it needs, in .venv, and may be repeated.
+# make demo · make test · make hostile · make bench · make gpu: each does all the set-up it needs, in .venv, and may be repeated.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint bench gpu clean
+.PHONY: install demo test hostile lint bench gpu clean
 install: .venv/.installed
 
 # torch first and alone: a looser requirement asked for before it would bring another build of it
@@ -22,8 +22,14 @@ demo: .venv/.installed
 	$(BIN)/sepo demo --output_dir runs/demo
 
 test: .venv/.installed lint
-	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4 --dist loadscope \
+	$(BIN)/python -m pytest -q --durations=10 -m "not hostile" -n auto --maxprocesses 4 \
+		--dist loadscope \
 		--max-worker-restart=0  # a worker that dies is a failure at once; xdist waits for ever else
+
+# bad input, kills, flipped bits, two processes on one folder: ten minutes on two cores
+hostile: .venv/.installed
+	$(BIN)/python -m pytest -q tests/hostile -n auto --maxprocesses 4 --dist worksteal \
+		--max-worker-restart=0
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
