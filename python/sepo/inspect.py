@@ -11,9 +11,20 @@ import numpy as np
 from sepo.data.counts import count_rows, count_tokens
 from sepo.data.segments import make_segments
 from sepo.data.types import Segment, TokenPair
-from sepo.errors import InputError
+from sepo.errors import printable
+from sepo.options import (
+    positive,
+    say_idle,
+    say_idle_of_a_store,
+    share,
+    share_or_mass,
+    whole_number,
+)
 
 SIDES = ("chosen", "rejected")
+FIELDS = ("prompt", *SIDES)
+READING = ("split", "dataset_config", "limit", "max_length", "append_eos")
+SELECTION = {"fraction": 0.3, "rejected_fraction": None, "mass": 0.8, "first_token": "paper"}
 LEGEND = (
     "| ends a part, {mark} marks a selected token, ┊ follows the last token that is read "
     "after truncation"
@@ -27,29 +38,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", metavar="DATA", help="preference data (a file or hub id), or a scored store")
     add("--model_name_or_path", required=True, help="whose tokenizer reads the data")
-    add("--rows", type=int, default=3, metavar="n", help="rows to show")
-    share = dict(type=number_or_mass, metavar="NUMBER|mass")
-    add("--fraction", **share, default=0.3, help="of the tokens selected, for a scored store")
-    add("--rejected_fraction", **share, help="the same for rejected responses, if different")
-    add("--mass", type=float, default=0.8, help="share of the score that --fraction mass selects")
+    add("--rows", type=whole_number(0), default=3, metavar="n", help="rows to show")
+    one_of = dict(type=share_or_mass, metavar="NUMBER|mass")
+    add(
+        "--fraction",
+        **one_of,
+        default=SELECTION["fraction"],
+        help="of the tokens selected, for a scored store",
+    )
+    add("--rejected_fraction", **one_of, help="the same for rejected responses, if different")
+    add(
+        "--mass",
+        type=share,
+        default=SELECTION["mass"],
+        help="share of the score that --fraction mass selects",
+    )
     add(
         "--first_token",
         choices=("paper", "official"),
-        default="paper",
+        default=SELECTION["first_token"],
         help="official: as the released code, which never selects the first token of a response",
     )
-    add("--max_length", type=int, help="tokens of the prompt and one response")
+    add("--max_length", type=whole_number(2), help="tokens of the prompt and one response")
     add("--split", default="train")
     add("--dataset_config", help="configuration of a hub data set")
-    add("--limit", type=int, help="rows to read; all of them if not given")
-    for field in ("prompt", *SIDES):
+    add("--limit", type=positive, help="rows to read; all of them if not given")
+    for field in FIELDS:
         add(f"--{field}_key", metavar="COLUMN", help=f"the data's own name for `{field}`")
     add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
     add("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
-
-
-def number_or_mass(text: str) -> float | str:
-    return text if text == "mass" else float(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -59,14 +76,14 @@ def run(args: argparse.Namespace) -> None:
     """
     from sepo.model import load_tokenizer
 
-    if args.rows < 0:
-        raise InputError(f"expected --rows >= 0, got {args.rows}")
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    selection = ("fraction", "rejected_fraction", "mass", "first_token")
-    show = Show(tokenizer, sys.stdout, **{name: getattr(args, name) for name in selection})
+    selection = {name: getattr(args, name) for name in SELECTION}
+    show = Show(tokenizer, sys.stdout, **selection)
     from sepo.data.store import ScoredStore, is_store
 
     if is_store(args.data):
+        keys = [f"{field}_key" for field in FIELDS]
+        say_idle_of_a_store(args, args.data, *READING, *keys)
         store = ScoredStore.open(args.data, tokenizer)
         for pair in (store[i] for i in range(min(args.rows, len(store)))):
             show.pair(pair)
@@ -74,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         return
     from sepo.data.read import read_pairs
 
-    keys = {field: getattr(args, f"{field}_key") for field in ("prompt", *SIDES)}
+    keys = {field: getattr(args, f"{field}_key") for field in FIELDS}
     data = read_pairs(
         args.data,
         tokenizer,
@@ -85,6 +102,10 @@ def run(args: argparse.Namespace) -> None:
         append_eos=args.append_eos,
         limit=args.limit,
     )
+    if all(pair.chosen_weight is None for pair in data.pairs):
+        given = [name for name, usual in SELECTION.items() if selection[name] != usual]
+        why = f"{args.data} has no scores to select by"
+        say_idle([f"--{name} does nothing: {why}" for name in given])
     for pair, notes in zip(data.pairs[: args.rows], data.notes, strict=False):
         show.pair(pair, notes)
     show.totals(data.pairs)
@@ -146,9 +167,7 @@ class Show:
         self.line(f"one pass over them reads {read}")
 
     def line(self, text: str) -> None:
-        # a terminal of another encoding gets escapes instead of an exception
-        encoding = getattr(self.out, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=self.out)
+        print(text, file=self.out)
 
     def _segments(self, pair: TokenPair) -> list[Segment] | None:
         """Both segments; None if nothing selects in one of the responses."""
@@ -196,6 +215,5 @@ class Show:
 
 
 def _visible(text: str) -> str:
-    """Line breaks marked and kept, other control characters as escapes: text must not steer."""
-    shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    return "".join(shown).replace("\n", "⏎\n")
+    """Line breaks marked and kept, other control characters as escapes."""
+    return "⏎\n".join(map(printable, text.split("\n")))

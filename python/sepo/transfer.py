@@ -17,6 +17,7 @@ from transformers.hf_argparser import string_to_bool
 import sepo
 from sepo.data.carry import Aggregate, Carry, Coverage, LeftOut, Mode
 from sepo.data.crossvocab import TokenBytes
+from sepo.data.files import check_folder
 from sepo.data.formats import Preference, find_format
 from sepo.data.load import load_rows
 from sepo.data.read import PairSet, named_rows, read_pairs
@@ -33,6 +34,7 @@ from sepo.data.store import (
 from sepo.data.types import ScoredPair
 from sepo.errors import InputError
 from sepo.model import load_tokenizer
+from sepo.options import positive, share, whole_number
 
 FRACTION = 0.3
 MODELS = tuple(
@@ -172,8 +174,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_name", required=True, help="the data that was scored: a hub id or local path")
     add("--dataset_config", help="the data set's configuration, if it has several")
     add("--split", default="train")
-    add("--limit", type=int, help="read the first so many rows only")
-    add("--max_length", type=int, help="the policy's tokens of a prompt and one response")
+    add("--limit", type=positive, help="read the first so many rows only")
+    add(
+        "--max_length",
+        type=whole_number(2),
+        help="the policy's tokens of a prompt and one response",
+    )
     add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
     add("--model_name_or_path", required=True, help="the policy: its tokenizer and chat template")
     add("--output_dir", required=True)
@@ -184,8 +190,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score: a token's score from its bytes'; max is min in rejected responses; "
         "default mean",
     )
-    add("--fraction", type=float, help=f"overlap: of the oracle's tokens; default {FRACTION}")
-    add("--pairs_per_part", type=int, default=128)
+    add("--fraction", type=share, help=f"overlap: of the oracle's tokens; default {FRACTION}")
+    add("--pairs_per_part", type=positive, default=128)
     add("--trust_remote_code", action="store_true", help="run code that comes with a tokenizer")
 
 
@@ -194,6 +200,7 @@ def run(args: argparse.Namespace) -> None:
     for name, mode in (("aggregate", "score"), ("fraction", "overlap")):
         if getattr(args, name) is not None and args.mode != mode:
             raise InputError(f"--{name}: expected with --mode {mode}, got --mode {args.mode}")
+    check_folder(Path(args.output_dir), "--output_dir")
     code = dict(trust_remote_code=args.trust_remote_code)
     tokenizers = [load_tokenizer(path, **code) for path in (args.oracle, args.model_name_or_path)]
     store = ScoredStore.open(args.scores)

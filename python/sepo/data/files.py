@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
+
+from sepo.errors import InputError
 
 
 class Atomic:
@@ -32,6 +35,18 @@ def clear(folder: Path, owner: str) -> None:
     """Take away what a killed process left of `owner`'s files."""
     for stale in folder.glob(f".*.{owner}.tmp"):
         shutil.rmtree(stale)
+
+
+def check_folder(path: Path, flag: str) -> None:
+    """Raises InputError if a folder can't be made, or written to: before there is work to lose."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        what = "found a file" if there == path else f"{there} is a file"
+        raise InputError(f"{flag} {path}: expected a directory, {what}")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise InputError(f"{flag} {path}: expected to write there, got {error.strerror}") from error
 
 
 def _sync(path: Path) -> None:

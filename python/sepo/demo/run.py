@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sepo.config import SePOConfig
 from sepo.data.counts import count_rows, count_tokens
+from sepo.data.files import check_folder
 from sepo.data.read import read_pairs
 from sepo.data.segments import make_segments
 from sepo.data.store import ScoredStore
@@ -32,6 +33,7 @@ from sepo.demo.report import print_report
 from sepo.demo.sample import Completion, sample
 from sepo.errors import InputError
 from sepo.model import load_model, load_tokenizer
+from sepo.options import positive, seed
 from sepo.score import score_dataset
 from sepo.smollm2 import save_smollm2
 from sepo.trainer import SePOTrainer
@@ -65,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DATA,
         help="directory with pairs.jsonl, heldout.jsonl and heldout_openings.txt",
     )
-    add("--oracle_pairs", type=int, default=160, help="pairs that the oracle is trained on")
-    add("--per_opening", type=int, default=4, help="fresh samples of each held-out opening")
-    add("--seed", type=int, default=0)
+    add("--oracle_pairs", type=positive, default=160, help="pairs that the oracle is trained on")
+    add("--per_opening", type=positive, default=4, help="fresh samples of each held-out opening")
+    add("--seed", type=seed, default=0)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -265,6 +267,7 @@ def read_lines(path: Path) -> list[str]:
 
 def start_afresh(place: Path) -> None:
     """Empty the demo's own directory, but for the converted model; leave any other alone."""
+    check_folder(place, "--output_dir")
     marker = place / MARKER
     if place.exists() and any(place.iterdir()) and not marker.exists():
         raise InputError(f"--output_dir {place}: not empty and not made by the demo")

@@ -6,9 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from sepo.data.files import Atomic
+from sepo.data.files import Atomic, check_folder
 from sepo.data.store import MANIFEST, read_manifest
-from sepo.errors import InputError
+from sepo.errors import InputError, is_utf8
+from sepo.options import whole_number
 from sepo.report.charts import run_charts, store_charts
 from sepo.report.collect import MAX_STORES, PAIRS, collect
 
@@ -39,7 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds.add_argument(
         "--json", action="store_const", const="json", dest="format", help="the numbers, to stdout"
     )
-    add("--pairs", type=int, default=PAIRS, metavar="n", help="whose responses are shown")
+    add(
+        "--pairs",
+        type=whole_number(0),
+        default=PAIRS,
+        metavar="n",
+        help="whose responses are shown",
+    )
     add("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
 
 
@@ -55,12 +62,14 @@ def run(args: argparse.Namespace) -> None:
 
         charts = store_charts(data) + run_charts(data["runs"])
         folder = Path(args.output or "report")
-        _refuse(folder, folder.is_file(), "a folder for the figures, got a file")
+        check_folder(folder, "--output")
         files = write_pngs(charts, folder)
         print(f"{folder}: {len(files)} figures")
         return
     if args.format == "json":
-        text = json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
+        # escapes that JSON knows where stdout can't show a letter
+        ascii_only = args.output is None and not is_utf8(sys.stdout)
+        text = json.dumps(data, ensure_ascii=ascii_only, allow_nan=False) + "\n"
         if args.output is None:
             sys.stdout.write(text)
             return
@@ -97,6 +106,7 @@ def _tokenizer(store: str, name: str | None, trust_remote_code: bool):
 
 def _write(path: Path, text: str) -> None:
     _refuse(path, path.is_dir(), "a file to write, got a folder")
+    check_folder(path.parent, "--output")
     path.parent.mkdir(parents=True, exist_ok=True)
     with Atomic(path, str(os.getpid())) as temporary:
         temporary.write_text(text, encoding="utf-8")
