@@ -290,7 +290,11 @@ def _check_numbers(args: SePOConfig) -> None:
         (POSITIVE, "a positive number", lambda value: value > 0),
         (NOT_NEGATIVE, "at least 0", lambda value: value >= 0),
         (SEEDS, "a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
-        (("lora_dropout",), "a number in [0, 1)", lambda value: 0 <= value < 1),
+        (
+            ("lora_dropout", "adam_beta1", "adam_beta2"),
+            "a number in [0, 1)",
+            lambda value: 0 <= value < 1,
+        ),
         (("label_smoothing",), "a number in [0, 0.5)", lambda value: 0 <= value < 0.5),
         (("max_steps",), "a positive number, or -1 for --num_train_epochs", lambda n: n >= -1),
     ):
