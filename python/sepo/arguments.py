@@ -46,7 +46,7 @@ def _read_yaml(path: str, parser: argparse.ArgumentParser) -> dict:
             raise InputError(f"--config {path}: expected a mapping of arguments to values")
         keys = [key.value for key, _ in root.value]
         yaml.SafeLoader("").flatten_mapping(root)  # <<: *others
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, RecursionError) as error:  # of a thousand brackets
         raise InputError(f"--config {path}: {one_line(error)}") from error
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise InputError(f"--config {path}: {twice[0]}: expected once, got it twice")

@@ -15,7 +15,7 @@ from sepo.arithmetic import warn_if_slow
 from sepo.errors import InputError, one_line
 from sepo.inherited import idle_inherited, refuse_inherited
 from sepo.options import say_idle
-from sepo.packages import check_packages
+from sepo.packages import check_compiler, check_packages
 from sepo.values import check_values, in_yaml
 from sepo_kernels.platform import fast_dtype
 
@@ -188,6 +188,7 @@ class SePOConfig(TrainingArguments):
         refuse_inherited(self)  # before anything is derived from what was given
         _check_numbers(self)
         _check_words(self)
+        check_compiler(self)
         _translate(self)
         try:
             super().__post_init__()

@@ -1,7 +1,7 @@
 """What a flag asks of packages that need not be installed, and of names that only they know."""
 
 import torch
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import (
@@ -13,20 +13,31 @@ from sepo.errors import InputError, one_line
 
 
 def check_packages(args: TrainingArguments) -> None:
-    """Raises InputError, naming the flag, for a tracker, optimiser, schedule or compiler that can't
-    work here: else a run would notice when its models are loaded.
+    """Raises InputError, naming the flag, for a tracker, optimiser or schedule that can't work here:
+    else a run would notice when its models are loaded.
     """
     _check_trackers(args.report_to)
     for flag, check in (
         (f"--optim {args.optim.value}", _check_optimizer),
         (f"--lr_scheduler_type {args.lr_scheduler_type.value}", _check_scheduler),
-        (f"--torch_compile_backend {args.torch_compile_backend}", _check_backend),
-        (f"--torch_compile_mode {args.torch_compile_mode}", _check_mode),
     ):
         try:
             check(args)
         except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"{flag}: {one_line(error)}") from error
+
+
+def check_compiler(args: TrainingArguments) -> None:
+    """Raises InputError for a backend or mode of torch.compile that there is not."""
+    backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    known = [name.value.lower() for name in DynamoBackend]
+    if backend is not None and backend.lower() not in known:
+        raise InputError(f"--torch_compile_backend: expected {' | '.join(known)}, got {backend}")
+    if mode is not None and backend in (None, "inductor"):
+        from torch._inductor import list_mode_options
+
+        if mode not in (known := list_mode_options()):
+            raise InputError(f"--torch_compile_mode: expected {' | '.join(known)}, got {mode}")
 
 
 def _check_trackers(names: list[str]) -> None:
@@ -63,19 +74,6 @@ def _check_scheduler(args: TrainingArguments) -> None:
         num_training_steps=steps,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
-
-
-def _check_backend(args: TrainingArguments) -> None:
-    if args.torch_compile:
-        TorchDynamoPlugin(backend=args.torch_compile_backend)
-
-
-def _check_mode(args: TrainingArguments) -> None:
-    if args.torch_compile_mode is not None and args.torch_compile_backend == "inductor":
-        from torch._inductor import list_mode_options
-
-        if args.torch_compile_mode not in (known := list_mode_options()):
-            raise ValueError(f"expected {' | '.join(known)}")
 
 
 def _probe(**options) -> dict:
