@@ -1,12 +1,15 @@
 """Bad input: one line naming the file, row, field or flag; exit code 2; nothing half-written."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from processes import run
+from processes import ENVIRONMENT, run
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import make_run, write_store
 
@@ -266,3 +269,105 @@ def test_the_three_ways_to_start_are_one_program(home, tmp_path):
         run(*way, "--config", home / "run.yaml", "--output_dir", out, "--max_steps", 2)
     a, b = (tmp_path / n / "model.safetensors" for n in ("sepo.train", "sepo.cli"))
     assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("score", ["--device", "cuda"], "--device: expected a device that is here"),
+        ("score", ["--oracle_device", "gpu"], "--oracle_device: expected a device that is here"),
+        ("score", ["--reference_device", "meta"], "got meta (it holds no values)"),
+        ("score", ["--pairs_per_part", "0"], "--pairs_per_part: expected a whole number of at le"),
+        ("score", ["--limit", "x"], "--limit: expected a whole number of at least 1, got x"),
+        ("score", ["--shard", "4/4"], "--shard: expected i/n, as in 0/4, got 4/4"),
+        ("score", ["--output_dir", "FILE/below"], "expected a directory, "),
+        ("inspect", ["--rows", "-1"], "--rows: expected a whole number of at least 0, got -1"),
+        ("inspect", ["--fraction", "nan"], "--fraction: expected a number in (0, 1], got nan"),
+        ("inspect", ["--mass", "2"], "--mass: expected a number in (0, 1], got 2"),
+        ("transfer", ["--fraction", "0"], "--fraction: expected a number in (0, 1], got 0"),
+        ("report", ["--pairs", "-1"], "--pairs: expected a whole number of at least 0, got -1"),
+        ("demo", ["--seed", "4294967296"], "--seed: expected a whole number from 0 to 4294967295"),
+        ("demo", ["--per_opening", "0"], "--per_opening: expected a whole number of at least 1"),
+    ],
+)
+def test_flags_of_the_other_commands(home, tmp_path, refused, command, words, message):
+    if torch.cuda.is_available() and "cuda" in words:
+        pytest.skip("there is one")
+    (tmp_path / "FILE").touch()
+    model, out = str(home / "model"), str(tmp_path / "out")
+    needed = {
+        "score": ["--dataset_name", "D", "--reference", model, "--oracle", model],
+        "inspect": ["D", "--model_name_or_path", model],
+        "transfer": ["--scores", "S", "--oracle", model, "--dataset_name", "D"],
+        "report": [str(home / "store")],
+        "demo": [],
+    }[command]
+    if command in ("score", "transfer", "demo"):
+        needed += ["--output_dir", out]
+    if command == "transfer":
+        needed += ["--model_name_or_path", model]
+    words = [word.replace("FILE", str(tmp_path / "FILE")) for word in words]
+    assert message in refused(command, *needed, *words)
+
+
+@pytest.mark.parametrize("where", ["FILE", "FILE/below", "FILE/far/below", "/proc/sepo"])
+def test_an_output_that_cannot_be_made(home, tmp_path, refused, where):
+    (tmp_path / "FILE").write_text("precious")
+    place = where.replace("FILE", str(tmp_path / "FILE"))
+    line = refused(*train(home, tmp_path, "--output_dir", place))
+    assert f"--output_dir {place}: expected " in line
+    assert (tmp_path / "FILE").read_text() == "precious"
+
+
+def ended(*arguments, **environment) -> subprocess.CompletedProcess:
+    """A process of its own, whatever it ends with."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=ENVIRONMENT | environment, capture_output=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("SEPO_CPU", "AVX3", "SEPO_CPU: expected one of DEFAULT,"),
+        ("RANK", "first", "RANK: expected a whole number, as torchrun sets it, got first"),
+        ("LOCAL_RANK", "0x", "LOCAL_RANK: expected a whole number"),
+    ],
+)
+@pytest.mark.parametrize("start", [["sepo.train"], ["sepo.cli", "score"]])
+def test_a_wrong_environment_in_one_line(variable, value, message, start):
+    done = ended("-m", *start, **{variable: value})
+    (line,) = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and line.startswith(f"sepo: error: {message}")
+
+
+def inspected(home, tmp_path, text="w5 w6") -> list:
+    rows = [dict(TEXT_ROW, chosen=text, id=f"é{i}") for i in range(3000)]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    return ["-m", "sepo.cli", "inspect", data, "--model_name_or_path", home / "model"]
+
+
+def test_a_reader_that_has_seen_enough(home, tmp_path):
+    command = [*inspected(home, tmp_path), "--rows", "3000"]
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        first = process.stdout.readline().decode()
+        process.stdout.close()
+        error = process.stderr.read()
+    assert first.startswith("row é0: 1 prompt")
+    assert (error, process.returncode) == (b"", 141)
+
+
+def test_a_stdout_of_another_encoding_gets_escapes(home, tmp_path):
+    done = ended(*inspected(home, tmp_path), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(rb"row \xe90: 1 prompt")
+    store = home / "store"
+    report = ["report", store, "--model_name_or_path", home / "model", "--json"]
+    done = ended("-m", "sepo.cli", *report, PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0, done.stderr
+    utf8 = ended("-m", "sepo.cli", *report, PYTHONIOENCODING="utf-8")
+    assert json.loads(done.stdout) == json.loads(utf8.stdout)

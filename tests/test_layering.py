@@ -11,11 +11,12 @@ ROOT = Path(__file__).parents[1]
 # module: what it may import of this project (itself is always allowed); a module of sepo that is
 # not named here may import all but bench and tests, and nothing named here may import it
 LEAVES = {"sepo.errors", "sepo.folder", "sepo.fingerprint", "sepo.lock", "sepo.terminal"}
+FLAGS = {f"sepo.{name}" for name in ("inherited", "options", "packages", "values")}
 DATA = {"sepo.data", *LEAVES}
 MODEL = DATA | {"sepo.ops", "sepo.attention"}
 RESPONSE = MODEL | {"sepo.model"}
 SCORE = RESPONSE | {"sepo.response_logp", "sepo.precision"}
-METHODS = {"sepo.losses", "sepo.ops", "sepo.config", *LEAVES}
+METHODS = {"sepo.losses", "sepo.ops", "sepo.config", *LEAVES, *FLAGS}
 TRAINER = SCORE | METHODS | {"sepo_kernels", "sepo.score", "sepo.checkpoints"}
 STEP = {f"sepo.{name}" for name in ("methods", "metrics", "adapters", "layers", "prepared")}
 STEP |= {
@@ -30,6 +31,8 @@ ALLOWED = {
     "sepo.fingerprint": {"sepo.errors", "sepo.folder"},
     "sepo.lock": {"sepo.errors"},
     "sepo.arithmetic": {"sepo_kernels"},
+    "sepo.settings": {"sepo.errors", "sepo_kernels"},
+    **dict.fromkeys(FLAGS, {"sepo.errors"}),
     "sepo.ops": {"sepo_kernels", "sepo.losses"},
     "sepo.data": LEAVES,
     "sepo.attention": DATA | {"sepo_kernels"},
@@ -39,7 +42,7 @@ ALLOWED = {
     "sepo.precision": RESPONSE | {"sepo.response_logp"},
     "sepo.score": SCORE,
     "sepo.reference": RESPONSE,
-    "sepo.config": LEAVES | {"sepo.arithmetic", "sepo_kernels"},
+    "sepo.config": LEAVES | FLAGS | {"sepo.arithmetic", "sepo_kernels"},
     "sepo.checkpoints": DATA,
     "sepo.identity": DATA
     | METHODS
@@ -57,7 +60,7 @@ ALLOWED = {
     | {"sepo.reference"},
     "sepo.masked": {"sepo.config", "sepo.masks", "sepo.resumable", "sepo.tokens"},
     "sepo.prepared": DATA | METHODS | {"sepo.methods"},
-    "sepo.report": RESPONSE,
+    "sepo.report": RESPONSE | {"sepo.options"},
     "sepo.trainer": TRAINER | STEP,
 }
 OUTSIDE = {"bench", "tests"}

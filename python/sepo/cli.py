@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from sepo.errors import InputError, exit_with_one_line
+from sepo.settings import check_settings
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
 
 def run(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    _check_settings()
+    check_settings()
     if argv and argv[0] == "train":  # SePOConfig has a parser of its own
         from sepo.train import main as train
 
@@ -37,15 +38,6 @@ def run(argv: list[str] | None = None) -> None:
     commands.add_parser("env", help="versions and devices, for a bug report").set_defaults(run=env)
     args = parser.parse_args(argv)
     args.run(args)
-
-
-def _check_settings() -> None:
-    """The kernels read SEPO_CPU when they are imported; a wrong one is the user's to mend."""
-    if "SEPO_CPU" in os.environ:
-        try:
-            import sepo_kernels.extension  # noqa: F401
-        except ValueError as error:
-            raise InputError(str(error)) from error
 
 
 COMMANDS = (

@@ -1,16 +1,23 @@
 """SePOConfig: transformers' TrainingArguments and what preference optimisation adds."""
 
 import argparse
+import json
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from transformers import TrainingArguments
+from transformers.debug_utils import DebugOption
 from transformers.hf_argparser import string_to_bool
 
 from sepo.arithmetic import warn_if_slow
-from sepo.errors import InputError
+from sepo.errors import InputError, one_line
+from sepo.inherited import idle_inherited, refuse_inherited
+from sepo.options import say_idle
+from sepo.packages import check_compiler, check_packages
+from sepo.values import check_values, in_yaml
 from sepo_kernels.platform import fast_dtype
 
 MethodName = Literal[
@@ -39,10 +46,17 @@ CHOICES = {
     "first_token": FirstToken,
     "recompute": Recompute,
 }
+POSITIVE = (
+    "pairs_per_step", "max_tokens_per_batch", "max_length", "head_budget", "lora_r", "lora_alpha",
+    "beta", "gamma", "ddp_timeout", "ddp_bucket_cap_mb",
+)  # fmt: skip
 NOT_NEGATIVE = (
     "penalty", "alpha", "sft_weight", "mask_l1", "kl_mask_l1", "mask_weight_decay",
-    "mask_learning_rate",
+    "mask_learning_rate", "learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon",
+    "warmup_steps", "eval_delay", "save_total_limit",
 )  # fmt: skip
+FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # of flags that take a mapping
+SEEDS = ("seed", "data_seed")
 LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # of its own, instead of ours
 
 
@@ -176,10 +190,18 @@ class SePOConfig(TrainingArguments):
     logging_steps: float = _help("Steps between two lines of the log.", 1)
 
     def __post_init__(self):
+        check_values(self)
         for one in fields(self):
             _check_finite(one.name, getattr(self, one.name))
+        refuse_inherited(self)  # before anything is derived from what was given
+        _check_numbers(self)
+        _check_words(self)
+        check_compiler(self)
         _translate(self)
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
+            raise InputError(one_line(error)) from error
         _check(self)
         _warn(self)
         # a checkpoint every so many steps; the plan, not a sampler, decides the order of the data
@@ -190,6 +212,17 @@ class SePOConfig(TrainingArguments):
             self.beta = DEFAULT_BETA.get(self.method)
         if self.kl_mask_l1 is None:
             self.kl_mask_l1 = self.mask_l1
+
+    def to_dict(self) -> dict:
+        # TrainingArguments takes every name that ends in _token for a secret
+        return super().to_dict() | {"first_token": self.first_token}
+
+
+def data_to_evaluate_on(args: SePOConfig) -> str | None:
+    """The flag that needs it, if one does."""
+    if args.eval_strategy != "no":
+        return f"--eval_strategy {args.eval_strategy.value}"
+    return "--eval_on_start" if args.eval_on_start else None
 
 
 def _check_finite(name: str, value) -> None:
@@ -203,10 +236,15 @@ def _check_finite(name: str, value) -> None:
 
 def _translate(args: SePOConfig) -> None:
     """Users' usual flags into what this version of transformers expects of them."""
-    if args.gradient_checkpointing and hasattr(args, "activation_checkpointing"):
-        args.activation_checkpointing = True  # the new name; the old one alone is a warning
-    elif hasattr(args, "activation_checkpointing"):
-        args.gradient_checkpointing = None  # False, the old default, is a warning too
+    if hasattr(args, "activation_checkpointing"):  # the new name; the old one alone is a warning
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            if not getattr(args, new):
+                setattr(args, new, getattr(args, old))
+            setattr(args, old, None)
+    resume = {"true": "true", "false": None}  # a YAML's or a program's own, and the words
+    asked = args.resume_from_checkpoint
+    args.resume_from_checkpoint = resume.get(str(asked).lower(), asked)
     accelerator = None if args.use_cpu else torch.accelerator.current_accelerator(True)
     if args.bf16 == "auto":
         args.bf16 = fast_dtype(accelerator or "cpu") == torch.bfloat16
@@ -228,26 +266,12 @@ def _translate(args: SePOConfig) -> None:
 
 
 def _check(args: SePOConfig) -> None:
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) != type(args).__dataclass_fields__[name].default:
-            raise InputError(
-                f"--{name} has no meaning here: a step is --pairs_per_step pairs, split into "
-                "micro-batches of at most --max_tokens_per_batch tokens"
-            )
     for name, kind in CHOICES.items():
         if (value := getattr(args, name)) not in get_args(kind):
-            raise InputError(f"--{name}: expected {' | '.join(get_args(kind))}, got {value}")
+            raise InputError(
+                f"--{name}: expected {' | '.join(get_args(kind))}, got {in_yaml(value)}"
+            )
     _check_selection(args)
-    for name in ("pairs_per_step", "max_tokens_per_batch", "max_length", "head_budget", "lora_r"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name}: expected a positive number, got {value}")
-    if args.beta is not None and not args.beta > 0:
-        raise InputError(f"--beta: expected a positive number, got {args.beta}")
-    for name in NOT_NEGATIVE:
-        value = getattr(args, name)
-        if value is not None and not value >= 0:
-            raise InputError(f"--{name}: expected at least 0, got {value}")
     if args.mask == "random" and args.independent_masks:
         raise InputError(
             "--mask random draws one mask: expected --independent_masks false, got true"
@@ -256,10 +280,6 @@ def _check(args: SePOConfig) -> None:
         # compiled parts hide their products from whoever would keep them
         if args.recompute == "cheap" and getattr(args, other):
             raise InputError(f"--recompute cheap: expected without --{other}, got both")
-    if not 0 <= args.label_smoothing < 0.5:
-        raise InputError(
-            f"--label_smoothing: expected a number in [0, 0.5), got {args.label_smoothing}"
-        )
     for flag in ("load_in_4bit", "load_in_8bit"):
         if getattr(args, flag) and not args.use_peft:
             raise InputError(
@@ -269,10 +289,13 @@ def _check(args: SePOConfig) -> None:
             # bitsandbytes repacks weights for a CPU at the first pass without a gradient (the
             # comparison of a model with itself, an evaluation) and has no gradient from then on
             raise InputError(f"--{flag}: bitsandbytes trains on a GPU, got a CPU")
+    if args.fp16 and not _has_gpu(args):
+        raise InputError("--fp16: float16 is computed with on a GPU, got a CPU; see --bf16")
     if args.load_in_4bit and args.load_in_8bit:
         raise InputError("expected --load_in_4bit or --load_in_8bit, got both")
     if args.use_liger_kernel and not _has_gpu(args):
         raise InputError("--use_liger_kernel: its kernels need a GPU, got a CPU")
+    check_packages(args)
     if args.n_gpu > 1:
         raise InputError(
             f"{args.n_gpu} GPUs in one process: start with "
@@ -280,9 +303,60 @@ def _check(args: SePOConfig) -> None:
         )
 
 
+def _check_numbers(args: SePOConfig) -> None:
+    for names, words, holds in (
+        (POSITIVE, "a positive number", lambda value: value > 0),
+        (NOT_NEGATIVE, "at least 0", lambda value: value >= 0),
+        (SEEDS, "a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
+        (
+            ("lora_dropout", "adam_beta1", "adam_beta2"),
+            "a number in [0, 1)",
+            lambda value: 0 <= value < 1,
+        ),
+        (("label_smoothing",), "a number in [0, 0.5)", lambda value: 0 <= value < 0.5),
+        (("max_steps",), "a positive number, or -1 for --num_train_epochs", lambda n: n >= -1),
+    ):
+        for name in names:
+            if (value := getattr(args, name)) is not None and not holds(value):
+                raise InputError(f"--{name}: expected {words}, got {value}")
+    if args.max_steps <= 0 and not args.num_train_epochs > 0:
+        got = args.num_train_epochs
+        raise InputError(f"--num_train_epochs: expected a positive number, got {got}")
+    for what in ("logging", "save", "eval"):
+        steps = getattr(args, f"{what}_steps")
+        if getattr(args, f"{what}_strategy") == "steps" and steps is not None and not steps > 0:
+            raise InputError(f"--{what}_steps: expected a positive number, got {steps}")
+
+
+def _check_words(args: SePOConfig) -> None:
+    """Of the fields that take a word or something else, which `check_values` leaves alone."""
+    debug = args.debug.split() if isinstance(args.debug, str) else args.debug or []
+    seen = [args.include_num_input_tokens_seen]
+    for name, words, known in (
+        ("debug", debug, [option.value for option in DebugOption]),
+        ("include_num_input_tokens_seen", seen, ["all", "non_padding", "no", True, False]),
+    ):
+        for word in words:
+            if word not in known:
+                expected = " | ".join(map(in_yaml, known))
+                raise InputError(f"--{name}: expected {expected}, got {in_yaml(word)}")
+    for name in args._VALID_DICT_FIELDS:
+        value = getattr(args, name, None)
+        if not isinstance(value, str) or (name in FILES and Path(value).is_file()):
+            continue
+        try:
+            is_mapping = isinstance(json.loads(value), dict)
+        except ValueError:
+            is_mapping = False
+        if not is_mapping:
+            or_file = ", or a file of one" if name in FILES else ""
+            raise InputError(f"--{name}: expected a JSON object{or_file}, got {value}")
+
+
 def _warn(args: SePOConfig) -> None:
     if not args.should_log:  # once, not once a rank
         return
+    say_idle(idle_inherited(args))
     if args.bf16:
         warn_if_slow("--bf16", args.device, "leave it out, or say --bf16 auto")
     elif args.dtype == "bfloat16":

@@ -1,8 +1,11 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and how a command ends."""
 
+import codecs
+import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn, TextIO
 
 from sepo.terminal import say
 
@@ -17,11 +20,41 @@ class InputError(ValueError):
 
 def exit_with_one_line(main: Callable[[], None]) -> NoReturn:
     """Run a command; turn an InputError into one line on stderr and exit code 2."""
-    try:
+    with in_one_line():
         main()
+    sys.exit(0)
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """End the process as a command does: code 2 after an InputError, 130 and 141 as shells say.
+
+    What stdout's encoding can't show is written as escapes.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
     except InputError as error:
         say(f"sepo: error: {' '.join(str(error).split())}", out=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader has seen enough: `sepo inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(0)
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's exception says: all of a short text, else its first line."""
+    text = " ".join(str(error).split())
+    if len(text) > 300:
+        return str(error).strip().splitlines()[0]
+    return text or type(error).__name__
+
+
+def is_utf8(stream: TextIO) -> bool:
+    """Whether it can show any text; one without an encoding keeps text as it is."""
+    return stream.encoding is None or codecs.lookup(stream.encoding).name == "utf-8"

@@ -13,9 +13,20 @@ from sepo.data.counts import count_rows, count_tokens
 from sepo.data.segments import make_segments
 from sepo.data.types import Segment, TokenPair
 from sepo.errors import InputError
+from sepo.options import (
+    positive,
+    say_idle,
+    say_idle_of_a_store,
+    share,
+    share_or_mass,
+    whole_number,
+)
 from sepo.terminal import escaped, say, write
 
 SIDES = ("chosen", "rejected")
+FIELDS = ("prompt", *SIDES)
+READING = ("split", "dataset_config", "limit", "max_length", "append_eos")
+SELECTION = {"fraction": 0.3, "rejected_fraction": None, "mass": 0.8, "first_token": "paper"}
 LEGEND = (
     "| ends a part, {mark} marks a selected token, ┊ follows the last token that is read "
     "after truncation"
@@ -34,30 +45,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read all of a store or checkpoint and compare it with its checksums; nothing else",
     )
-    add("--rows", type=int, default=3, metavar="n", help="rows to show")
-    share = dict(type=number_or_mass, metavar="NUMBER|mass")
-    add("--fraction", **share, default=0.3, help="of the tokens selected, for a scored store")
-    add("--rejected_fraction", **share, help="the same for rejected responses, if different")
-    add("--mass", type=float, default=0.8, help="share of the score that --fraction mass selects")
+    add("--rows", type=whole_number(0), default=3, metavar="n", help="rows to show")
+    one_of = dict(type=share_or_mass, metavar="NUMBER|mass")
+    add(
+        "--fraction",
+        **one_of,
+        default=SELECTION["fraction"],
+        help="of the tokens selected, for a scored store",
+    )
+    add("--rejected_fraction", **one_of, help="the same for rejected responses, if different")
+    add(
+        "--mass",
+        type=share,
+        default=SELECTION["mass"],
+        help="share of the score that --fraction mass selects",
+    )
     add(
         "--first_token",
         choices=("paper", "official"),
-        default="paper",
+        default=SELECTION["first_token"],
         help="official: as the released code, which never selects the first token of a response",
     )
-    add("--max_length", type=int, help="tokens of the prompt and one response")
+    add("--max_length", type=whole_number(2), help="tokens of the prompt and one response")
     add("--split", default="train")
     add("--strict", action="store_true", help="drop every row that would be kept with a note")
     add("--dataset_config", help="configuration of a hub data set")
-    add("--limit", type=int, help="rows to read; all of them if not given")
-    for field in ("prompt", *SIDES):
+    add("--limit", type=positive, help="rows to read; all of them if not given")
+    for field in FIELDS:
         add(f"--{field}_key", metavar="COLUMN", help=f"the data's own name for `{field}`")
     add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
     add("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
-
-
-def number_or_mass(text: str) -> float | str:
-    return text if text == "mass" else float(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -71,14 +88,14 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--model_name_or_path: expected whose tokenizer reads the data, got none")
     from sepo.model import load_tokenizer
 
-    if args.rows < 0:
-        raise InputError(f"expected --rows >= 0, got {args.rows}")
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    selection = ("fraction", "rejected_fraction", "mass", "first_token")
-    show = Show(tokenizer, sys.stdout, **{name: getattr(args, name) for name in selection})
+    selection = {name: getattr(args, name) for name in SELECTION}
+    show = Show(tokenizer, sys.stdout, **selection)
     from sepo.data.store import ScoredStore, is_store
 
     if is_store(args.data):
+        keys = [f"{field}_key" for field in FIELDS]
+        say_idle_of_a_store(args, args.data, *READING, *keys)
         store = ScoredStore.open(args.data, tokenizer)
         for pair in (store[i] for i in range(min(args.rows, len(store)))):
             show.pair(pair)
@@ -86,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         return
     from sepo.data.read import read_pairs
 
-    keys = {field: getattr(args, f"{field}_key") for field in ("prompt", *SIDES)}
+    keys = {field: getattr(args, f"{field}_key") for field in FIELDS}
     data = read_pairs(
         args.data,
         tokenizer,
@@ -98,6 +115,10 @@ def run(args: argparse.Namespace) -> None:
         strict=args.strict,
         limit=args.limit,
     )
+    if all(pair.chosen_weight is None for pair in data.pairs):
+        given = [name for name, usual in SELECTION.items() if selection[name] != usual]
+        why = f"{args.data} has no scores to select by"
+        say_idle([f"--{name} does nothing: {why}" for name in given])
     for pair, notes in zip(data.pairs[: args.rows], data.notes, strict=False):
         show.pair(pair, notes)
     show.totals(data.pairs)

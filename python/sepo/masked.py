@@ -86,6 +86,14 @@ class MaskedTrainer(ResumableTrainer):
         if mask is not None:
             load_into(mask, resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        with self._mask_aside() as mask:
+            super()._load_best_model()
+        if mask is not None:
+            load_into(mask, self.state.best_model_checkpoint)
+
     @contextmanager
     def _mask_aside(self) -> Iterator[SparseMask | None]:
         """The model without its mask, as others know it."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sepo.config import SePOConfig
+from sepo.inherited import given_of
 from sepo.losses import (
     dpo_loss,
     dpop_loss,
@@ -77,6 +78,19 @@ class Method:
     @property
     def needs_score(self) -> bool:
         return self.positions == "selected"
+
+    def reads(self, args: SePOConfig) -> set[str]:
+        """The flags that a run looks at, of those that are not every method's."""
+        names = {*self.settings}
+        if self.positions in ("selected", "random"):
+            names |= {"fraction", "rejected_fraction", "first_token"}
+        if self.needs_score and "mass" in (args.fraction, args.rejected_fraction):
+            names |= {"mass"}
+        if self.mask == "learned":
+            names |= {"mask_learning_rate", "mask_weight_decay"}
+        if self.reference is not None:
+            names |= {"reference_model_name_or_path"}
+        return names
 
 
 def reduce_segments(
@@ -200,3 +214,16 @@ METHODS = {
     "sepo": Method(positions="selected", **_SEPO),
     "sepo-rand": Method(positions="random", **_SEPO),
 }
+
+
+def idle_settings(args: SePOConfig) -> list[str]:
+    """In words: flags that were given, but are of other methods or of another selection."""
+    reads = METHODS[args.method].reads(args)
+    others = {name for method in METHODS.values() for name in method.reads(args)} - reads
+    if args.kl_mask_l1 == args.mask_l1:  # what it is where it wasn't given
+        others -= {"kl_mask_l1"}
+    given = given_of(args, *sorted(others))
+    notes = [f"--{name} does nothing with --method {args.method}" for name in given]
+    if "mass" not in reads and given_of(args, "mass"):
+        notes.append("--mass does nothing without --fraction mass")
+    return notes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sepo.data.files import Atomic
-from sepo.methods import Segments, TokenValues
+from sepo.methods import Method, Segments, TokenValues
 
 
 def pair_metrics(
@@ -47,6 +47,16 @@ def token_metrics(tokens: TokenValues) -> dict[str, Tensor]:
             sums[f"mask/{name}/sparsity"] = zeros
             sums[f"mask/{name}/density"] = len(mask) - zeros
     return sums
+
+
+def metric_names(method: Method) -> list[str]:
+    """What the two report together, for a method."""
+    sides = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    names = ["loss", "logps/chosen"]
+    names += ["logps/rejected", *sides] * (method.reward is not None)
+    names += ["kl"] * (method.direction is not None)
+    masks = ("reward", "kl") if method.mask is not None else ()
+    return names + [f"mask/{m}/{n}" for m in masks for n in ("mean", "sparsity", "density")]
 
 
 class RunningMeans:

@@ -196,8 +196,10 @@ class ResumableTrainer(Trainer):
         """Writing to `place`: what the disk refuses is the user's to mend."""
         try:
             yield
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if (reason := _of_the_disk(error)) is None:
+        except (InputError, OSError, SafetensorError, RuntimeError) as error:
+            # what a file of ours says of the disk says nothing of the run
+            cause = error.__cause__ if isinstance(error, InputError) else error
+            if cause is None or (reason := _of_the_disk(cause)) is None:
                 raise
             if place.name.startswith("checkpoint-") and self.args.should_save:
                 remove(place)

@@ -17,6 +17,7 @@ from sepo.errors import InputError
 from sepo.folder import find_folder
 from sepo.lock import lock
 from sepo.model import load_model, load_tokenizer
+from sepo.options import device, positive, say_idle, say_idle_of_a_store, whole_number
 from sepo.reference import cached_reference
 from sepo.score import KEEP, SAMPLE, score_dataset, shard_name
 from sepo.terminal import say
@@ -35,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dataset_config", help="the data set's configuration, if it has several")
     add("--split", default="train")
-    add("--limit", type=int, help="read the first so many rows only")
-    add("--max_length", type=int, help="tokens of a prompt and one response")
+    add("--limit", type=positive, help="read the first so many rows only")
+    add("--max_length", type=whole_number(2), help="tokens of a prompt and one response")
     add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
     add("--strict", action="store_true", help="drop every row that would be kept with a note")
     add(
@@ -57,13 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for role in ("", "oracle_", "reference_"):
         whose = f"of the {role[:-1]}" if role else "of both models"
         add(f"--{role}dtype", choices=DTYPES, help=f"arithmetic {whose}; float32 if not given")
-        add(f"--{role}device", help=f"device {whose}; cuda if there is one, else cpu")
-    add("--max_tokens_per_batch", type=int, default=8192)
-    add("--pairs_per_part", type=int, default=128, help="what a killed run repeats at most")
+        add(f"--{role}device", type=device, help=f"device {whose}; cuda if there is one, else cpu")
+    add("--max_tokens_per_batch", type=positive, default=8192)
+    add("--pairs_per_part", type=positive, default=128, help="what a killed run repeats at most")
     add("--shard", type=_shard, metavar="i/n", help="score every n-th part only; RANK/WORLD_SIZE")
     add(
         "--precision_check",
-        type=int,
+        type=whole_number(0),
         metavar="n",
         help=f"score n pairs in float32 too and compare; {SAMPLE} if a dtype is lower, 0: never",
     )
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
     A data set that is a store with the reference's log-probabilities spares its pass, and the
     memory of its weights; `cached_reference` says when it is another reference's.
     """
+    if args.oracle is None and not args.keep:
+        raise InputError("expected --oracle, which a score needs, or --keep logp or hidden")
     with lock(args.output_dir, shard_name(args.shard)):  # before the models are loaded
         _score(args)
 
@@ -97,15 +100,18 @@ def _score(args: argparse.Namespace) -> None:
     data = _read(args, tokenizer, dtypes["reference"])
     models, slow = dict(reference=None, oracle=None), {}
     for role, dtype in dtypes.items():
-        device = getattr(args, f"{role}_device") or args.device or _default_device()
+        place = getattr(args, f"{role}_device") or args.device or _default_device()
         needed = getattr(args, role) and not (role == "reference" and data.has_reference)
         if needed:
-            models[role] = load_model(folders[role], dtype=dtype, device=device)
+            models[role] = load_model(folders[role], dtype=dtype, device=place)
         if needed and dtype == torch.bfloat16:
             own = f"{role}_" * (getattr(args, f"{role}_dtype") is not None)
-            slow[device] = f"--{own}dtype bfloat16"
-    for device, flag in slow.items():
-        warn_if_slow(flag, device)
+            slow[place] = f"--{own}dtype bfloat16"
+    for place, flag in slow.items():
+        warn_if_slow(flag, place)
+    if args.oracle is None:
+        given = [flag for flag in ("oracle_dtype", "oracle_device") if getattr(args, flag)]
+        say_idle([f"--{flag} does nothing without --oracle" for flag in given])
     wants_score = args.oracle is not None or not args.keep
     score_dataset(
         data.pairs,
@@ -155,6 +161,7 @@ def _read(
             raise InputError(
                 f"--{flag}: {name} is a scored store, whose pairs are taken as they are"
             )
+    say_idle_of_a_store(args, name, "split", "dataset_config", "append_eos")
     store = ScoredStore.open(name, tokenizer)
     kept = cached_reference(args.reference, {name: store}, tokenizer, keep="logp", dtype=dtype)
     # its states are written by a pass of the model, which says the rest again
@@ -182,5 +189,7 @@ def _shard(text: str) -> tuple[int, int]:
     try:
         index, count = map(int, text.split("/"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected i/n, as in 0/4, got {text}") from None
+        index, count = 0, 0
+    if not 0 <= index < count:
+        raise argparse.ArgumentTypeError(f"expected i/n, as in 0/4, got {text}")
     return index, count

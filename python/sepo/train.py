@@ -3,27 +3,35 @@
 Arguments are SePOConfig's, on the command line or in `--config run.yaml`; the command line wins.
 """
 
+from sepo.errors import InputError, exit_with_one_line, in_one_line
+from sepo.settings import check_settings
+
+if __name__ == "__main__":
+    with in_one_line():  # before the imports that read the environment
+        check_settings()
+
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-import yaml
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sepo.adapters import lora_config, quantization_config
+from sepo.arguments import parse
 from sepo.checkpoints import completed_step
 from sepo.config import SePOConfig
 from sepo.data.load import default_split
 from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore, is_store
 from sepo.data.types import TokenPair
-from sepo.errors import InputError, exit_with_one_line
 from sepo.folder import ModelFolder, find_folder
+from sepo.inherited import given_of
 from sepo.lock import contents, lock
 from sepo.methods import METHODS
 from sepo.model import explain_attention, load_model, load_tokenizer
+from sepo.options import say_idle
 from sepo.reference import Reference, cached_reference, load_reference
 from sepo.resumable import of_rank_0
 from sepo.terminal import say
@@ -32,6 +40,10 @@ from sepo.trainer import SePOTrainer
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
+    if args.should_log:
+        say_idle(unread_flags(args))
+    if args.fsdp and args.world_size == 1:
+        raise InputError("--fsdp: expected ranks to shard over (torchrun), got one process")
     with ExitStack() as held:
         of_rank_0(args, lambda: hold_output_dir(args, held))
         train(args)
@@ -73,29 +85,6 @@ def train(args: SePOConfig) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         print(f"{args.method}: {trainer.state.global_step} steps, model in {args.output_dir}")
-
-
-def parse(argv: list[str]) -> SePOConfig:
-    """Command line over YAML over defaults. Raises InputError for a key that nobody knows."""
-    parser = HfArgumentParser(SePOConfig, prog="sepo train", description=__doc__)
-    parser.add_argument("--config", help="YAML file of the same arguments; the command line wins.")
-    parser.error = _raise_input_error
-    known = {action.dest for action in parser._actions}
-    config_path = parser.parse_known_args(argv)[0].config
-    if config_path is not None:
-        parser.set_defaults(**_read_yaml(config_path, known))
-    try:
-        namespace, rest = parser.parse_known_args(argv)
-        if rest:
-            raise InputError(f"unknown argument {rest[0]}, see sepo train --help")
-        values = {k: v for k, v in vars(namespace).items() if k != "config"}
-        args = SePOConfig(**values)
-    except (ValueError, ImportError) as error:
-        raise InputError(str(error).splitlines()[0]) from error
-    for flag in ("model_name_or_path", "dataset_name", "output_dir"):
-        if getattr(args, flag) is None:
-            raise InputError(f"expected --{flag} on the command line or in the YAML")
-    return args
 
 
 def find_policy(args: SePOConfig) -> ModelFolder:
@@ -179,31 +168,33 @@ def hold_output_dir(args: SePOConfig, held: ExitStack) -> None:
             f"--output_dir {output_dir} is not empty: choose another, or continue with "
             "--resume_from_checkpoint true"
         )
-    if isinstance(resume_argument(args), str):
-        completed_step(args.resume_from_checkpoint)  # raises for one that is not whole
+    if isinstance(resume := resume_argument(args), str):
+        completed_step(resume)  # raises for one that is not whole
 
 
 def resume_argument(args: SePOConfig) -> str | bool | None:
-    """`true` means the last complete checkpoint, `false` and nothing mean none."""
+    """`true` means the last complete checkpoint."""
     value = args.resume_from_checkpoint
-    return {"true": True, "false": None}.get(str(value).lower(), value)
+    return True if value == "true" else value
 
 
-def _read_yaml(path: str, known: set[str]) -> dict:
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path}: expected a mapping of arguments to values")
-    for key in values:
-        if key not in known:
-            raise InputError(f"--config {path}: unknown key {key}")
-    return values
-
-
-def _raise_input_error(message: str) -> None:
-    raise InputError(message)
+def unread_flags(args: SePOConfig) -> list[str]:
+    """In words: flags that were given and that this run's data and model have no use for."""
+    notes = []
+    for name, split in (
+        (args.dataset_name, "dataset_split"),
+        (args.eval_dataset_name, "eval_dataset_split"),
+    ):
+        given = given_of(args, split, "dataset_config", "max_length", "append_eos")
+        if name is not None and is_store(name):
+            why = f"{name} is a scored store, whose pairs are taken as they are"
+            notes += [f"--{flag} does nothing: {why}" for flag in given]
+        elif name is None:
+            notes += [f"--{flag} does nothing without --eval_dataset_name" for flag in given[:1]]
+    if not args.use_peft:
+        lora = [name for name in vars(args) if name.startswith("lora_")]
+        notes += [f"--{flag} does nothing without --use_peft" for flag in given_of(args, *lora)]
+    return list(dict.fromkeys(notes))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ number (`plan_step`), so resuming at step n is all it takes to continue.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
 import numpy as np
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object, parse_flag_from_env
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,20 +21,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sepo.adapters import add_adapters, check_adapters, has_adapters
-from sepo.config import SePOConfig
+from sepo.config import SePOConfig, data_to_evaluate_on
 from sepo.data.cost import attention_cost
 from sepo.data.load import is_rows
 from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.read import read_pairs
 from sepo.data.types import PackedBatch, TokenPair
-from sepo.errors import InputError
+from sepo.errors import InputError, one_line
 from sepo.identity import describe_run
 from sepo.layers import compile_layers, disable_dropout, recompute_cheap
 from sepo.masked import MaskedTrainer, add_mask
-from sepo.methods import METHODS, TokenValues, reduce_segments
-from sepo.metrics import RunningMeans, Throughput, pair_metrics, token_metrics
+from sepo.methods import METHODS, Method, TokenValues, idle_settings, reduce_segments
+from sepo.metrics import (
+    RunningMeans,
+    Throughput,
+    metric_names,
+    pair_metrics,
+    token_metrics,
+)
 from sepo.model import prepare_model, restore_attention, vocabulary
+from sepo.options import say_idle
 from sepo.prepared import PreparedPairs, data_seed
 from sepo.reference import LiveReference, Reference, check_apart
 from sepo.routers import router_loss
@@ -55,7 +63,8 @@ class SePOTrainer(MaskedTrainer):
         model: PreTrainedModel,
         args: SePOConfig,
         train_dataset: Sequence[TokenPair] | Dataset | None = None,
-        eval_dataset: Sequence[TokenPair] | Dataset | None = None,
+        # several are evaluated one after the other, by name: eval_NAME_loss
+        eval_dataset: Sequence[TokenPair] | Dataset | dict | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         # unless the pairs carry what the method reads of it; with what a store keeps of it, no model
@@ -64,10 +73,13 @@ class SePOTrainer(MaskedTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
+        _check_kinds(model, args, eval_dataset)
         self.method = METHODS[args.method]
-        train_dataset, eval_dataset = (
-            tokenised(data, args, processing_class) for data in (train_dataset, eval_dataset)
-        )
+        _check_best_metric(args, self.method, eval_dataset)
+        if args.should_log:
+            say_idle(idle_settings(args))
+        train_dataset = tokenised(train_dataset, args, processing_class)
+        eval_dataset = each(tokenised, eval_dataset, args, processing_class)
         if args.disable_dropout:
             disable_dropout(model)
         check_adapters(model, peft_config)
@@ -91,7 +103,7 @@ class SePOTrainer(MaskedTrainer):
             check_apart(model, reference_model)
             self._vocabularies["reference"] = vocabulary(reference_model)
         self.train_pairs = self._prepared(train_dataset, args)
-        self._eval_pairs = self._prepared(eval_dataset, args)
+        self._eval_pairs = each(self._prepared, eval_dataset, args)
         if isinstance(reference_model, nn.Module):
             reference_model = reference_model.eval().requires_grad_(False)
             prepare_model(reference_model, attn_impl=args.attn_impl)
@@ -132,6 +144,7 @@ class SePOTrainer(MaskedTrainer):
         """Forward and backward of every micro-batch of this rank; gradients meet in the last."""
         self._throughput.start()
         model.train()
+        self._switch_optimizer("train")
         pairs, world_size = self.train_pairs, self.args.world_size
         plan = self._plan(pairs, self.args.pairs_per_step, step=self.state.global_step)
         parts = plan.micro_batches[self.args.process_index]
@@ -145,6 +158,9 @@ class SePOTrainer(MaskedTrainer):
                 self.accelerator.backward(loss)
             step_loss += loss.detach()
             self._pair_losses.append((part, losses.detach()))
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         self._step_counts = {
             "tokens/read": int(pairs.lengths[plan.pairs].sum()),
             "tokens/selected": int(pairs.selected[plan.pairs].sum()),
@@ -190,6 +206,11 @@ class SePOTrainer(MaskedTrainer):
             f"{whose} row {shown}; {self._whole()}: look at the data, or try a lower "
             "--learning_rate"
         )
+
+    def _switch_optimizer(self, mode: str) -> None:
+        """Schedule-free optimisers keep other weights to train than to evaluate."""
+        if callable(switch := getattr(self.optimizer, mode, None)):
+            switch()
 
     @contextmanager
     def _unsynchronised(self, model: nn.Module) -> Iterator[None]:
@@ -268,13 +289,26 @@ class SePOTrainer(MaskedTrainer):
     # What Trainer asks its subclasses
 
     def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
+        with _in_transformers_words():
+            super().create_accelerator_and_postprocess()
         asked = parse_flag_from_env("ACCELERATE_USE_FSDP", bool(self.args.fsdp))
         if asked and self.args.world_size > 1 and not self.is_fsdp_enabled:
             raise InputError(
                 f"--fsdp: expected GPUs to shard over, got {self.args.world_size} ranks on "
                 f"{self.args.device}, which accelerate would train unsharded"
             )
+
+    def _validate_args(self) -> None:
+        with _in_transformers_words():
+            super()._validate_args()
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        with _in_transformers_words("--push_to_hub: "):
+            super().init_hf_repo(*args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs: dict) -> None:
+        if self.args.include_num_input_tokens_seen != "no":  # none is padding
+            self.state.num_input_tokens_seen += self._step_counts["tokens/read"]
 
     def get_train_dataloader(self) -> DataLoader:
         """Step numbers of one epoch: they count the steps and let a resumed run skip."""
@@ -298,28 +332,48 @@ class SePOTrainer(MaskedTrainer):
     @torch.no_grad()
     def evaluate(
         self,
-        eval_dataset: Sequence[TokenPair] | None = None,
+        eval_dataset: Sequence[TokenPair] | Dataset | dict | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Mean loss and rewards over all pairs of all ranks, each pair counted once."""
-        given = self._prepared(eval_dataset, self.args)
-        pairs = self._eval_pairs if given is None else given
+        if eval_dataset is None:
+            pairs = self._eval_pairs
+        else:
+            data = each(tokenised, eval_dataset, self.args, self.processing_class)
+            pairs = each(self._prepared, data, self.args)
         if pairs is None:
             raise InputError("evaluation needs eval_dataset")
+        metrics = {}
+        for name, part in (pairs if isinstance(pairs, dict) else {None: pairs}).items():
+            prefix = metric_key_prefix if name is None else f"{metric_key_prefix}_{name}"
+            self._memory_tracker.start()
+            found = self._evaluate_pairs(part, prefix)
+            self._memory_tracker.stop_and_update_metrics(found)
+            metrics |= found
+        return metrics
+
+    def _evaluate_pairs(self, pairs: PreparedPairs, prefix: str) -> dict[str, float]:
         means, model = RunningMeans(), self.model_wrapped
         model.eval()
+        self._switch_optimizer("eval")
         plan = self._plan(pairs, len(pairs), shuffle=False)
         for part in plan.micro_batches[self.args.process_index]:
             self._losses(model, pairs, part, means)
         metrics = means.pop(self.accelerator)
         metrics["loss"] *= len(pairs) / self._loss_count(pairs, plan.pairs)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def predict(self, *args, **kwargs):
+        """Raises InputError: there is nothing to predict but what `evaluate` reports."""
+        raise InputError(
+            "predict: pairs have no predictions; evaluate(pairs) gives loss and rewards"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -333,13 +387,70 @@ class SePOTrainer(MaskedTrainer):
 
 def tokenised(data, args: SePOConfig, tokenizer) -> Sequence[TokenPair] | None:
     """Token pairs as they are; rows of text read, and what was dropped of them printed."""
+    if data is None:
+        return None
     if not is_rows(data):
+        if reason := _why_no_pairs(data):
+            raise InputError(f"expected token pairs or a datasets.Dataset of rows, got {reason}")
         return data
     how = dict(max_length=args.max_length, append_eos=args.append_eos, strict=args.strict)
     read = read_pairs(data, tokenizer, **how)
     if args.should_log:
         say(str(read.report))
     return read.pairs
+
+
+def each(function: Callable, data, *args):
+    """The function of a data set, or of each one of a dict of them."""
+    if isinstance(data, dict):
+        return {name: function(part, *args) for name, part in data.items()}
+    return function(data, *args)
+
+
+def _why_no_pairs(data) -> str | None:
+    name = type(data).__name__
+    if isinstance(data, dict):
+        return f"a {name}: name one of {', '.join(map(str, data))}"
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, str):
+        return f"{name}, which has no length: datasets.Dataset.from_list(list(rows)) has"
+    if len(data) and not isinstance(first := data[0], TokenPair):
+        kind = type(first).__name__
+        return f"a {name} of {kind}" + ": datasets.Dataset.from_list(rows) takes them" * (
+            isinstance(first, Mapping)
+        )
+    return None
+
+
+def _check_kinds(model, args, eval_dataset) -> None:
+    if not isinstance(args, SePOConfig):
+        raise InputError(f"args: expected a SePOConfig, got {type(args).__name__}")
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model: expected a model, as sepo.model.load_model loads it, got {type(model).__name__}"
+        )
+    if eval_dataset is None and (flag := data_to_evaluate_on(args)):
+        raise InputError(f"{flag}: expected eval_dataset too, got nothing to evaluate on")
+
+
+def _check_best_metric(args: SePOConfig, method: Method, eval_dataset) -> None:
+    if args.metric_for_best_model is None or eval_dataset is None:
+        return
+    parts = eval_dataset if isinstance(eval_dataset, dict) else [None]
+    names = [n if p is None else f"{p}_{n}" for p in parts for n in metric_names(method)]
+    if args.metric_for_best_model.removeprefix("eval_") not in names:
+        raise InputError(
+            f"--metric_for_best_model: expected {' | '.join(names)}, "
+            f"got {args.metric_for_best_model}"
+        )
+
+
+@contextmanager
+def _in_transformers_words(flag: str = "") -> Iterator[None]:
+    """What transformers and accelerate say of arguments is the caller's to mend."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(f"{flag}{one_line(error)}") from error
 
 
 def attention_share(model: PreTrainedModel) -> float:

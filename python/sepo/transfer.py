@@ -34,6 +34,7 @@ from sepo.data.types import ScoredPair
 from sepo.errors import InputError
 from sepo.lock import lock
 from sepo.model import load_tokenizer
+from sepo.options import positive, share, whole_number
 from sepo.terminal import say
 
 FRACTION = 0.3
@@ -199,8 +200,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_name", required=True, help="the data that was scored: a hub id or local path")
     add("--dataset_config", help="the data set's configuration, if it has several")
     add("--split", default="train")
-    add("--limit", type=int, help="read the first so many rows only")
-    add("--max_length", type=int, help="the policy's tokens of a prompt and one response")
+    add("--limit", type=positive, help="read the first so many rows only")
+    add(
+        "--max_length",
+        type=whole_number(2),
+        help="the policy's tokens of a prompt and one response",
+    )
     add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
     add("--strict", action="store_true", help="drop every row that would be kept with a note")
     add("--model_name_or_path", required=True, help="the policy: its tokenizer and chat template")
@@ -212,8 +217,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score: a token's score from its bytes'; max is min in rejected responses; "
         "default mean",
     )
-    add("--fraction", type=float, help=f"overlap: of the oracle's tokens; default {FRACTION}")
-    add("--pairs_per_part", type=int, default=128)
+    add("--fraction", type=share, help=f"overlap: of the oracle's tokens; default {FRACTION}")
+    add("--pairs_per_part", type=positive, default=128)
     add("--trust_remote_code", action="store_true", help="run code that comes with a tokenizer")
 
 

@@ -31,7 +31,9 @@ from sepo.demo.lexicon import selection_lift
 from sepo.demo.report import print_report
 from sepo.demo.sample import Completion, sample
 from sepo.errors import InputError
+from sepo.lock import contents, lock
 from sepo.model import load_model, load_tokenizer
+from sepo.options import positive, seed
 from sepo.score import score_dataset
 from sepo.smollm2 import save_smollm2
 from sepo.trainer import SePOTrainer
@@ -65,13 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DATA,
         help="directory with pairs.jsonl, heldout.jsonl and heldout_openings.txt",
     )
-    add("--oracle_pairs", type=int, default=160, help="pairs that the oracle is trained on")
-    add("--per_opening", type=int, default=4, help="fresh samples of each held-out opening")
-    add("--seed", type=int, default=0)
+    add("--oracle_pairs", type=positive, default=160, help="pairs that the oracle is trained on")
+    add("--per_opening", type=positive, default=4, help="fresh samples of each held-out opening")
+    add("--seed", type=seed, default=0)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run every stage, print a table and write summary.json. Raises InputError for missing data."""
+    with lock(args.output_dir, "demo"):
+        run_stages(args)
+
+
+def run_stages(args: argparse.Namespace) -> None:
     place, stage = args.output_dir, Stages()
     openings = read_lines(args.data / "heldout_openings.txt")
     counts = {name: len(read_lines(args.data / f"{name}.jsonl")) for name in ("pairs", "heldout")}
@@ -266,10 +273,9 @@ def read_lines(path: Path) -> list[str]:
 def start_afresh(place: Path) -> None:
     """Empty the demo's own directory, but for the converted model; leave any other alone."""
     marker = place / MARKER
-    if place.exists() and any(place.iterdir()) and not marker.exists():
+    if contents(place) and not marker.exists():
         raise InputError(f"--output_dir {place}: not empty and not made by the demo")
     for name in FOLDERS:
         shutil.rmtree(place / name, ignore_errors=True)
     (place / SUMMARY).unlink(missing_ok=True)
-    place.mkdir(parents=True, exist_ok=True)
     marker.touch()

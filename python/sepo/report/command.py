@@ -10,6 +10,7 @@ from sepo.data.files import Atomic, clear
 from sepo.data.store import MANIFEST, read_manifest
 from sepo.errors import InputError
 from sepo.lock import lock
+from sepo.options import whole_number
 from sepo.report.charts import run_charts, store_charts
 from sepo.report.collect import MAX_STORES, PAIRS, collect
 from sepo.terminal import say
@@ -42,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds.add_argument(
         "--json", action="store_const", const="json", dest="format", help="the numbers, to stdout"
     )
-    add("--pairs", type=int, default=PAIRS, metavar="n", help="whose responses are shown")
+    add(
+        "--pairs",
+        type=whole_number(0),
+        default=PAIRS,
+        metavar="n",
+        help="whose responses are shown",
+    )
     add("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
 
 

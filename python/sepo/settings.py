@@ -1,0 +1,23 @@
+"""The environment variables that are read, checked before who reads them is imported."""
+
+import os
+
+from sepo.errors import InputError
+
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun sets them
+
+
+def check_settings() -> None:
+    """Raises InputError, naming the variable."""
+    for name in RANKS:
+        try:
+            int(os.environ.get(name, 0))
+        except ValueError:
+            raise InputError(
+                f"{name}: expected a whole number, as torchrun sets it, got {os.environ[name]}"
+            ) from None
+    if "SEPO_CPU" in os.environ:
+        try:
+            import sepo_kernels.extension  # noqa: F401
+        except ValueError as error:
+            raise InputError(str(error)) from error
