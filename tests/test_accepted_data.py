@@ -56,11 +56,19 @@ def test_a_dict_of_rows_and_of_pairs(tmp_path):
 STREAM = Dataset.from_list(ROWS).to_iterable_dataset()
 
 
+@pytest.mark.parametrize("data", [ROWS, STREAM], ids=["rows", "stream"])
+def test_rows_are_read_from_wherever_they_are(tmp_path, data):
+    trainer = text_trainer(tmp_path, train_dataset=data)
+    expected = text_trainer(tmp_path, train_dataset=Dataset.from_list(ROWS))
+    for i in range(len(ROWS)):
+        found, pair = trainer.train_pairs[i], expected.train_pairs[i]
+        assert all((a == b).all() for a, b in zip(found[1:], pair[1:], strict=True))
+    assert trainer.evaluate(data)["eval_loss"] == expected.evaluate(ROWS)["eval_loss"]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (ROWS, "got a list of dict: datasets.Dataset.from_list(rows) takes them"),
-        (STREAM, "got IterableDataset, which has no length"),
         (iter(PAIRS), "got list_iterator, which has no length"),
         (DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS)), "train, test"),
         ({"a": PAIRS}, "got a dict: name one of a"),
@@ -68,7 +76,7 @@ STREAM = Dataset.from_list(ROWS).to_iterable_dataset()
         (["w1 w2"], "got a list of str"),
         ([], "expected at least one pair, got an empty data set"),
     ],
-    ids=["rows", "stream", "iterator", "splits", "dict", "path", "texts", "nothing"],
+    ids=["iterator", "splits", "dict", "path", "texts", "nothing"],
 )
 def test_what_is_not_taken_is_said(tmp_path, data, message):
     with pytest.raises(InputError) as caught:

@@ -280,7 +280,7 @@ def test_the_three_ways_to_start_are_one_program(home, tmp_path):
         ("score", ["--pairs_per_part", "0"], "--pairs_per_part: expected a whole number of at le"),
         ("score", ["--limit", "x"], "--limit: expected a whole number of at least 1, got x"),
         ("score", ["--shard", "4/4"], "--shard: expected i/n, as in 0/4, got 4/4"),
-        ("score", ["--output_dir", "FILE/below"], "expected a directory, "),
+        ("score", ["--output_dir", "FILE/below"], "expected a folder to write to, "),
         ("inspect", ["--rows", "-1"], "--rows: expected a whole number of at least 0, got -1"),
         ("inspect", ["--fraction", "nan"], "--fraction: expected a number in (0, 1], got nan"),
         ("inspect", ["--mass", "2"], "--mass: expected a number in (0, 1], got 2"),
@@ -315,7 +315,7 @@ def test_an_output_that_cannot_be_made(home, tmp_path, refused, where):
     (tmp_path / "FILE").write_text("precious")
     place = where.replace("FILE", str(tmp_path / "FILE"))
     line = refused(*train(home, tmp_path, "--output_dir", place))
-    assert f"--output_dir {place}: expected " in line
+    assert f"{place}: expected a folder to write to, got " in line
     assert (tmp_path / "FILE").read_text() == "precious"
 
 

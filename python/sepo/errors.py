@@ -1,11 +1,10 @@
 """The one exception a user is meant to read, and how a command ends."""
 
-import codecs
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from sepo.terminal import say
 
@@ -53,8 +52,3 @@ def one_line(error: BaseException) -> str:
     if len(text) > 300:
         return str(error).strip().splitlines()[0]
     return text or type(error).__name__
-
-
-def is_utf8(stream: TextIO) -> bool:
-    """Whether it can show any text; one without an encoding keeps text as it is."""
-    return stream.encoding is None or codecs.lookup(stream.encoding).name == "utf-8"

@@ -58,7 +58,9 @@ def _acquire(file: Path, folder: Path, made: list[Path]) -> int:
             pass
         return descriptor
     except OSError as error:
-        found = "a file" if os.path.isfile(folder) else error.strerror
+        above = [place for place in folder.absolute().parents if place.is_file()]
+        found = "a file" if folder.is_file() else error.strerror
+        found = f"{above[0]}, a file" if above else found
         raise InputError(f"{folder}: expected a folder to write to, got {found}") from error
 
 

@@ -5,7 +5,7 @@ number (`plan_step`), so resuming at step n is all it takes to continue.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
@@ -414,10 +414,7 @@ def _why_no_pairs(data) -> str | None:
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, str):
         return f"{name}, which has no length: datasets.Dataset.from_list(list(rows)) has"
     if len(data) and not isinstance(first := data[0], TokenPair):
-        kind = type(first).__name__
-        return f"a {name} of {kind}" + ": datasets.Dataset.from_list(rows) takes them" * (
-            isinstance(first, Mapping)
-        )
+        return f"a {name} of {type(first).__name__}"
     return None
 
 
