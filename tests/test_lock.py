@@ -32,12 +32,16 @@ exit_with_one_line(main)
 
 def hold(*arguments):
     """Another process that holds a folder."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, *map(str, arguments)],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_python(HOLD, *arguments)
     assert process.stdout.readline() == "held\n"
     return process
+
+
+def start_python(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def end(process):
@@ -103,21 +107,31 @@ def test_another_thread_is_another_holder(tmp_path):
     assert len(refused) == 1 and f"process {os.getpid()}" in refused[0]
 
 
-def test_a_forked_process_does_not_hold_on(tmp_path):
-    """What a killed process has forked may outlive it."""
-    with lock(tmp_path / "out"):
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.read(read, 1)
-            os._exit(0)
+FORK = """
+import os, sys, time
+from sepo.lock import lock
+with lock(sys.argv[1]):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(30)
+"""
+
+
+def test_what_a_killed_process_has_forked_does_not_hold_on(tmp_path):
+    """A worker outlives it, with all that was open."""
+    process = start_python(FORK, tmp_path)
+    child = int(process.stdout.readline())
     try:
-        with lock(tmp_path / "out"):
+        with pytest.raises(InputError, match=f"by process {process.pid} on"), lock(tmp_path):
+            pass
+        process.kill(), process.wait()
+        os.kill(child, 0)  # it is there
+        with lock(tmp_path):
             pass
     finally:
-        os.close(write), os.close(read)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        end(process)
 
 
 def below_a_file(path):
