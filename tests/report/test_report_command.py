@@ -76,9 +76,9 @@ def test_what_is_refused(home, capsys):
         (["store", "--model_name_or_path", "run"], "can't load a tokenizer from run"),
         (["store", *["--model_name_or_path", "oracle"] * 2], "expected one name, or one a store"),
         (["store", "--run", "store"], "store: expected the folder of a training run"),
-        (["store", "--pairs", "-1"], "expected --pairs >= 0, got -1"),
+        (["store", "--pairs", "-1"], "--pairs: expected a whole number of at least 0, got -1"),
         (["store", "-o", "run"], "run: expected a file to write, got a folder"),
-        (["store", "--format", "png", "-o", "run/metrics.jsonl"], "got a file"),
+        (["store", "--format", "png", "-o", "run/metrics.jsonl"], "found a file"),
         (["store", "--format", "svg"], "invalid choice: 'svg'"),
     ):
         assert line in refused(capsys, *argv)
