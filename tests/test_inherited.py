@@ -17,7 +17,6 @@ import transformers
 from test_trainer import PAIRS, make_trainer, weights
 from transformers import (
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     trainer_optimizer,
@@ -340,11 +339,6 @@ def _(run):
     assert steps_with(run(logging_steps=2, logging_first_step=True), "loss") == [1, 2]
     assert steps_with(run(logging_strategy="epoch"), "loss") == [3]
     assert steps_with(run(logging_strategy="no"), "loss") == []
-
-
-@shows("logging_nan_inf_filter")
-def _(name):
-    read_by(Trainer._run_epoch, name=name)
 
 
 @shows("include_num_input_tokens_seen")

@@ -2,8 +2,7 @@
 
 import argparse
 import json
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -191,8 +190,6 @@ class SePOConfig(TrainingArguments):
 
     def __post_init__(self):
         check_values(self)
-        for one in fields(self):
-            _check_finite(one.name, getattr(self, one.name))
         refuse_inherited(self)  # before anything is derived from what was given
         _check_numbers(self)
         _check_words(self)
@@ -223,15 +220,6 @@ def data_to_evaluate_on(args: SePOConfig) -> str | None:
     if args.eval_strategy != "no":
         return f"--eval_strategy {args.eval_strategy.value}"
     return "--eval_on_start" if args.eval_on_start else None
-
-
-def _check_finite(name: str, value) -> None:
-    """Raises InputError for NaN and infinity, which no flag can be, wherever in its value."""
-    parts = value.values() if isinstance(value, dict) else value
-    for part in parts if isinstance(value, dict | list | tuple) else ():
-        _check_finite(name, part)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"--{name}: expected a finite number, got {value}")
 
 
 def _translate(args: SePOConfig) -> None:

@@ -134,7 +134,7 @@ FIELDS = {
     "logging_steps": _LOGS,
     "logging_first_step": _SERVED,
     "log_on_each_node": _SERVED,
-    "logging_nan_inf_filter": _SERVED,
+    "logging_nan_inf_filter": Decided("a loss that is not finite ends the run"),
     "include_num_input_tokens_seen": _SERVED,
     "log_level": _SERVED,
     "log_level_replica": _SERVED,

@@ -25,6 +25,7 @@ def check_values(args: Any) -> None:  # a dataclass
     """
     for name, found in kinds(type(args)).items():
         value, of = getattr(args, name), found - {NoneType}
+        _check_finite(name, value)
         if value is None and NoneType in found:
             continue
         if choices := _choices(args.__dataclass_fields__[name], of):
@@ -37,8 +38,15 @@ def check_values(args: Any) -> None:  # a dataclass
             if is_switch or not isinstance(value, types):
                 got = repr(value) if isinstance(value, str) else in_yaml(value)
                 raise InputError(f"--{name}: expected {words}, got {got}")
-            if kind is float and not math.isfinite(value):
-                raise InputError(f"--{name}: expected a finite number, got {value}")
+
+
+def _check_finite(name: str, value) -> None:
+    """Raises InputError for NaN and infinity, which no flag can be, wherever in its value."""
+    parts = value.values() if isinstance(value, dict) else value
+    for part in parts if isinstance(value, dict | list | tuple) else ():
+        _check_finite(name, part)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"--{name}: expected a finite number, got {value}")
 
 
 @cache

@@ -22,11 +22,6 @@ CASES = [case for case in cases() if not case.process]
 PROCESSES = [*(case for case in cases() if case.process), *CASES[::100]]  # and a sample once more
 SECONDS = 60
 # tracebacks of today, each a gap in the reading of stores, models and data files
-PENDING = re.compile(
-    r"manifest's (tokenizer|pairs|pairs_per_part) |model\.safetensors (is|has) "
-    r"|config\.json is (a list|null)|tokenizer\.json is a list"
-    r"|of (binary\.csv|latin1\.|null\.jsonl)"
-)
 BAR = re.compile(r"\r|\d+%\|")  # of progress: there is more than one way to end its line
 
 
@@ -40,11 +35,7 @@ def home(tmp_path_factory):
 
 
 def named(cases: list[Case]) -> list:
-    pending = pytest.mark.xfail(reason="not yet refused in one line", strict=False)
-    return [
-        pytest.param(case, id=case.id, marks=[pending] * bool(PENDING.search(case.id)))
-        for case in cases
-    ]
+    return [pytest.param(case, id=case.id) for case in cases]
 
 
 @pytest.mark.parametrize("case", named(CASES))
