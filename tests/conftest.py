@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import: no test looks for a hub
+
 import pytest
 import torch
 

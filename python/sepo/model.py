@@ -128,7 +128,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False):
     """
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         if find_file(path, ADAPTER) is not None:
             base = find_folder(path, trust_remote_code=trust_remote_code).base.path
