@@ -199,22 +199,20 @@ def _survey(rows: Iterable[dict]) -> tuple[list[str], int]:
 
 def table(data: Any, name: str) -> Rows:  # a datasets.Dataset, or an IterableDataset
     """Rows of a table, without the None that fills the keys which only other rows have."""
-    import pyarrow as pa
-
     schema = []
     if data.features is not None:
         data = data.with_format(None)  # a copy
         data.info.features = _encoded(data.features)
         schema = data.features.arrow_schema
-    nested = {f.name: f.type for f in schema if _has_struct(f.type, pa)}
+    nested = {f.name: strip for f in schema if (strip := _strip(f.type)) is not None}
     if not hasattr(data, "__len__"):  # a stream is read once
         data = list(data)
 
     def read() -> Iterator[dict]:
         try:
             for row in data:
-                for column, type in nested.items():
-                    row[column] = _without_none(row[column], type, pa)
+                for column, strip in nested.items():
+                    row[column] = strip(row[column])
                 yield row
         # of a file that claims to hold text, found only where it is read
         except UnicodeDecodeError as error:
@@ -223,25 +221,25 @@ def table(data: Any, name: str) -> Rows:  # a datasets.Dataset, or an IterableDa
     return Rows(read, getattr(data, "column_names", None), len(data), name)
 
 
-def _has_struct(type: Any, pa: Any) -> bool:
-    if pa.types.is_struct(type):
-        return True
-    return pa.types.is_nested(type) and any(
-        _has_struct(type.field(i).type, pa) for i in range(type.num_fields)
-    )
+def _strip(type: Any) -> Callable[[Any], Any] | None:
+    """What takes off the None that a table of this Arrow type has filled; None if it fills none.
+
+    The type says so: JSON that a cell holds keeps its own null.
+    """
+    from pyarrow import types
+
+    if types.is_struct(type):
+        inner = {field.name: _strip(field.type) or _as_it_is for field in type}
+        return lambda value: (
+            value and {k: inner[k](item) for k, item in value.items() if item is not None}
+        )
+    if types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type):
+        if (strip := _strip(type.value_type)) is not None:
+            return lambda value: value and [strip(item) for item in value]
+    return None
 
 
-def _without_none(value: Any, type: Any, pa: Any) -> Any:
-    """The type says what the table has filled: JSON that a cell holds keeps its own null."""
-    if isinstance(value, dict) and pa.types.is_struct(type):
-        inner = {field.name: field.type for field in type}
-        return {
-            key: _without_none(item, inner[key], pa)
-            for key, item in value.items()
-            if item is not None
-        }
-    if isinstance(value, list) and _has_struct(type, pa):
-        return [_without_none(item, type.value_type, pa) for item in value]
+def _as_it_is(value: Any) -> Any:
     return value
 
 
