@@ -60,9 +60,7 @@ STREAM = Dataset.from_list(ROWS).to_iterable_dataset()
 def test_rows_are_read_from_wherever_they_are(tmp_path, data):
     trainer = text_trainer(tmp_path, train_dataset=data)
     expected = text_trainer(tmp_path, train_dataset=Dataset.from_list(ROWS))
-    for i in range(len(ROWS)):
-        found, pair = trainer.train_pairs[i], expected.train_pairs[i]
-        assert all((a == b).all() for a, b in zip(found[1:], pair[1:], strict=True))
+    assert trainer.train_pairs.hashes == expected.train_pairs.hashes
     assert trainer.evaluate(data)["eval_loss"] == expected.evaluate(ROWS)["eval_loss"]
 
 

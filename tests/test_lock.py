@@ -136,7 +136,7 @@ def test_what_a_killed_process_has_forked_does_not_hold_on(tmp_path):
 
 def below_a_file(path):
     (path / "file").touch()
-    return path / "file" / "out", "Not a directory"
+    return path / "file" / "out", f"{path / 'file'}, a file"
 
 
 def a_file(path):
@@ -155,7 +155,11 @@ def too_long(path):
     return path / ("x" * 300), "File name too long"
 
 
-@pytest.mark.parametrize("make", [below_a_file, a_file, read_only, too_long])
+def of_the_kernel(path):
+    return "/proc", "one in which no file can be made"
+
+
+@pytest.mark.parametrize("make", [below_a_file, a_file, read_only, too_long, of_the_kernel])
 def test_a_folder_that_can_not_be_written_to(tmp_path, make):
     folder, found = make(tmp_path)
     with pytest.raises(InputError, match=f"{folder}: expected a folder to write to, got {found}"):

@@ -153,8 +153,8 @@ def test_an_output_that_can_not_be(tmp_path, job, monkeypatch):
     (tmp_path / "file").write_text("")
     for output, found in (
         (tmp_path / "file", "got a file"),
-        (tmp_path / "file" / "below", "Not a directory"),
-        (tmp_path / "file" / "far" / "below", "Not a directory"),
+        (tmp_path / "file" / "below", "file, a file"),
+        (tmp_path / "file" / "far" / "below", "file, a file"),
         (Path("/proc/sepo"), "No such file or directory"),  # root neither can make it
     ):
         with pytest.raises(InputError, match=f"{output}: expected a folder to write to, .*{found}"):

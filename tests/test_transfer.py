@@ -374,7 +374,9 @@ def test_another_store_is_refused_before_rows_are_aligned(tmp_path, data, both, 
     for more in ((), ("--mode", "overlap", "--fraction", "0.2")):
         with pytest.raises(InputError, match="expected an empty directory or this transfer begun"):
             command(tmp_path, *more, **both)
-    with pytest.raises(InputError, match="pairs_per_part: expected at least 1, got 0"):
+    with pytest.raises(
+        InputError, match="pairs_per_part: expected a whole number of at least 1, got 0"
+    ):
         command(tmp_path, "--pairs_per_part", "0", **both)
 
 

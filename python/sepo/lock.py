@@ -13,6 +13,7 @@ from pathlib import Path
 from sepo.errors import InputError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # a file system without them
+ATTEMPTS = 1000  # to take a lock that others let go in the middle of it
 _held: dict[tuple[Path, int], list[int]] = {}  # (file, thread) -> its descriptor, once a holding
 
 
@@ -54,12 +55,13 @@ def contents(folder: str | os.PathLike) -> list[Path]:
 
 def _acquire(file: Path, folder: Path, made: list[Path]) -> int:
     try:
-        while (descriptor := _try(file, folder, made)) is None:
-            pass
-        return descriptor
+        for _ in range(ATTEMPTS):
+            if (descriptor := _try(file, folder, made)) is not None:
+                return descriptor
+        raise FileNotFoundError(errno.ENOENT, "one in which no file can be made")  # as in /proc
     except OSError as error:
-        above = [place for place in folder.absolute().parents if place.is_file()]
-        found = "a file" if folder.is_file() else error.strerror
+        above = [place for place in folder.absolute().parents if os.path.isfile(place)]
+        found = "a file" if os.path.isfile(folder) else error.strerror
         found = f"{above[0]}, a file" if above else found
         raise InputError(f"{folder}: expected a folder to write to, got {found}") from error
 

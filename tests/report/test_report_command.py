@@ -82,7 +82,7 @@ def test_what_is_refused(home, capsys):
         (["store", "--run", "store"], "store: expected the folder of a training run"),
         (["store", "--pairs", "-1"], "--pairs: expected a whole number of at least 0, got -1"),
         (["store", "-o", "run"], "run: expected a file to write, got a folder"),
-        (["store", "--format", "png", "-o", "run/metrics.jsonl"], "found a file"),
+        (["store", "--format", "png", "-o", "run/metrics.jsonl"], "got a file"),
         (["store", "--format", "svg"], "invalid choice: 'svg'"),
     ):
         assert line in refused(capsys, *argv)
