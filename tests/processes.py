@@ -19,23 +19,30 @@ ENVIRONMENT = {
 }
 
 
-def start(*arguments: str, ranks: int = 1) -> subprocess.Popen:
+def start(
+    *arguments: str, ranks: int = 1, environment: dict[str, str] | None = None
+) -> subprocess.Popen:
     """`python -m ...`, or under torchrun on the loopback interface."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
     return subprocess.Popen(
         [*launcher, *map(str, arguments)],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def run(*arguments: str, ranks: int = 1, timeout: int = 240) -> str:
+def run(
+    *arguments: str,
+    ranks: int = 1,
+    timeout: int = 240,
+    environment: dict[str, str] | None = None,  # beside what every process has
+) -> str:
     """Run to the end and return what was printed; a failure shows it."""
-    process = start(*arguments, ranks=ranks)
+    process = start(*arguments, ranks=ranks, environment=environment)
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:

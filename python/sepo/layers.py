@@ -61,9 +61,23 @@ def compile_layers(model: nn.Module, plugin: TorchDynamoPlugin) -> None:
     it: compiled parts are recomputed as they ran first. All layers share the code of one, and
     sizes are dynamic from the start, or the second batch would compile everything again.
     """
+    if next(model.parameters()).device.type == "cpu":
+        _name_vectors()
     kwargs = plugin.to_kwargs() | {"dynamic": True, "fullgraph": False}
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             for part in layer.children():
                 if next(part.parameters(), None) is not None:  # a dropout is not worth a graph
                     part.compile(**kwargs)
+
+
+def _name_vectors() -> None:
+    """Make the width of the vectors a part of what inductor looks up in its cache.
+
+    It reads ATEN_CPU_CAPABILITY when it writes a kernel, and its cache knows nothing of that: told of
+    another one, it takes a kernel for wider vectors, which writes beyond its buffers.
+    """
+    from torch._inductor import config, cpu_vec_isa  # slow to import, and few compile
+
+    if config.cpp.simdlen is None:
+        config.cpp.simdlen = cpu_vec_isa.pick_vec_isa().bit_width()
