@@ -18,7 +18,9 @@ RESPONSE = MODEL | {"sepo.model"}
 SCORE = RESPONSE | {"sepo.response_logp", "sepo.precision"}
 METHODS = {"sepo.losses", "sepo.ops", "sepo.config", *LEAVES, *FLAGS}
 TRAINER = SCORE | METHODS | {"sepo_kernels", "sepo.score", "sepo.checkpoints"}
-STEP = {f"sepo.{name}" for name in ("methods", "metrics", "adapters", "layers", "prepared")}
+STEP = {
+    f"sepo.{name}" for name in ("accepted", "methods", "metrics", "adapters", "layers", "prepared")
+}
 STEP |= {
     f"sepo.{name}" for name in ("identity", "resumable", "reference", "tokens", "masked", "routers")
 }
@@ -49,6 +51,7 @@ ALLOWED = {
     | {"sepo.checkpoints", "sepo.methods", "sepo.prepared", "sepo.reference"},
     "sepo.resumable": {"sepo.checkpoints", "sepo.config", "sepo.identity", "sepo.metrics", *LEAVES},
     "sepo.methods": METHODS,
+    "sepo.accepted": DATA | METHODS | {"sepo.methods", "sepo.metrics"},
     "sepo.metrics": METHODS | {"sepo.data", "sepo.methods"},
     "sepo.adapters": LEAVES | {"sepo.config"},
     "sepo.layers": set(),

@@ -5,7 +5,7 @@ number (`plan_step`), so resuming at step n is all it takes to continue.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
@@ -20,23 +20,21 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from sepo.accepted import check_best_metric, check_kinds, each, tokenised
 from sepo.adapters import add_adapters, check_adapters, has_adapters
-from sepo.config import SePOConfig, data_to_evaluate_on
+from sepo.config import SePOConfig
 from sepo.data.cost import attention_cost
-from sepo.data.load import is_rows
 from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
-from sepo.data.read import read_pairs
 from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError, one_line
 from sepo.identity import describe_run
 from sepo.layers import compile_layers, disable_dropout, recompute_cheap
 from sepo.masked import MaskedTrainer, add_mask
-from sepo.methods import METHODS, Method, TokenValues, idle_settings, reduce_segments
+from sepo.methods import METHODS, TokenValues, idle_settings, reduce_segments
 from sepo.metrics import (
     RunningMeans,
     Throughput,
-    metric_names,
     pair_metrics,
     token_metrics,
 )
@@ -45,7 +43,6 @@ from sepo.options import say_idle
 from sepo.prepared import PreparedPairs, data_seed
 from sepo.reference import LiveReference, Reference, check_apart
 from sepo.routers import router_loss
-from sepo.terminal import say
 from sepo.tokens import TokenStep, find_reference
 
 
@@ -53,9 +50,9 @@ class SePOTrainer(MaskedTrainer):
     """Train `model` by `args.method`. Raises InputError for data it can't use.
 
     Data sets are token pairs (a ScoredStore, or a list of TokenPair), or rows of any preference
-    format as a datasets.Dataset, IterableDataset or list of dicts, which are tokenised here. With a peft_config (peft's LoraConfig)
-    the model is frozen and adapters are trained; then, unless a reference is given, the model
-    without them is the reference, and no second copy is held.
+    format as a datasets.Dataset, IterableDataset or list of dicts, which are tokenised here. With a
+    peft_config (peft's LoraConfig) the model is frozen and adapters are trained; then, unless a
+    reference is given, the model without them is the reference, and no second copy is held.
     """
 
     def __init__(
@@ -73,9 +70,9 @@ class SePOTrainer(MaskedTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        _check_kinds(model, args, eval_dataset)
+        check_kinds(model, args, eval_dataset)
         self.method = METHODS[args.method]
-        _check_best_metric(args, self.method, eval_dataset)
+        check_best_metric(args, self.method, eval_dataset)
         if args.should_log:
             say_idle(idle_settings(args))
         train_dataset = tokenised(train_dataset, args, processing_class)
@@ -383,62 +380,6 @@ class SePOTrainer(MaskedTrainer):
             logs = {**logs, **means, **self._step_counts, **self._throughput.pop()}
             self.warn_of_shut_masks(means)
         super().log(logs, start_time)
-
-
-def tokenised(data, args: SePOConfig, tokenizer) -> Sequence[TokenPair] | None:
-    """Token pairs as they are; rows of text read, and what was dropped of them printed."""
-    if data is None:
-        return None
-    if not is_rows(data):
-        if reason := _why_no_pairs(data):
-            raise InputError(f"expected token pairs or a datasets.Dataset of rows, got {reason}")
-        return data
-    how = dict(max_length=args.max_length, append_eos=args.append_eos, strict=args.strict)
-    read = read_pairs(data, tokenizer, **how)
-    if args.should_log:
-        say(str(read.report))
-    return read.pairs
-
-
-def each(function: Callable, data, *args):
-    """The function of a data set, or of each one of a dict of them."""
-    if isinstance(data, dict):
-        return {name: function(part, *args) for name, part in data.items()}
-    return function(data, *args)
-
-
-def _why_no_pairs(data) -> str | None:
-    name = type(data).__name__
-    if isinstance(data, dict):
-        return f"a {name}: name one of {', '.join(map(str, data))}"
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, str):
-        return f"{name}, which has no length: datasets.Dataset.from_list(list(rows)) has"
-    if len(data) and not isinstance(first := data[0], TokenPair):
-        return f"a {name} of {type(first).__name__}"
-    return None
-
-
-def _check_kinds(model, args, eval_dataset) -> None:
-    if not isinstance(args, SePOConfig):
-        raise InputError(f"args: expected a SePOConfig, got {type(args).__name__}")
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"model: expected a model, as sepo.model.load_model loads it, got {type(model).__name__}"
-        )
-    if eval_dataset is None and (flag := data_to_evaluate_on(args)):
-        raise InputError(f"{flag}: expected eval_dataset too, got nothing to evaluate on")
-
-
-def _check_best_metric(args: SePOConfig, method: Method, eval_dataset) -> None:
-    if args.metric_for_best_model is None or eval_dataset is None:
-        return
-    parts = eval_dataset if isinstance(eval_dataset, dict) else [None]
-    names = [n if p is None else f"{p}_{n}" for p in parts for n in metric_names(method)]
-    if args.metric_for_best_model.removeprefix("eval_") not in names:
-        raise InputError(
-            f"--metric_for_best_model: expected {' | '.join(names)}, "
-            f"got {args.metric_for_best_model}"
-        )
 
 
 @contextmanager
