@@ -8,6 +8,7 @@ from tiny import V, tiny_model
 from sepo.data.types import TokenPair
 from sepo.demo.evaluate import (
     Estimate,
+    chosen_wins,
     clustered_mean,
     kl_per_token,
     mean_sentiment,
@@ -133,3 +134,20 @@ def test_accuracy_compares_means_per_token():
         expected.append(mean[2 * number] > other)
     found = pair_accuracy(model, pairs, batch_size=7)
     assert found.mean == pytest.approx(fmean(expected)) and 0 < found.mean < 1
+
+
+def test_chosen_wins_by_its_mean_not_its_sum():
+    chosen = [np.float32([-1, -1, -1]), np.float32([-3]), np.float32([-1, -1.5])]
+    rejected = [np.float32([-2]), np.float32([-1, -1]), np.float32([-1, -2])]
+    assert chosen_wins(chosen, rejected).mean == pytest.approx(2 / 3)
+
+
+def test_the_trunk_in_bfloat16_leaves_the_head_in_float32():
+    model, sequences, seen = tiny_model("llama"), random_sequences(6), set()
+    model.lm_head.register_forward_hook(
+        lambda _, given, made: seen.add((given[0].dtype, made.dtype, made.requires_grad))
+    )
+    exact = torch.cat(response_logp(model, sequences))
+    rough = torch.cat(response_logp(model, sequences, dtype=torch.bfloat16))
+    assert seen == {(torch.float32, torch.float32, False)}
+    assert 0 < (exact - rough).abs().max() < 0.1

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -142,12 +143,21 @@ def pair_accuracy(
     pairs: Sequence[TokenPair],
     *,
     batch_size: int = 16,
+    dtype: torch.dtype = torch.float32,  # of the trunk's products
+) -> Estimate:
+    """`chosen_wins` by what the model says of the pairs."""
+    sequences = [(p.prompt.tolist(), r.tolist()) for p in pairs for r in (p.chosen, p.rejected)]
+    logp = response_logp(model, sequences, batch_size=batch_size, dtype=dtype)
+    return chosen_wins(logp[::2], logp[1::2])
+
+
+def chosen_wins(
+    chosen: Sequence[Tensor | np.ndarray],  # (T,) log-probabilities of each pair's tokens
+    rejected: Sequence[Tensor | np.ndarray],
 ) -> Estimate:
     """The share of pairs whose chosen response has the higher mean log-probability per token."""
-    sequences = [(p.prompt.tolist(), r.tolist()) for p in pairs for r in (p.chosen, p.rejected)]
-    mean = [logp.mean().item() for logp in response_logp(model, sequences, batch_size=batch_size)]
-    right = [float(c > r) for c, r in zip(mean[::2], mean[1::2], strict=True)]
-    return clustered_mean(right, range(len(pairs)))
+    right = [float(c.mean() > r.mean()) for c, r in zip(chosen, rejected, strict=True)]
+    return clustered_mean(right, range(len(right)))
 
 
 @torch.no_grad()
@@ -156,10 +166,11 @@ def response_logp(
     sequences: Sequences,
     *,
     batch_size: int = 16,
+    dtype: torch.dtype = torch.float32,  # of the trunk's products; the head's are float32
 ) -> list[Tensor]:
     """log p(y_t | x, y_<t) in nats for each response, (T,) float32, in the order given."""
     result: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for members, rows in response_rows(model, sequences, batch_size):
+    for members, rows in response_rows(model, sequences, batch_size, dtype):
         targets = [sequences[i][1] for i in members]
         flat = torch.tensor([t for ids in targets for t in ids], device=rows.device)
         logp = torch.cat(
@@ -180,6 +191,7 @@ def response_rows(
     model: PreTrainedModel,
     sequences: Sequences,  # no prompt and no response may be empty
     batch_size: int,
+    dtype: torch.dtype = torch.float32,  # of the trunk's products
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Batches of (indices into `sequences`, the rows (sum of T, D) that predict their responses)."""
     lengths = [len(prompt) + len(response) for prompt, response in sequences]
@@ -191,7 +203,9 @@ def response_rows(
         for row, i in enumerate(members):
             prompt, response = sequences[i]
             ids[row, : lengths[i] - 1] = torch.tensor([*prompt, *response][:-1])
-        hidden = model.get_decoder()(ids.to(model.device), use_cache=False).last_hidden_state
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+            out = model.get_decoder()(ids.to(model.device), use_cache=False)
+        hidden = out.last_hidden_state.to(model.dtype)
         yield (
             members,
             torch.cat(

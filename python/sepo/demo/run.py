@@ -23,10 +23,10 @@ from sepo.data.counts import count_rows, count_tokens
 from sepo.data.read import read_pairs
 from sepo.data.segments import make_segments
 from sepo.data.store import ScoredStore
-from sepo.data.types import TokenPair
+from sepo.data.types import ScoredPair, TokenPair
 from sepo.demo import DATA
 from sepo.demo.estimate import estimate
-from sepo.demo.evaluate import kl_per_token, mean_sentiment, pair_accuracy
+from sepo.demo.evaluate import chosen_wins, kl_per_token, mean_sentiment, pair_accuracy
 from sepo.demo.lexicon import selection_lift
 from sepo.demo.report import print_report
 from sepo.demo.sample import Completion, sample
@@ -105,6 +105,7 @@ def run_stages(args: argparse.Namespace) -> None:
         drawn = dict(POLICY, method="sepo-rand")
         train(model_dir, scored, place / "sepo_rand", tokenizer, seed=args.seed, **drawn)
     with stage("evaluate"):
+        heldout = [cached[i] for i in range(len(pairs), len(cached))]
         policy = evaluate(args, model_dir, tokenizer, openings, heldout)
 
     cut = lambda how, among: [
@@ -223,7 +224,13 @@ def continue_openings(
         )
 
 
-def evaluate(args, model_dir: Path, tokenizer, openings: list[str], heldout: list) -> dict:
+def evaluate(
+    args,
+    model_dir: Path,
+    tokenizer,
+    openings: list[str],
+    heldout: Sequence[ScoredPair],  # with the reference's log-probabilities
+) -> dict:
     """Reward, held-out accuracy and distance from the reference, of all three policies."""
     place = args.output_dir
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
@@ -235,10 +242,15 @@ def evaluate(args, model_dir: Path, tokenizer, openings: list[str], heldout: lis
             model, tokenizer, openings, per_opening=args.per_opening, seed=args.seed, name=name
         )
         reward = mean_sentiment(completions)
+        if name == "reference":
+            logp = [(pair.chosen_ref_logp, pair.rejected_ref_logp) for pair in heldout]
+            accuracy = chosen_wins(*zip(*logp, strict=True))
+        else:
+            accuracy = pair_accuracy(model, heldout, dtype=fast_dtype(model.device))
         result[name] = {
             "reward": reward.mean,
             "reward_ci95": [reward.low, reward.high],
-            "accuracy": pair_accuracy(model, heldout).mean,
+            "accuracy": accuracy.mean,
         }
         if name != "reference":
             result[name]["kl_per_token"] = kl_per_token(
