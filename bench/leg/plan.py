@@ -26,7 +26,8 @@ AGAIN = 3
 TESTS = {"test_gpu_heads.py": 150, "test_gpu_attention.py": 60}  # seconds; the others FEW
 FEW, FLEX = 30, 120
 MARKED = re.compile(r"^(pytestmark|@pytest).*mark\.gpu", re.M)
-# of the extension: whatever else runs, torch's own kernels say, is not ours to watch
+# of the extension, by --kernel-name, which was --kernel-regex before CUDA 12.3: torch's own kernels are
+# not ours to watch
 KERNELS = "kns=segments", "kns=select_tokens"
 
 
@@ -106,7 +107,7 @@ def _sanitizers() -> list[Stage]:
     program = (sys.executable, "tests/gpu/sanitized.py")
     # the API errors are torch's own questions to the driver
     asked = {"memcheck": (40, ("--report-api-errors", "no")), "racecheck": (30, ())}
-    kernels = [word for kernel in KERNELS for word in ("--kernel-regex", kernel)]
+    kernels = [word for kernel in KERNELS for word in ("--kernel-name", kernel)]
     watch = (sys.executable, str(Path("bench") / "leg" / "watched.py"), tool or "")
     return [
         Stage(
