@@ -1,11 +1,12 @@
 # make demo · make test · make hostile · make bench · make gpu: each does all the set-up it needs, in .venv, and may be repeated.
+# make replica · make gpu-wheels: for those who change what runs on a GPU.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test hostile lint bench gpu clean
+.PHONY: install demo test hostile lint bench gpu gpu-wheels replica clean
 install: .venv/.installed
 
 # torch first and alone: a looser requirement asked for before it would bring another build of it
@@ -45,9 +46,20 @@ lint: .venv/.installed
 bench: .venv/.bench
 	$(BIN)/python bench/run.py $(BENCH)
 
-# from the source tree, with a Python that has torch and triton for CUDA: GPU="--minutes 8"
+# from the source tree, with a Python that has torch and triton for CUDA; GPU="--only head kl select",
+# GPU="--minutes 15": its last line names what was not measured
 gpu:
 	$(PYTHON) bench/gpu.py $(GPU)
 
+# what a machine with torch alone lacks, peers too, into runs/gpu-wheels, where make gpu looks for it:
+# WHEELS="--python 3.13", WHEELS="quack-kernels nvidia-cutlass-dsl ..."
+gpu-wheels:
+	$(PYTHON) bench/leg/wheels.py $(WHEELS)
+
+# the tests that need no GPU on the lowest versions that are declared, in .replica: 8 GB, most of an hour;
+# REPLICA="-- tests/gpu -q": some of them
+replica:
+	$(PYTHON) .ci/replica.py $(REPLICA)
+
 clean:
-	rm -rf .venv build runs *.egg-info
+	rm -rf .venv .replica build runs *.egg-info

@@ -1,4 +1,5 @@
-"""Two import roots and the native extension. SEPO_EXT: auto (default), none, cpu or cuda.
+"""Two import roots and the native extension. SEPO_EXT: auto (default), none, cpu,
+cuda (both devices' kernels) or cuda-only.
 
 The kernels of csrc/cpu are compiled once for each instruction set, into libraries of their own, of
 which sepo_kernels/extension.py loads one. In a single library the linker would keep one copy of
@@ -58,8 +59,8 @@ def torch_release() -> str:
 def extension() -> dict:
     """Build arguments for the native libraries; none without sources or, under "auto", torch."""
     mode = os.environ.get("SEPO_EXT", "auto")
-    if mode not in ("auto", "none", "cpu", "cuda"):
-        raise SystemExit(f'SEPO_EXT is "{mode}", expected auto, none, cpu or cuda')
+    if mode not in ("auto", "none", "cpu", "cuda", "cuda-only"):
+        raise SystemExit(f'SEPO_EXT is "{mode}", expected auto, none, cpu, cuda or cuda-only')
     if mode == "none":
         return {}
     lacking = what_is_lacking()
@@ -73,10 +74,11 @@ def extension() -> dict:
 
     # what can be compiled, not what this machine can run: build machines have no GPU
     can_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    if mode == "cuda" and not can_cuda:
-        raise SystemExit("SEPO_EXT=cuda needs a CUDA build of torch and nvcc")
-    modules = [library(cpp_extension.CppExtension, level, "csrc/cpu") for level in levels()]
-    if mode == "cuda" or (mode == "auto" and can_cuda):
+    if mode.startswith("cuda") and not can_cuda:
+        raise SystemExit(f"SEPO_EXT={mode} needs a CUDA build of torch and nvcc")
+    wanted = [] if mode == "cuda-only" else levels()
+    modules = [library(cpp_extension.CppExtension, level, "csrc/cpu") for level in wanted]
+    if mode.startswith("cuda") or (mode == "auto" and can_cuda):
         modules.append(library(cpp_extension.CUDAExtension, "cuda", "csrc/cuda"))
     return {
         "ext_modules": modules,

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from bench import dtypes, measure, report
+from bench.leg import ledger
 from bench.provider import Provider
 from bench.roof import Roof
 
@@ -87,13 +88,21 @@ class CaseJob:
         for provider, row in zip(self.providers, self.rows, strict=True):
             if row.status != "passed":
                 continue
-            calls[provider.name] = call = partial(provider.run, inputs)
+            call = partial(provider.run, inputs)
+            ledger.at(f"{self.name}: {provider.name}")
             start = time.perf_counter()
-            call()
-            peer = provider.gated and not provider.ours
-            if peer and time.perf_counter() - start > SLOW:
+            try:
+                call()
+                seconds = time.perf_counter() - start
+                size = measure.peak_bytes(call, self.device)
+            except Exception as error:  # out of memory, which the gate's yardsticks had left
+                row.status, row.reason = "refused", measure.said(error)
+            if row.status == "refused":
+                measure.recover(self.device)
+                continue
+            calls[provider.name] = call
+            if provider.gated and not provider.ours and seconds > SLOW:
                 rounds[provider.name] = SLOW_ROUNDS
-            size = measure.peak_bytes(call, self.device)
             if provider.gated:
                 row.extra_bytes = size
                 row.beyond_gradients_bytes = size - inputs.gradient_bytes
@@ -108,6 +117,9 @@ class CaseJob:
         """The rows with their times; the inputs are let go of."""
         timed = {}
         for provider, row in zip(self.providers, self.rows, strict=True):
+            if reason := self._turns.failed.get(provider.name):
+                row.status, row.reason = "refused", reason
+                continue
             row.seconds = self._turns.seconds.get(provider.name, [])
             if not row.seconds:
                 continue
@@ -132,7 +144,16 @@ class CaseJob:
         slow = dtypes.quick(self.case.dtype, self.device) != self.case.dtype
         if slow and peer and not self.slow_too:
             return _row(provider, self.case, reason=EMULATED.format(provider.name))
-        return _gate(provider, self.case, inputs)
+        what = f"{self.name}: {provider.name}"
+        if ledger.died_in(what):
+            row = _row(provider, self.case, reason="the process died in it")
+            row.status = "refused"
+            return row
+        ledger.at(what)
+        row = _gate(provider, self.case, inputs)
+        if row.status == "refused":
+            measure.recover(self.device)
+        return row
 
 
 def takes_part(provider: Provider, case) -> bool:
@@ -149,7 +170,7 @@ def _gate(provider: Provider, case, inputs) -> Row:
     try:
         result = provider.run(inputs)
     except Exception as error:  # a peer may fail in any way; the others are still to be measured
-        row.status, row.reason = "refused", f"{type(error).__name__}: {error}".split("\n")[0]
+        row.status, row.reason = "refused", measure.said(error)
         return row
     if not provider.gated:
         row.status = "passed"
@@ -159,7 +180,7 @@ def _gate(provider: Provider, case, inputs) -> Row:
         row.status, row.reason = "refused", f"gives no {', '.join(absent)}"
         return row
     row.errors = inputs.errors(result, provider.objective)
-    limits = inputs.limits(provider.ours)
+    limits = inputs.limits(provider.ours, provider.objective)
     wrong = [
         f"{name} is off by {error:.2e}, limit {limits[name]:.2e}"
         for name, error in row.errors.items()

@@ -15,7 +15,7 @@ FULL = "full"
 ONLY_SHORT = ("step-short",)
 SHORT_ROUNDS = 3  # of its operations: with five a slow machine has no time left for the step
 # of a suite, what sepo itself does not need: a machine may have torch alone
-NEEDED = ("transformers", "accelerate", "datasets")
+NEEDED = ("transformers", "accelerate")
 
 
 def short(device: str) -> dict[str, tuple[str, ...]]:  # providers by case; (): all

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.leg import ledger
+
 
 class Turns:
     """A, B, C, A, B, C, ...; every call must have run before, so that nothing compiles here."""
@@ -20,13 +22,39 @@ class Turns:
     ):
         self.calls, self.device, self.rounds = calls, device, rounds or {}
         self.seconds: dict[str, list[float]] = {name: [] for name in calls}
+        self.failed: dict[
+            str, str
+        ] = {}  # calls that raised something, which are out of it, and what
 
     def turn(self) -> None:
         """One round."""
         for name, call in self.calls.items():
             done = self.seconds[name]
-            if len(done) < self.rounds.get(name, len(done) + 1):
-                done.append(clock(call, self.device))
+            if name not in self.failed and len(done) < self.rounds.get(name, len(done) + 1):
+                try:
+                    done.append(clock(call, self.device))
+                except Exception as error:
+                    self.failed[name] = said(error)
+                if name in self.failed:  # out of the except clause, which holds what the call held
+                    recover(self.device)
+
+
+def said(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {error}".split("\n")[0]
+
+
+def recover(device: str) -> None:
+    """Let go of what a failed call has left; the process ends if the device is of no more use."""
+    gc.collect()
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:  # of a kernel, and from now on of everything
+        print(f"the device is broken: {said(error)}", flush=True)
+        raise SystemExit(ledger.BROKEN) from error
 
 
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:

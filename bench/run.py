@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--case", nargs="+", default=[], help="patterns of names, long cases too")
     add("--providers", nargs="+", default=[], help="patterns of names or groups")
     add("--json", type=Path, help="append rows to this file; -: print them, tables on stderr")
-    add("--figure", type=Path, help="default runs/bench/<machine>.svg")
+    add("--figure", type=Path, help="default runs/bench/<machine>.svg; none: no figure")
     add("--base", metavar="REV", help="the same cases at another commit, side by side")
     add("--plan", type=Path, metavar="CONFIG", help="GPU-hours of each stage; modelled")
     add("--hours", action="store_true", help="GPU-hours of the papers' models; modelled")
@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace, options: dict) -> int:
     else:
         entries = [Alone(job) for job in jobs.jobs(suites, **options)]
         records, code = run(entries, tell=tell, keep=keep, deadline=deadline)
-    if code == 0:
+    if code == 0 and str(args.figure) != "none":
         picture = (
             args.figure or ROOT / "runs" / "bench" / f"{report.default_path(args.device).stem}.svg"
         )
@@ -173,7 +173,7 @@ def run(
     for entry in entries:
         gates.append(found := entry.gate())
         wrong = [r for r in found if r["status"] == "refused"]
-        red |= any(r["ours"] and r.get("side", "here") == "here" for r in wrong)
+        red |= any(map(is_ours, wrong))
         tell(
             f"gate {entry.name}: {sum(r['status'] == 'passed' for r in found)} of {len(found)} pass"
         )
@@ -202,7 +202,12 @@ def run(
         tell(entry.text())
     # unless peers alone were asked for, a run without ours has said nothing
     due = [r for r in records if r["ours"]] or records
-    return records, 0 if any(r["status"] == "measured" for r in due) else 1
+    failed = any(r["status"] == "refused" and is_ours(r) for r in records)  # after its gate
+    return records, 0 if any(r["status"] == "measured" for r in due) and not failed else 1
+
+
+def is_ours(record: dict) -> bool:
+    return record["ours"] and record.get("side", "here") == "here"
 
 
 if __name__ == "__main__":

@@ -58,13 +58,13 @@ def load(level: str) -> str | None:
         return f"the native extension was built for torch {have}, this is torch {RELEASE}"
     found = built[RELEASE]
     names = [name for name in LEVELS[: LEVELS.index(level) + 1] if name.lower() in found]
-    if not names:
+    if not names and "cuda" not in found:
         have = ", ".join(sorted(found))
         return f"the native extension was built for {have}, this CPU has {level}"
     try:
-        torch.ops.load_library(found[names[-1].lower()])
-        if "cuda" in found:
-            torch.ops.load_library(found["cuda"])
+        for name in (*names[-1:], "CUDA"):
+            if name.lower() in found:
+                torch.ops.load_library(found[name.lower()])
     except OSError as error:  # of another architecture, say
         reason = str(error.__cause__ or error).strip().splitlines()[0]  # torch says which alone
         return f"the native extension cannot be loaded ({reason})"
@@ -122,5 +122,7 @@ if MISSING is not None:
 # oneDNN's bfloat16 x bfloat16 -> float32 tiles: asked by trying, since ONEDNN_MAX_CPU_ISA too can
 # take them away; read at import, because Dynamo traces its readers
 BFLOAT16_TILES = (
-    MISSING is None and LEVEL == "AVX512_BF16" and torch.ops.sepo.native_bfloat16_tiles()
+    LEVEL == "AVX512_BF16"
+    and hasattr(torch.ops.sepo, "native_bfloat16_tiles")
+    and torch.ops.sepo.native_bfloat16_tiles()
 )

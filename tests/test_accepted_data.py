@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 from test_trainer import PAIRS, bare, make_trainer, weights
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 
@@ -12,6 +11,8 @@ from sepo.masks import load_into
 from sepo.methods import METHODS
 from sepo.metrics import metric_names
 
+datasets = pytest.importorskip("datasets")
+Dataset, DatasetDict = datasets.Dataset, datasets.DatasetDict
 ROWS = [dict(prompt=f"w{i} w4", chosen="w5 w6", rejected=f"w7 w{i + 20}") for i in range(2, 8)]
 
 

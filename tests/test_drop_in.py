@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import write_store
 from transformers import TrainingArguments
@@ -16,6 +15,7 @@ from sepo import ops
 from sepo.data import select_positions
 from sepo.errors import InputError
 
+Dataset = pytest.importorskip("datasets").Dataset
 GAMMA, MARGIN = 2.0, 0.5
 PAIRS = random_scored_pairs(6)
 QUIET = dict(use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")

@@ -2,8 +2,8 @@ import argparse
 import csv
 import io
 import json
+from importlib.util import find_spec
 
-import datasets
 import numpy as np
 import pytest
 from manifests import manifest
@@ -20,7 +20,8 @@ from sepo.errors import InputError
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    if find_spec("datasets"):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

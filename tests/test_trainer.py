@@ -107,12 +107,10 @@ def test_a_live_reference_equals_the_cached_one(tmp_path):
 
 @pytest.mark.parametrize("kind", ["a Dataset", "a list of dicts", "a stream"])
 def test_rows_are_tokenised(tmp_path, kind):
-    from datasets import Dataset
-
     rows = [dict(prompt="w3 w4", chosen=" w5", rejected=" w6 w7")] * 3
     rows += [dict(prompt="w3", chosen=" w5", rejected=" w5")]
     if kind != "a list of dicts":
-        rows = Dataset.from_list(rows)
+        rows = pytest.importorskip("datasets").Dataset.from_list(rows)
     if kind == "a stream":
         rows = rows.to_iterable_dataset()
     args = SePOConfig(output_dir=str(tmp_path), method="simpo", use_cpu=True, disable_tqdm=True)

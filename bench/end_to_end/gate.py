@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bench import measure
 from bench.end_to_end import savings
 from bench.end_to_end.contender import Contender
 from bench.end_to_end.objectives import loss, segments
@@ -51,8 +52,13 @@ def check(
     try:
         value = contender.step(0)
     except Exception as error:  # a peer may fail in any way; the others are still to be measured
+        reason = measure.said(error)
+    else:
+        reason = ""
+    if reason:
         weights.optimizer.zero_grad()
-        return f"{type(error).__name__}: {error}".split("\n")[0], {}
+        measure.recover(weights.model.device.type)
+        return reason, {}
     gradients = weights.take_gradients()
     if any(gradient is None for gradient in gradients):
         return "a parameter has no gradient", {}

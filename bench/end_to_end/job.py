@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from datasets import disable_progress_bars
 
 from bench import report
 from bench.end_to_end import models, ours, savings, table, trl
@@ -16,6 +15,7 @@ from bench.end_to_end.contender import Contender
 from bench.end_to_end.race import Race, Row
 from bench.end_to_end.rows import deal, default_source, texts, with_scores
 from bench.end_to_end.weights import Weights
+from bench.provider import missing
 
 ATTENTION = {"cpu": (None,), "cuda": ("varlen", "flex", "sdpa")}
 SHORT = ("TRL DPO", "TRL SimPO", *ours.NAMES.values())  # of step-short
@@ -140,7 +140,10 @@ class StepJob:
 
 
 def be_quiet() -> None:
-    disable_progress_bars()
+    if not missing("datasets"):
+        import datasets
+
+        datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)

@@ -23,6 +23,13 @@ SHAPES = {
         num_key_value_heads=8, head_dim=64, vocab_size=128256, max_position_embeddings=8192,
         tie_word_embeddings=True,
     ),
+    # as wide as Llama-3.1-8B and a quarter as deep: with AdamW's moments in float32 all of it
+    # would fill the largest GPU
+    "llama-8b-shape-8-layers": dict(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=8, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=8192,
+        tie_word_embeddings=False,
+    ),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from bench import measure
 from bench.end_to_end import flops, gate
 from bench.end_to_end.contender import Contender
 from bench.end_to_end.weights import Weights
+from bench.leg import ledger
 from bench.roof import Roof
 from sepo.data.types import ScoredPair
 
@@ -78,6 +79,10 @@ class Race:
             expected = self.truth(objective, self.weights, self.deal[0])
             for contender, row in both:
                 if contender.step and contender.objective == objective:
+                    if ledger.died_in(self._what(row)):
+                        row.status, row.reason = "refused", "the process died in it"
+                        continue
+                    ledger.at(self._what(row))
                     check = partial(gate.check, contender, expected, self.weights)
                     _gate(contender, row, check, self.dtype)
         return self.rows
@@ -86,7 +91,15 @@ class Race:
         """Memory, and a step of each, so that the optimiser has its states and nothing compiles."""
         calls, turns = {}, {}
         for contender, row in self._racing():
-            _memory(row, contender, self.weights, self.deal)
+            ledger.at(self._what(row))
+            try:
+                _memory(row, contender, self.weights, self.deal)
+            except Exception as error:
+                _out(row, measure.said(error))
+            if row.status != "passed":
+                self.weights.optimizer.zero_grad()
+                measure.recover(self.device)
+                continue
             calls[contender.label] = partial(self._step, contender)
             if contender.turns is not None:
                 turns[contender.label] = contender.turns
@@ -107,10 +120,16 @@ class Race:
         done = self.deal[1 : 1 + self._number]
         moved = _bytes(self.weights) * len(done)
         for contender, row in self._racing():
+            if reason := self._turns.failed.get(contender.label):
+                _out(row, reason)
+                continue
             seconds = self._turns.seconds[contender.label]
             _describe(row, contender, seconds, done, moved, self._roof)
         self.roof, self.about = str(self._roof), self._roof.rates
         return self.rows
+
+    def _what(self, row: Row) -> str:
+        return f"{row.case}: {row.label}"
 
     def _racing(self) -> list[tuple[Contender, Row]]:
         both = zip(self.contenders, self.rows, strict=True)
@@ -119,6 +138,11 @@ class Race:
     def _step(self, contender: Contender) -> None:
         contender.step(self._number)
         self.weights.finish()
+
+
+def _out(row: Row, reason: str) -> None:
+    """It has no speed; of a saving that is left off that's no failure of ours: it is plain PyTorch."""
+    row.status, row.reason = "skipped" if row.group == "savings" else "refused", reason
 
 
 def _gate(contender: Contender, row: Row, check: Callable, dtype: torch.dtype) -> None:

@@ -6,16 +6,21 @@ A pair comes to the collator as the token ids that everybody trains on.
 import importlib.metadata
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
 
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer
+from transformers.models.llama import modeling_llama
 
 from bench.end_to_end import flops
 from bench.end_to_end.contender import Contender, Folder, Work
 from bench.end_to_end.weights import Weights, num_bytes, twin
+from bench.measure import said
 from bench.provider import missing
 from sepo.data.types import ScoredPair
 
@@ -29,6 +34,7 @@ class Variant:
     objective: str
     checkpointing: bool = False  # gradient checkpointing is TRL's default, and not ours
     cached: bool = False  # as after precompute_ref_log_probs
+    liger: bool = False  # Liger's kernels in the layers, which need a GPU
 
 
 VARIANTS = (
@@ -37,6 +43,9 @@ VARIANTS = (
     Variant("TRL DPO, cached reference", "dpo", cached=True),
     Variant("TRL SimPO", "simpo"),
     Variant("TRL SimPO, checkpointing", "simpo", checkpointing=True),
+    Variant("TRL DPO, Liger layers", "dpo", liger=True),
+    Variant("TRL DPO, Liger layers, checkpointing", "dpo", checkpointing=True, liger=True),
+    Variant("TRL SimPO, Liger layers", "simpo", liger=True),
 )
 
 
@@ -71,7 +80,19 @@ def contenders(
         return [Contender(v.name, "trl", v.objective, None, None, absent) for v in VARIANTS]
     tokenizer = tokenizer or letters()
     options = dict(bf16=bf16, max_length=max_length)
-    return [_contender(v, weights, rounds, tokenizer, **options) for v in VARIANTS]
+    on_gpu = weights.model.device.type == "cuda"
+    wanted = [v for v in VARIANTS if on_gpu or not v.liger]
+    return [_try(v, weights, rounds, tokenizer, **options) for v in wanted]
+
+
+def _try(variant: Variant, *args, **options) -> Contender:
+    """A TRL that does not go with this transformers is out; the others are still to be measured."""
+    if variant.liger and (absent := missing("liger-kernel")):
+        return Contender(variant.name, "trl", variant.objective, None, None, absent)
+    try:
+        return _contender(variant, *args, **options)
+    except Exception as error:
+        return Contender(variant.name, "trl", variant.objective, None, None, said(error))
 
 
 def _contender(
@@ -90,6 +111,9 @@ def _contender(
     if variant.checkpointing:  # so does it this
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     live = is_dpo and not variant.cached
+    layers = nullcontext
+    if variant.liger:
+        layers = liger_layers(model, *([trainer.ref_model] if live else []))
     if live:  # TRL has wrapped it already; without the wrapper it computes in float32
         wrapped = trainer.ref_model.forward
         trainer.ref_model.forward = getattr(trainer.ref_model, "_original_forward", wrapped)
@@ -104,7 +128,8 @@ def _contender(
 
     def step(number: int) -> Tensor:
         assert folder  # lives as long as the trainer that may write to it
-        return trainer.training_step(model, trainer.data_collator(examples[number]))
+        with layers():
+            return trainer.training_step(model, trainer.data_collator(examples[number]))
 
     def work(number: int) -> Work:
         sizes = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in rounds[number]]
@@ -127,6 +152,24 @@ def _contender(
     )
 
 
+def liger_layers(*llamas: PreTrainedModel) -> Callable[[], AbstractContextManager]:
+    """Liger's norms and activations in these models alone, and a context with its rotation.
+
+    As use_liger_kernel has them in TRL's DPO trainer: layers, and no loss. Liger puts some of it into
+    transformers' module, where it would be everybody's.
+    """
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    names = "LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb"
+    before = {name: getattr(modeling_llama, name) for name in names}
+    for llama in llamas:
+        apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=llama)
+    rotation = modeling_llama.apply_rotary_pos_emb
+    for name, original in before.items():
+        setattr(modeling_llama, name, original)
+    return partial(patch.object, modeling_llama, "apply_rotary_pos_emb", rotation)
+
+
 def dpo_trainer(
     model: PreTrainedModel,
     reference: PreTrainedModel,
@@ -141,7 +184,7 @@ def dpo_trainer(
         model,
         ref_model=reference,
         args=DPOConfig(folder, beta=0.1, **_arguments(model, **options)),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=_dataset(rows),
         processing_class=tokenizer,
     )
 
@@ -160,9 +203,15 @@ def simpo_trainer(
     return CPOTrainer(
         model,
         args=CPOConfig(folder, **simpo, **_arguments(model, **options)),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=_dataset(rows),
         processing_class=tokenizer,
     )
+
+
+def _dataset(rows: list[dict]):
+    from datasets import Dataset  # TRL needs it, and nothing else here
+
+    return Dataset.from_list(rows)
 
 
 def _arguments(model, *, max_length: int, bf16: bool, checkpointing: bool) -> dict:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import dtypes, exact, plain
+from bench.operations import seeded
 from bench.provider import gradients
 
 DIRECTIONS = ("ref||policy", "policy||ref")
@@ -42,36 +43,43 @@ class KLInputs:
 
     def __init__(self, case: KLCase, device: str):
         self.case, self.device = case, device
-        g = torch.Generator(device).manual_seed(0)
+        g = seeded(device)
         normal = lambda *shape: torch.randn(*shape, generator=g, device=device)
         rows = torch.randperm(case.N, generator=g, device=device)[: case.M].sort().values
         self.rows = rows.int()  # (M,)
         self.targets = torch.randint(case.V, (case.M,), generator=g, device=device)
         weight = normal(case.V, case.D) / case.D**0.5
         hidden = normal(case.N, case.D)
-        confident = torch.arange(case.M, device=device) % 2 == 0
-        toward = weight[self.targets[confident]]
-        hidden[rows[confident]] = toward / toward.square().sum(-1, True) * (math.log(case.V) + 9)
+        toward = weight[self.targets[::2]]  # of the confident
+        hidden[rows[::2]] = toward / toward.square().sum(-1, True) * (math.log(case.V) + 9)
         self.hidden, self.weight = hidden.to(case.dtype), weight.to(case.dtype)
         self.ref_hidden = (hidden + 0.1 * normal(*hidden.shape)).to(case.dtype)
         self.ref_weight = (weight + 0.1 / case.D**0.5 * normal(*weight.shape)).to(case.dtype)
         self.upstream, self.upstream_kl = normal(case.M), normal(case.M)
+        self._truths: dict[str, dict] = {}
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
 
-    def plain(self, gather_first: bool, product: Callable = torch.matmul) -> dict[str, Tensor]:
+    def plain(
+        self,
+        gather_first: bool,
+        product: Callable = torch.matmul,
+        objective: str = "weighted",
+    ) -> dict[str, Tensor]:
         """Values and gradients by softmax of both logits, in plain PyTorch."""
         hidden, weight = self.leaves()
         logp, ref_logp, kl = plain.selected_logprob_kl(
             hidden, weight, self.ref_hidden, self.ref_weight, self.rows, self.targets,
             direction=self.case.direction, gather_first=gather_first, product=product,
         )  # fmt: skip
-        return self.result(logp, ref_logp, kl, hidden, weight)
+        return self.result(logp, ref_logp, kl, hidden, weight, objective)
 
-    def result(self, logp, ref_logp, kl, hidden, weight) -> dict[str, Tensor]:
-        """What the gate compares; gradients are those of a weighted sum of logp and kl."""
-        loss = logp @ self.upstream[: len(logp)] + kl @ self.upstream_kl[: len(kl)]
+    def result(self, logp, ref_logp, kl, hidden, weight, objective="weighted") -> dict[str, Tensor]:
+        """What the gate compares; gradients are those of a weighted sum of logp and kl, or of kl."""
+        loss = kl @ self.upstream_kl[: len(kl)]
+        if objective == "weighted":
+            loss = logp @ self.upstream[: len(logp)] + loss
         values = {"logp": logp.detach(), "ref_logp": ref_logp.detach(), "kl": kl.detach()}
         return values | gradients(loss, None, hidden, weight)
 
@@ -100,9 +108,8 @@ class KLInputs:
         dtype, (x, ref_x) = dtypes.quick(self.case.dtype, self.device), self.gathered
         return tuple(a.to(dtype) for a in (x, self.weight, ref_x, self.ref_weight))
 
-    @cached_property
-    def _exact(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Values, (M,) each, and the gradient of the weighted sum of logp and kl by the logits."""
+    def _exact(self, objective: str) -> tuple[dict[str, Tensor], Tensor]:
+        """Values, (M,) each, and the gradient of the objective by the logits."""
         x, ref_x = self.gathered
         log_p, log_q = exact.logits(x, self.weight), exact.logits(ref_x, self.ref_weight)
         for z in (log_p, log_q):
@@ -119,35 +126,50 @@ class KLInputs:
             gap = log_p - log_q
             values["kl"] = (p * gap).sum(-1)
             dz = gap.sub_(values["kl"][:, None]).mul_(p).mul_(self.upstream_kl[:, None])
+        if objective == "kl":
+            return values, dz
         dz -= p * self.upstream[:, None]
         return values, dz.scatter_add_(1, index, self.upstream.double()[:, None])
 
-    @cached_property
-    def _truth(self) -> dict[str, Tensor]:
-        values, dz = self._exact
-        return values | exact.gradients(dz, self.hidden, self.weight, self.rows, True)
+    def truth(self, objective: str) -> dict[str, Tensor]:
+        """Float64 values, and gradients of a weighted sum of logp and kl, or of the kl alone."""
+        if objective not in self._truths:
+            values, dz = self._exact(objective)
+            if objective == "weighted":
+                self._once = exact.rounded_once(dz, self.hidden, self.weight, self.rows)
+            grads = exact.gradients(dz, self.hidden, self.weight, self.rows, True)
+            self._truths[objective] = values | grads
+        return self._truths[objective]
 
     def due(self, objective: str) -> tuple[str, ...]:
         """What a provider must give to be gated."""
-        return ("logp", "ref_logp", "kl", "grad_hidden", "grad_weight")
+        values = ("kl",) if objective == "kl" else ("logp", "ref_logp", "kl")
+        return (*values, "grad_hidden", "grad_weight")
 
     def errors(self, result: dict[str, Tensor], objective: str) -> dict[str, float]:
         """logp, ref_logp and kl in nats, gradients relative to the largest entry of the true one."""
         measure = lambda name: exact.relative_error if "grad" in name else exact.absolute_error
-        return {name: measure(name)(got, self._truth[name]) for name, got in result.items()}
+        truth = self.truth(objective)
+        return {name: measure(name)(got, truth[name]) for name, got in result.items()}
 
-    def limits(self, ours: bool) -> dict[str, float]:
+    def limits(self, ours: bool, objective: str) -> dict[str, float]:
         """The largest errors that are given a speed."""
         value = 1e-4 if ours else 0.1 if self.case.dtype.itemsize == 2 else 1e-3
         values = dict.fromkeys(("logp", "ref_logp", "kl"), value)
-        plain = self.baselines["plain"]
+        plain = self.baselines["plain"] if objective == "weighted" else self._plain_kl
         return values | exact.gradient_limits(plain, ours, self.case.dtype)
 
     @cached_property
     def baselines(self) -> dict[str, dict[str, float]]:
-        once = exact.rounded_once(self._exact[1], self.hidden, self.weight, self.rows)
-        found = {"plain": self.plain(gather_first=True, product=dtypes.product), "once": once}
+        self.truth("weighted")
+        plain = self.plain(gather_first=True, product=dtypes.product)
+        found = {"plain": plain, "once": self._once}
         return {name: self.errors(result, "weighted") for name, result in found.items()}
+
+    @cached_property
+    def _plain_kl(self) -> dict[str, float]:
+        """Of the KL's gradient alone, which is a difference of like numbers, and smaller."""
+        return self.errors(self.plain(True, dtypes.product, "kl"), "kl")
 
 
 def cases(device: str) -> list[KLCase]:
@@ -160,8 +182,7 @@ def cases(device: str) -> list[KLCase]:
     full = dict(dtype=torch.float32, without=("softmax_both",), long=True)
     found += [KLCase(f"kl-fp32-{name(d)}", d, **full) for d in DIRECTIONS]
     if device == "cuda":
-        large = dict(
-            N=8192, M=4096, D=4096, V=128256, only=("gemm", "sepo", "softmax_both_gathered")
-        )
+        only = ("gemm", "sepo", "softmax_both_gathered", "trl_divergence")
+        large = dict(N=8192, M=4096, D=4096, V=128256, only=only)
         found += [KLCase(f"kl-large-50-{name(d)}", d, **large) for d in DIRECTIONS]
     return found

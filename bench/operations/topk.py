@@ -82,7 +82,7 @@ class TopkInputs:
             return {"wrong": float(((ranked(got) != ranked(index)) | strayed).sum() + repeated)}
         return {"wrong": float((got != index).sum())}
 
-    def limits(self, ours: bool) -> dict[str, float]:
+    def limits(self, ours: bool, objective: str) -> dict[str, float]:
         return {"wrong": 0.0}
 
 

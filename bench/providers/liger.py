@@ -1,4 +1,4 @@
-"""Liger: its chunked preference losses, and its Hopper kernel on rows that the caller gathered.
+"""Liger: its chunked preference losses, and its heads on rows that the caller gathered.
 
 The preference losses take whole sequences and answer with a scalar: the rows that are not selected
 carry -100, and are computed all the same.
@@ -25,6 +25,23 @@ def _preference(inputs, name: str, **options) -> dict:
         weight, pairs_first(hidden), pairs_first(inputs.labels)
     )
     return {"loss": loss.detach(), **gradients(loss, None, hidden, weight)}
+
+
+def _no_triton(inputs) -> str | None:
+    if inputs.device != "cuda":
+        return "its Triton kernels need a GPU"
+    return missing("liger-kernel")
+
+
+def _gathered(inputs) -> dict:
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
+
+    hidden, weight = inputs.leaves()
+    mask, none = inputs.labels != -100, (None, None, -100, 0.0, 0.0, "none")
+    nll = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden[mask], weight, inputs.labels[mask], *none
+    )[0]
+    return {"logp": -nll.detach(), **gradients(nll, -inputs.upstream, hidden, weight)}
 
 
 def _no_hopper(inputs) -> str | None:
@@ -63,5 +80,6 @@ HEAD = (
         "liger_dpo", _dpo, _package_missing, _version, objective="dpo",
         note=lambda inputs: "all rows, no reference model",
     ),
+    Provider("liger", _gathered, _no_triton, _version, note=lambda inputs: "hidden[mask]"),
     Provider("liger_hopper", _hopper, _no_hopper, _version, note=lambda inputs: "hidden[mask]"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""TRL's fused head: what `add_fused_lm_head` of its DPO trainer calls, with its constants."""
+"""TRL's fused head, as its DPO trainer calls it, and the divergence of its distillation trainer."""
 
 from bench.provider import Provider, gradients, installed, missing
 
@@ -24,8 +24,36 @@ def _run(inputs) -> dict:
     return {"logp": logp.detach(), **gradients(logp, inputs.upstream, hidden, weight)}
 
 
+def _no_divergence(inputs) -> str | None:
+    if reason := missing("trl"):
+        return reason
+    try:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: F401
+    except ImportError as error:
+        return f"this trl has no chunked divergence ({error})"
+
+
+def _divergence(inputs) -> dict:
+    """The KL alone, of rows that the caller gathered; log-probabilities it has none."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    hidden, weight = inputs.leaves()
+    forward = inputs.case.direction == "ref||policy"
+    kl, _ = ChunkedDivergenceFunction.apply(
+        hidden[inputs.rows], weight, None, inputs.ref_hidden[inputs.rows], inputs.ref_weight, None,
+        0.0 if forward else 1.0,
+    )  # fmt: skip
+    return {"kl": kl.detach(), **gradients(kl, inputs.upstream_kl, hidden, weight)}
+
+
 def _note(inputs) -> str:
     return "" if inputs.device == "cuda" else "torch ops, every position"
 
 
 HEAD = (Provider("trl", _run, _why_not, installed("trl"), note=_note),)
+KL = (
+    Provider(
+        "trl_divergence", _divergence, _no_divergence, installed("trl"), objective="kl",
+        note=lambda inputs: "hidden[rows], KL without log-probabilities",
+    ),
+)  # fmt: skip

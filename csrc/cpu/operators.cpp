@@ -1,15 +1,13 @@
 // The schemas of all operators and their kernels for the CPU; csrc/cuda adds its own to some.
 #include "operators.h"
 
+#include "../segment_schemas.h"
+
 #include <torch/library.h>
 
 TORCH_LIBRARY_FRAGMENT(sepo, m) {
   m.def("native_bfloat16_tiles() -> bool", &sepo::bfloat16_tiles);
-  m.def(
-      "native_segment_topk(Tensor score, Tensor cu_tokens, Tensor cu_rows, int side, int M)"
-      " -> Tensor");
-  m.def("native_segment_sum(Tensor values, Tensor cu_rows) -> Tensor");
-  m.def("native_segment_sum_bwd(Tensor grad_sum, Tensor cu_rows, int M) -> Tensor");
+  sepo::define_segment_operators(m);
   // slope (M, V) with its rows as the fast dimension is written: slope / unit of loops.py, zero at
   // the targets
   m.def(

@@ -1,11 +1,12 @@
 // The one file that knows both torch and CUDA: outputs are allocated here, on the current stream's
-// device, and the launchers do the rest. Schemas and checks of values are in csrc/cpu.
+// device, and the launchers do the rest. Checks of values are in csrc/cpu.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "../segment_schemas.h"
 #include "segment_reduce.h"
 #include "segment_topk.h"
 
@@ -73,6 +74,8 @@ at::Tensor segment_sum_bwd(const at::Tensor& grad_sum, const at::Tensor& cu_rows
 }
 
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(sepo, m) { sepo::define_segment_operators(m); }
 
 TORCH_LIBRARY_IMPL(sepo, CUDA, m) {
   m.impl("native_segment_topk", &segment_topk);

@@ -7,13 +7,12 @@ number (`plan_step`), so resuming at step n is all it takes to continue.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object, parse_flag_from_env
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -45,6 +44,9 @@ from sepo.reference import LiveReference, Reference, check_apart
 from sepo.routers import router_loss
 from sepo.tokens import TokenStep, find_reference
 
+if TYPE_CHECKING:
+    from datasets import Dataset  # which only who has rows in it needs
+
 
 class SePOTrainer(MaskedTrainer):
     """Train `model` by `args.method`. Raises InputError for data it can't use.
@@ -59,9 +61,9 @@ class SePOTrainer(MaskedTrainer):
         self,
         model: PreTrainedModel,
         args: SePOConfig,
-        train_dataset: Sequence[TokenPair] | Dataset | None = None,
+        train_dataset: "Sequence[TokenPair] | Dataset | None" = None,
         # several are evaluated one after the other, by name: eval_NAME_loss
-        eval_dataset: Sequence[TokenPair] | Dataset | dict | None = None,
+        eval_dataset: "Sequence[TokenPair] | Dataset | dict | None" = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         # unless the pairs carry what the method reads of it; with what a store keeps of it, no model
@@ -329,7 +331,7 @@ class SePOTrainer(MaskedTrainer):
     @torch.no_grad()
     def evaluate(
         self,
-        eval_dataset: Sequence[TokenPair] | Dataset | dict | None = None,
+        eval_dataset: "Sequence[TokenPair] | Dataset | dict | None" = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:

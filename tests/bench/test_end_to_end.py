@@ -7,20 +7,19 @@ import numpy as np
 import pytest
 import torch
 from bench_jobs import finished
-from datasets import disable_progress_bars
 from scoring_for_tests import make_tokenizer
 from tiny import V, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.end_to_end import flops, gate, models, ours, race, rows, savings, table, trl
 from bench.end_to_end.contender import Contender
-from bench.end_to_end.job import Setting, StepJob
+from bench.end_to_end.job import Setting, StepJob, be_quiet
 from bench.end_to_end.weights import Weights
 from bench.provider import missing
 from bench.run import main
 
 TRL = pytest.mark.skipif(missing("trl") is not None, reason="trl is not installed")
-disable_progress_bars()
+be_quiet()
 
 
 @pytest.fixture(autouse=True)

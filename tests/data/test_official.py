@@ -1,6 +1,5 @@
 """The CSV of SePO's released code, written here as that code writes it, is read as it meant it."""
 
-import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +12,7 @@ from sepo.data.segments import make_segments
 from sepo.data.select import select_positions
 from sepo.errors import InputError
 
+datasets = pytest.importorskip("datasets")
 TEXTS = [
     (
         "Tell me",

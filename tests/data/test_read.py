@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 
-import datasets
 import pytest
 from tokenizers_for_tests import chatml_tokenizer, plain_tokenizer
 
@@ -12,6 +11,7 @@ from sepo.data.read import REPEATED_ID, read_pairs
 from sepo.data.tokenise import Note
 from sepo.errors import InputError
 
+datasets = pytest.importorskip("datasets")
 ROWS = [
     {"prompt": "Tell me:", "chosen": "The river.", "rejected": "The world."},
     {"prompt": "Tell me:", "chosen": "42", "rejected": "None"},

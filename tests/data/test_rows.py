@@ -3,7 +3,6 @@
 import datetime
 import json
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +15,7 @@ from sepo.data.reasons import Why
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
 
+datasets = pytest.importorskip("datasets")
 ROW = {"prompt": "Tell me:", "chosen": "a", "rejected": "b"}
 ARGUMENTS = [  # of one call a row: what one table of all rows would change
     {"date": "2024-05-01"},

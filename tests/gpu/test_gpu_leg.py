@@ -1,107 +1,101 @@
-"""The GPU leg's machinery, with stages that need no GPU: limits, failures, the summary."""
+"""What the GPU leg does and says, rehearsed with fake answers: nothing here needs a GPU."""
 
 import json
 import os
+import re
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from gpu.test_gpu_stages import python
 
-from bench import gpu, jobs, report
-from bench.gpu import Stage
+from bench import gpu, jobs, report, run
+from bench.leg import ledger, plan, watched, wheels
+from bench.leg import trace as tracing
+from bench.leg.found import summary
+from bench.leg.stages import Result, run_stages
 
 ROOT = Path(__file__).parents[2]
 
 
-def python(code: str, *args) -> tuple[str, ...]:
-    return (sys.executable, "-c", code, *args)
+def test_the_leg_measures_everything_in_order(monkeypatch):
+    monkeypatch.setattr(plan, "find_sanitizer", lambda: "/opt/compute-sanitizer")
+    stages = plan.stages(Path("results.jsonl"))
+    assert list(dict.fromkeys(s.group for s in stages)) == list(plan.GROUPS)
+    assert not any(s.absent for s in stages) and len({s.name for s in stages}) == len(stages)
+    assert 15 * 60 < sum(s.seconds for s in stages) < 30 * 60
+    words = [word for s in stages for word in s.command]
+    files = [w for w in words if w.endswith(".py")]
+    assert len(files) > 30 and all((ROOT / w).exists() for w in files)
+    # every operation's case is a process, once; the large ones come first in each group
+    names = [
+        x.name for x in jobs.jobs(("head", "select", "attention"), device="cuda", cases=("*",))
+    ]
+    found = [s.name for s in stages if s.group in ("head", "kl", "select", "attention")]
+    assert sorted(found) == sorted(names)
+    first = {group: next(s.name for s in stages if s.group == group) for group in ("head", "kl")}
+    assert all("large" in name for name in first.values())
+    for s in stages:
+        if s.name in names:
+            args = run.parser().parse_args(s.command[2:])
+            assert args.case == [s.name] and args.device == "cuda" and str(args.figure) == "none"
+    steps = [s for s in stages if s.group == "step"]
+    assert [s.name for s in steps] == [*plan.STEPS, "trace"]
+    # every GPU test is in one process, flex in one of its own
+    tests = [s for s in stages if s.group == "tests"]
+    gpu_files = {f"tests/gpu/{s.name}.py" for s in tests[:-1]}
+    marked = re.compile(r"^pytestmark = .*mark\.gpu", re.M)
+    assert gpu_files == {
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob("tests/gpu/test_*.py")
+        if marked.search(path.read_text())
+    }
+    assert tests[-1].name == "flex" and gpu_files <= {*tests[-1].command}
+    assert all("-v" in s.command and s.again for s in tests)
+    only = plan.stages(Path("results.jsonl"), ("kl", "build"))
+    assert {s.group for s in only} == {"environment", "build", "kl"}
 
 
-FINE, HANGS = python("print('here')"), python("import time; time.sleep(600)")
-
-
-def statuses(*stages, **options) -> dict[str, str]:
-    return {r.stage: r.status for r in gpu.run_stages(stages, **options)}
-
-
-def test_a_failure_hides_nothing(capfd):
-    stages = (
-        Stage("fine", 60, (FINE,)),
-        Stage("fails", 60, (python("raise SystemExit(3)"), python("print('never')"))),
-        Stage("lacks", 60, (("/nowhere/program",),)),
-        Stage("absent", 60, (HANGS,), absent="no such tool"),
-        Stage("last", 60, (FINE,)),
-    )
-    seen = []
-    results = gpu.run_stages(stages, done=seen.append)
-    assert seen == results
-    assert [r.status for r in results] == ["passed", "failed", "failed", "skipped", "passed"]
-    assert [r.ok for r in results] == [True, False, False, True, True]
-    text = gpu.summary(results)
-    assert "exit status 3" in text and "no such tool" in text and "/nowhere/program" in text
-    assert text.endswith("not well: fails, lacks")
-    printed = capfd.readouterr().out
-    assert printed.count("here") == 2 and "never" not in printed
-
-
-def test_a_stage_is_stopped_with_what_it_started(tmp_path):
-    worker = tmp_path / "pid"
-    code = (
-        "import subprocess, sys, time; from pathlib import Path\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "Path(sys.argv[1]).write_text(str(child.pid)); time.sleep(600)"
-    )
-    stages = Stage("hangs", 2.0, (python(code, str(worker)),)), Stage("next", 60, (FINE,))
-    results = gpu.run_stages(stages)
-    assert [r.status for r in results] == ["stopped", "passed"]
-    assert [r.ok for r in results] == [False, True] and results[0].reason == "after 2 s"
-    child = Path("/proc") / worker.read_text() / "stat"
-    for _ in range(100):  # a killed process is there until somebody has waited for it
-        if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.05)
-    pytest.fail("the worker outlived its stage")
-
-
-def test_time_left_over_goes_to_the_next():
-    assert statuses(Stage("none", 0, (FINE,))) == {"none": "stopped"}
-    given = statuses(Stage("early", 60, (FINE,)), Stage("none", 0, (FINE,)))
-    assert given == {"early": "passed", "none": "passed"}
-    assert statuses(Stage("fine", 60, (FINE,)), scale=0.0) == {"fine": "stopped"}
-
-
-def test_what_may_run_out_of_time_is_no_failure():
-    (result,) = gpu.run_stages([Stage("extra", 0.2, (HANGS,), may_run_out=True)])
-    assert result.status == "stopped" and result.ok
-
-
-def test_stages_get_their_environment():
-    code = "import os, sys; sys.exit(os.environ['SEPO_EXT'] != 'cuda')"
-    env = os.environ | {"SEPO_EXT": "cuda"}
-    assert statuses(Stage("env", 60, (python(code),)), env=env) == {"env": "passed"}
-
-
-def test_the_leg_is_what_it_says(monkeypatch):
-    monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/opt/compute-sanitizer")
-    stages = gpu.stages(Path("results.jsonl"))
-    names = "environment build tests memcheck racecheck waits benchmark end to end"
-    assert " ".join(s.name for s in stages) == names
-    assert sum(s.seconds for s in stages) == 8 * 60
-    assert not any(s.absent for s in stages)
-    words = [word.removeprefix("--ignore=") for s in stages for c in s.commands for word in c]
-    files = [w for w in words if w.endswith(".py") or w.startswith("tests/")]
-    assert len(files) > 5 and all((ROOT / w).exists() for w in files)
-
-    monkeypatch.setattr(gpu, "find_sanitizer", lambda: None)
-    absent = {s.name: s.absent for s in gpu.stages(Path("results.jsonl")) if s.absent}
+def test_the_sanitizer_watches_our_kernels_alone(monkeypatch):
+    monkeypatch.setattr(plan, "find_sanitizer", lambda: "/opt/compute-sanitizer")
+    watches = [s.command for s in plan.stages(Path("-"), ("sanitizer",))[2:]]
+    kernels = set()
+    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        kernels |= set(re.findall(r"__global__.*?(\w+)\($", source.read_text(), re.M))
+    assert len(kernels) == 3
+    for command in watches:
+        kept = [b.removeprefix("kns=") for a, b in zip(command, command[1:], strict=False)
+                if a == "--kernel-name"]  # fmt: skip
+        assert all(any(part in kernel for part in kept) for kernel in kernels)
+    monkeypatch.setattr(plan, "find_sanitizer", lambda: None)
+    absent = {s.name: s.absent for s in plan.stages(Path("-"), ("sanitizer",))[2:]}
     reason = "compute-sanitizer is not on this machine"
     assert absent == {"memcheck": reason, "racecheck": reason}
-    assert statuses(*[s for s in stages if s.name in absent], scale=0.0) == {
-        "memcheck": "stopped", "racecheck": "stopped",
-    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "expected"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, 0),
+        ("========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error", 9, 1),
+        ("Traceback\n========= ERROR SUMMARY: 0 errors", 1, 1),  # the program's own failure
+        ("========= RACECHECK SUMMARY: 0 hazards displayed", 0, 0),
+        ("========= Error: Device not supported", 255, ledger.REFUSED),
+        ("calls are right", 0, ledger.REFUSED),  # it ran, and nothing was watched
+    ],
+)
+def test_a_sanitizer_that_refuses_is_no_failure(tmp_path, monkeypatch, said, code, expected):
+    tool, path = tmp_path / "compute-sanitizer", tmp_path / "ledger"
+    tool.write_text(f"#!/bin/sh\ncat <<'.'\n{said}\n.\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv(ledger.VARIABLE, str(path))
+    assert watched.main([str(tool), "--tool", "memcheck", "program"]) == expected
+    if expected == ledger.REFUSED:
+        last = said.splitlines()[-1].strip("= ")
+        assert path.read_text() == f"compute-sanitizer refuses: {last}\n"
 
 
 class Device:
@@ -121,20 +115,134 @@ def device(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
 
 
-@pytest.mark.parametrize(("second", "code"), [(FINE, 0), (python("raise SystemExit(1)"), 1)])
-def test_results_and_exit_status(device, monkeypatch, tmp_path, capsys, second, code):
-    stages = Stage("one", 30, (FINE,)), Stage("two", 30, (second,))
-    monkeypatch.setattr(gpu, "stages", lambda path: stages)
-    path = tmp_path / "new" / "found.jsonl"
-    assert gpu.main(["--json", str(path), "--minutes", "2"]) == code
+FAKE = """
+import json, os, sys, time
+from pathlib import Path
+name, path, answer = sys.argv[1:]
+row = dict(case=name, provider="sepo", status="measured", reason="", ours=True)
+def keep(**more):
+    with open(path, "a") as file: file.write(json.dumps(row | more) + "\\n")
+keep()
+keep(provider="cce", status="measured", ours=False)
+keep(provider="quack", status="skipped", reason="needs compute capability 9.0", ours=False)
+if answer == "bare": keep(provider="trl", status="skipped", reason="trl is not installed", ours=False)
+if answer == "memory": keep(provider="dense", status="refused", reason="out of memory", ours=False)
+if answer == "refuses":
+    Path(os.environ["SEPO_LEG_LEDGER"]).write_text("compute-sanitizer refuses: no\\n"); sys.exit(75)
+if answer == "fails": sys.exit(1)
+if answer == "dies": os.abort()
+if answer == "hangs": time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "last"),
+    [
+        ({}, 0, "all is well"),
+        ({"kl-ref-policy": "memory"}, 0, "all is well"),
+        ({"head-large-30": "bare"}, 3, "not measured: trl (a rival, not installed)"),
+        ({"racecheck": "refuses"}, 3, "not measured: racecheck"),
+        ({"step llama-1b": "hangs"}, 3, "not measured: step llama-1b"),
+        ({"head-large-30": "dies"}, 1, "not well: head-large-30"),
+        ({"flex": "fails", "memcheck": "refuses"}, 1, "not well: flex; not measured: memcheck"),
+    ],
+)
+def test_the_leg_rehearsed(device, monkeypatch, tmp_path, capsys, answers, code, last):
+    """Its own stages with fake answers: the last line names what they did not measure."""
+    path, real = tmp_path / "new" / "found.jsonl", plan.stages
+    (tmp_path / "new").mkdir()
+
+    def fake(*asked):
+        monkeypatch.setattr(plan, "find_sanitizer", lambda: "/opt/compute-sanitizer")
+        found = []
+        for s in real(*asked):
+            answer = answers.get(s.name, "")
+            # without an interpreter where there is nothing to be said: there are forty stages
+            command = python(FAKE, s.name, str(path), answer) if answer else ("true",)
+            found.append(
+                replace(s, command=command, again=0, seconds=6 if answer == "hangs" else 30)
+            )
+        return tuple(found)
+
+    monkeypatch.setattr(plan, "stages", fake)
+    monkeypatch.setattr(gpu, "said", lambda *command: "1.0")
+    hangs = "hangs" in answers.values()
+    only = ["--only", "step"] if hangs else []
+    minutes = "0.2" if hangs else "30"
+    assert gpu.main(["--json", str(path), "--minutes", minutes, *only]) == code
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == last or (hangs and said.startswith(last))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["one", "two"]
-    for line in lines:
+    done = [line["stage"] for line in lines if "stage" in line]
+    assert done == [s.name for s in real(path, ("step",) if hangs else ())]
+    for line in (line for line in lines if "stage" in line):
         assert line["machine"] == "NVIDIA Test 1" and line["memory"] == "128 GiB"
         assert line["torch"] == torch.__version__ and line["commit"] and line["seconds"] >= 0
-    assert ("all is well" if code == 0 else "not well: two") in capsys.readouterr().out
-    assert gpu.environment()["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+def test_a_leg_without_steps_is_not_well(device, monkeypatch):
+    """As on the first machine: what a suite needs was missing, and all was said to be well."""
+    monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
+    stages = plan.stages(Path("results.jsonl"), ("attention", "step"))[2:]
+    assert {s.absent for s in stages} == {"transformers, accelerate not installed"}
+    results = run_stages(stages)
+    text, code = summary(results, [])
+    assert code == 3
+    expected = ", ".join(["attention", *plan.STEPS, "trace"])
+    assert text.splitlines()[-1] == f"not measured: {expected}"
+
+
+def test_what_was_not_asked_for_is_named(device):
+    results = [Result("head-large-30", "passed", 1.0, "")]
+    text, code = summary(results, [], left_out=["step", "tests"])
+    assert (text.splitlines()[-1], code) == (
+        "all that was asked for is well; not asked for: step, tests", 0,
+    )  # fmt: skip
+
+
+def test_where_stages_run(device):
+    found = gpu.environment()
+    assert found["TORCH_CUDA_ARCH_LIST"] == "9.0" and found["SEPO_EXT"] == "cuda-only"
+    assert found["PYTHONPATH"].split(os.pathsep)[-1] == str(wheels.SITE)
     assert report.default_path("cuda").name == "nvidia-test-1.jsonl"
+
+
+def test_carried_wheels_are_installed_where_they_lack(tmp_path, capfd):
+    import zipfile
+
+    folder, site = tmp_path / "wheels", tmp_path / "site"
+    folder.mkdir()
+    for name in ("sepo_carried", "torch"):  # of which one is here
+        about = f"{name}-9.1.dist-info"
+        with zipfile.ZipFile(folder / f"{name}-9.1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", "")
+            wheel.writestr(
+                f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.1"
+            )
+            wheel.writestr(
+                f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
+            )
+            wheel.writestr(f"{about}/RECORD", "")
+    assert wheels.install(folder, site) == 0
+    assert (site / "sepo_carried.py").exists() and not (site / "torch.py").exists()
+    assert "lacking: sepo-carried" in capfd.readouterr().out
+    assert wheels.install(tmp_path / "none", site) == 0
+
+
+def test_a_trace_in_words():
+    ms = 1_000_000
+    events = [
+        ("Memcpy HtoD (Pageable -> Device)", 0, ms),
+        ("nvjet_tst_128x256", ms, 7 * ms),
+        ("void at::native::vectorized_elementwise_kernel<4>", 9 * ms, ms),  # after a gap
+    ]
+    said = "\n".join(tracing.digest(reversed(events)))
+    assert "10.00 ms from the first" in said
+    assert re.search(r"1\.00 ms +10\.0% +1 copies from pageable memory", said)
+    assert re.search(r"7\.00 ms +70\.0% +1 matrix products", said)
+    assert re.search(r"1\.00 ms +10\.0% +1 elementwise", said)
+    assert re.search(r"1\.00 ms +10\.0% +1 gaps over 50 µs", said)
+    assert tracing.digest([]) == ["the device did nothing"]
 
 
 @pytest.mark.parametrize(
@@ -164,14 +272,8 @@ def test_benchmark_fails_if_ours_is_wrong_or_missing(monkeypatch, tmp_path, stat
 
     monkeypatch.setattr(jobs, "jobs", lambda *suites, **options: [Job()] if statuses else [])
     monkeypatch.setattr(report, "machine", lambda device: Device.name)
-    assert gpu.benchmark(tmp_path / "rows.jsonl") == code
-
-
-def test_a_machine_without_a_trainer_has_no_race(monkeypatch):
-    monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
-    last = gpu.stages(Path("results.jsonl"))[-1]
-    assert last.name == "end to end"
-    assert last.absent == "transformers, accelerate, datasets not installed"
+    arguments = ["--suite", "head", "--json", str(tmp_path / "rows.jsonl"), "--figure", "none"]
+    assert run.main(arguments) == code
 
 
 def test_without_a_device_it_says_so_at_once():

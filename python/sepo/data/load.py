@@ -1,9 +1,11 @@
 """Rows from a local file, a saved directory, the hub, or memory."""
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from sepo.data.cells import kind
@@ -48,9 +50,7 @@ def source_name(source: Any) -> str:
 
 def is_rows(data: Any) -> bool:
     """Whether this is rows that `load_rows` reads, and not pairs that are tokenised already."""
-    import datasets
-
-    if isinstance(data, datasets.Dataset | datasets.IterableDataset):
+    if _made_by_datasets(data, "Dataset", "IterableDataset"):
         return True
     try:
         first = data[0]
@@ -68,13 +68,11 @@ def default_split(source: str | Path, usual: str) -> str:
 
 
 def _given(source: Any, split: str, stop: int | None) -> Rows:
-    import datasets
-
-    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+    if _made_by_datasets(source, "DatasetDict", "IterableDatasetDict"):
         source = _pick(source, split, "the data set")
-    if isinstance(source, datasets.IterableDataset) and stop is not None:
+    if _made_by_datasets(source, "IterableDataset") and stop is not None:
         source = source.take(stop)
-    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
+    if _made_by_datasets(source, "Dataset", "IterableDataset"):
         return table(source, "the data set")
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         if not isinstance(source, Mapping) and not hasattr(source, "columns"):
@@ -84,6 +82,12 @@ def _given(source: Any, split: str, stop: int | None) -> Rows:
     raise InputError(
         f"expected rows as a Dataset of the datasets library or a list of dicts, got {kind(source)}"
     )
+
+
+def _made_by_datasets(data: Any, *kinds: str) -> bool:
+    """Whether it is of these classes of the datasets library, which made nothing unless imported."""
+    library = sys.modules.get("datasets")
+    return isinstance(data, tuple(getattr(library, kind, ()) for kind in kinds))
 
 
 def _pick(splits: Mapping, split: str, name: str) -> Any:
@@ -134,16 +138,15 @@ def _table_file(path: Path, kind_of_file: str = "parquet") -> Rows:
 
 
 def _load_saved(path: Path, split: str) -> Rows:
-    import datasets
-
     saved = _call(path, "load_from_disk", str(path))
-    if isinstance(saved, datasets.DatasetDict):
+    if _made_by_datasets(saved, "DatasetDict"):
         saved = _pick(saved, split, str(path))
     return table(saved, str(path))
 
 
 def _load_dataset(name: str, config: str | None, split: str, source: str | Path) -> Rows:
     """A directory of files or a data set of the hub, whichever files the datasets library finds."""
+    _datasets(source)
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as readers
     from datasets.packaged_modules.arrow.arrow import Arrow
     from datasets.packaged_modules.csv.csv import Csv
@@ -174,7 +177,7 @@ READERS = {".json": json_file, ".jsonl": json_file, ".csv": csv_file, ".parquet"
 
 def _fetched(builder: Any, source: str | Path) -> dict[str, list[Path]]:
     """Split -> its files on this disk."""
-    import datasets
+    datasets = _datasets(source)
 
     def fetch(files: Iterable[str]) -> list[Path]:
         manager = datasets.DownloadManager()
@@ -192,7 +195,7 @@ def _of_split(
     """The rows of a split, or of what the datasets library calls one: train[:100], train+test."""
     if split in files:
         return joined([read(path) for path in files[split]])
-    import datasets
+    datasets = _datasets(f"{source}, split {split},")
 
     splits = {name: joined([read(path) for path in paths]) for name, paths in files.items()}
     sizes = {name: len(rows) for name, rows in splits.items()}
@@ -203,8 +206,7 @@ def _of_split(
 
 def _call(source: str | Path, function: Callable | str, *args: Any, quiet=False, **options: Any):
     """What a function, or one of the datasets library, makes of the source; its errors in one line."""
-    import datasets
-
+    datasets = _datasets(source)
     # a bar is for a download, not for a file that is there already
     quiet = quiet and not datasets.are_progress_bars_disabled()
     if quiet:
@@ -226,3 +228,14 @@ def _call(source: str | Path, function: Callable | str, *args: Any, quiet=False,
         datasets.logging.set_verbosity(verbosity)
         if quiet:
             datasets.enable_progress_bars()
+
+
+def _datasets(what: str | Path) -> ModuleType:
+    """The library, where something is read that nothing else reads."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{what} is read by the datasets library: pip install datasets ({error})"
+        ) from error
+    return datasets

@@ -1,0 +1,177 @@
+"""The peers that a CPU can run pass the gate, in small; the others say what they need."""
+
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bench_jobs import finished
+from test_bench_harness import TINY
+
+from bench import measure, providers, run
+from bench.end_to_end import trl as steps
+from bench.harness import CaseJob
+from bench.leg import ledger
+from bench.operations import head, kl
+from bench.provider import Provider, missing
+from bench.providers import trl
+
+HEAD = "torch_lce", "torch_lce_tokens", "torch_lce_chunked", "trl"
+LCE = pytest.mark.skipif(
+    not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13"
+)
+TRL = pytest.mark.skipif(missing("trl") is not None, reason="trl is not installed")
+KL = dict(dtype=torch.float32, N=24, M=10, D=16, V=101)
+
+
+@pytest.fixture(autouse=True)
+def warnings_of_peers_are_theirs():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def gated(case, found) -> dict:
+    return {row.provider: row for row in CaseJob(case, found, device="cpu").gate()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=TRL if n == "trl" else LCE) for n in HEAD])
+def test_heads(name, dtype):
+    found = [p for p in providers.HEAD if p.name == name]
+    row = gated(head.HeadCase("tiny", 0.5, dtype, **TINY), found)[name]
+    assert (row.status, row.reason) == ("passed", "")
+    values = {"loss"} if name == "torch_lce_chunked" else {"logp"}
+    assert row.errors.keys() == values | {"grad_hidden", "grad_weight"}
+
+
+@TRL
+@pytest.mark.parametrize("direction", kl.DIRECTIONS)
+def test_divergence(direction):
+    """Its KL and the KL's gradient; of the other direction it has no speed."""
+    case = kl.KLCase("tiny", direction, **KL)
+    (right,) = trl.KL
+    other = next(d for d in kl.DIRECTIONS if d != direction)
+
+    def wrong(inputs):
+        turned = SimpleNamespace(**vars(inputs) | {"case": SimpleNamespace(direction=other)})
+        turned.leaves = inputs.leaves
+        return right.run(turned)
+
+    found = [right, Provider("wrong", wrong, objective="kl")]
+    rows = gated(case, found)
+    assert (rows["trl_divergence"].status, rows["trl_divergence"].reason) == ("passed", "")
+    assert rows["trl_divergence"].errors.keys() == {"kl", "grad_hidden", "grad_weight"}
+    assert rows["wrong"].status == "refused" and "grad_hidden is off by" in rows["wrong"].reason
+
+
+@pytest.mark.parametrize("direction", kl.DIRECTIONS)
+def test_truth_of_the_kl_alone_is_autograd_in_float64(direction):
+    inputs = kl.KLCase("tiny", direction, **KL).inputs("cpu")
+    hidden = inputs.hidden.double().requires_grad_()
+    weight = inputs.weight.double().requires_grad_()
+    log_p = (hidden[inputs.rows] @ weight.T).log_softmax(-1)
+    log_q = (inputs.ref_hidden[inputs.rows].double() @ inputs.ref_weight.double().T).log_softmax(-1)
+    a, b = (log_q, log_p) if direction == "ref||policy" else (log_p, log_q)
+    divergence = torch.nn.functional.kl_div(b, a, log_target=True, reduction="none").sum(-1)
+    (divergence @ inputs.upstream_kl.double()).backward()
+    true = {"kl": divergence.detach(), "grad_hidden": hidden.grad, "grad_weight": weight.grad}
+    assert max(inputs.errors(true, "kl").values()) < 1e-12
+
+
+def test_what_needs_a_gpu_says_so():
+    names = "liger", "liger_hopper", "quack"
+    found = [p for p in providers.HEAD if p.name in names]
+    rows = gated(head.HeadCase("tiny", 0.5, torch.float32, **TINY), found)
+    assert tuple(rows) == names and {row.status for row in rows.values()} == {"skipped"}
+    assert all("GPU" in row.reason for row in rows.values())
+
+
+def test_every_large_case_has_its_rivals():
+    heads = {p.name for p in providers.HEAD}
+    named = "trl", "liger", "liger_hopper", "torch_lce_tokens", "cce", "quack"
+    for case in head.cases("cuda"):
+        job = CaseJob(case, providers.HEAD, device="cuda")
+        assert heads >= {*named} and {p.name for p in job.providers} >= {*named}
+    for case in kl.cases("cuda"):
+        job = CaseJob(case, providers.KL, device="cuda")
+        assert "trl_divergence" in {p.name for p in job.providers}
+
+
+def test_liger_layers_stay_in_the_models_that_asked(monkeypatch):
+    """What Liger puts into transformers' module is everybody's; here it is one step's."""
+    from transformers.models.llama import modeling_llama as module
+
+    asked = []
+
+    def apply(model, **options):
+        assert options == {"fused_linear_cross_entropy": False}
+        asked.append(model)
+        module.apply_rotary_pos_emb, module.LlamaRMSNorm = "rotation", "norm"
+
+    liger = SimpleNamespace(apply_liger_kernel_to_llama=apply)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    before = module.apply_rotary_pos_emb, module.LlamaRMSNorm
+    layers = steps.liger_layers("policy", "reference")
+    assert asked == ["policy", "reference"]
+    for _ in range(2):
+        assert (module.apply_rotary_pos_emb, module.LlamaRMSNorm) == before
+        with layers():
+            assert (module.apply_rotary_pos_emb, module.LlamaRMSNorm) == ("rotation", before[1])
+    assert (module.apply_rotary_pos_emb, module.LlamaRMSNorm) == before
+
+
+def failing_after(calls: int):
+    """A provider that is right so many times, and then out of memory."""
+    done = []
+
+    def run(inputs):
+        done.append(1)
+        if len(done) > calls:
+            raise torch.OutOfMemoryError("out of memory\nof which this much is free")
+        hidden, weight = inputs.leaves()
+        logp = (hidden[inputs.rows] @ weight.T).log_softmax(-1)
+        logp = logp.gather(-1, inputs.targets[:, None])[:, 0]
+        grads = torch.autograd.grad(logp, (hidden, weight), inputs.upstream)
+        return dict(
+            zip(("logp", "grad_hidden", "grad_weight"), (logp.detach(), *grads), strict=True)
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3])  # in the gate, before the rounds, in them
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_failure_is_its_owners_alone(calls, ours):
+    found = [
+        Provider("sepo", failing_after(99), ours=True),
+        Provider("fails", failing_after(calls), ours=ours),
+    ]
+    job = CaseJob(head.HeadCase("tiny", 0.5, torch.float32, **TINY), found, device="cpu", rounds=2)
+    rows, code = run.run([run.Alone(job)], tell=lambda text: None)
+    assert code == int(ours)
+    state = {row["provider"]: (row["status"], row["reason"]) for row in rows}
+    assert state["fails"] == ("refused", "OutOfMemoryError: out of memory")
+    measured = "measured" if calls or not ours else "passed"  # a red gate times nothing
+    assert state["sepo"] == (measured, "")
+
+
+def test_a_broken_device_ends_the_process(monkeypatch, capsys):
+    def wait():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    with pytest.raises(SystemExit) as ended:
+        measure.recover("cuda")
+    assert ended.value.code == ledger.BROKEN
+    assert capsys.readouterr().out == (
+        "the device is broken: RuntimeError: CUDA error: an illegal memory access was encountered\n"
+    )
+
+
+@TRL
+def test_a_finished_race_of_the_divergence():
+    (right,) = trl.KL
+    job = CaseJob(kl.KLCase("tiny", "ref||policy", **KL), [right], device="cpu", rounds=1)
+    assert [row.status for row in finished(job)] == ["measured"]
