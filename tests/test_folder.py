@@ -13,8 +13,8 @@ from training_run import make_run
 from transformers import AutoModelForCausalLM
 
 from sepo.errors import InputError
-from sepo.fingerprint import checkpoint_hash, weights_hash
-from sepo.folder import find_folder
+from sepo.fingerprint import checkpoint_hash, quick_hash, weights_hash
+from sepo.folder import find_folder, values_of
 from sepo.model import load_model, load_tokenizer, prepare_model
 from sepo.score import score_dataset
 
@@ -246,6 +246,53 @@ def test_an_adapter_has_a_name_of_its_own(base, tmp_path):
     untied(seed=5).save_pretrained(base)
     hashes.append(checkpoint_hash(str(tmp_path / "a")))
     assert len(set(hashes)) == 5
+
+
+def rounded_otherwise(model):
+    """As another machine's products would: read_model's marks stay as they would be there."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.nextafter(parameter, torch.tensor(math.inf)))
+    model.merged_values = values_of(model.state_dict())
+    return model
+
+
+def test_a_merged_base_goes_by_its_folder(base, tmp_path):
+    """Not by the last bits of a merge: a run of LoRA on it goes on on any machine."""
+    save_adapter(tmp_path / "sft", base)
+    merged = lambda **how: load_model(str(tmp_path / "sft"), **how)
+    new = lambda: peft.LoraConfig(target_modules=["v_proj"], modules_to_save=["norm"], r=2)
+    for hashed in (
+        quick_hash,
+        lambda model: quick_hash(peft.get_peft_model(model, new()), frozen=True),
+        lambda model: quick_hash(model.requires_grad_(False), frozen=True),
+    ):
+        expected = hashed(merged())
+        assert hashed(rounded_otherwise(merged())) == expected
+        assert hashed(merged(dtype=torch.bfloat16)) != expected
+        save_adapter(tmp_path / "other", base, seed=7)
+        assert hashed(load_model(str(tmp_path / "other"))) != expected
+        changed = merged()
+        with torch.no_grad():
+            changed.get_parameter(UP).view(-1)[0] += 1e-3
+        assert hashed(changed) != expected
+
+
+def test_what_was_trained_upon_a_merged_base_is_not_its_folder(base, tmp_path):
+    """peft hands back the very model that was merged before."""
+    save_adapter(tmp_path / "sft", base)
+    merged = load_model(str(tmp_path / "sft"))
+    before = weights_hash(merged), quick_hash(merged)
+    adapted = peft.get_peft_model(merged, peft.LoraConfig(target_modules=["v_proj"]))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    trained = adapted.merge_and_unload()
+    assert trained is merged
+    assert weights_hash(trained) != before[0] and quick_hash(trained) != before[1]
+    trained.save_pretrained(tmp_path / "dpo")
+    assert weights_hash(trained) == checkpoint_hash(str(tmp_path / "dpo"))
 
 
 def test_the_precision_check_reads_the_adapter_again(base, tmp_path, capsys):

@@ -1,19 +1,27 @@
 """Every change of a run that goes on: refused with its name, or allowed and said."""
 
 import json
+import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import V, random_scored_pairs, tiny_model
+from tiny import V, random_scored_pairs, tiny_model, tiny_tokenizer
 
+import sepo.identity
 from sepo import SePOConfig, SePOTrainer
 from sepo.checkpoints import MARK
+from sepo.data.part import TOKENS
+from sepo.data.store import ScoredStore
+from sepo.data.types import TokenPair
 from sepo.errors import InputError
 from sepo.methods import METHODS
+from sepo.model import prepare_model
+from sepo.score import score_dataset
 
 # peft calls transformers by a name of before
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -24,11 +32,22 @@ KINDS = {  # a run that is begun -> its arguments
     "cached": dict(method="dpo"),
     "live": dict(method="dpo", reference=1),
     "lora": dict(method="dpo", lora={}),
+    "experts": dict(method="sepo", model=lambda: experts()),
 }
 
 
+def experts(set_to=None, **more):
+    """A mixture whose routers have a loss of their own; `set_to`: once it is made."""
+    shape = dict(num_local_experts=4, num_experts_per_tok=2)
+    asked = dict(output_router_logits=True, router_aux_loss_coef=0.1)
+    model = tiny_model("mixtral", **{**shape, **asked, **more})
+    if set_to is not None:
+        model.router_aux_loss_coef = set_to
+    return model
+
+
 def make(path, *, pairs=PAIRS, eval_pairs=None, model=None, reference=None, lora=None, **args):
-    """`reference` is the seed of a live one, `lora` what is told of adapters."""
+    """`reference` is a live one or its seed, `lora` what is told of adapters."""
     defaults = dict(
         output_dir=str(path), pairs_per_step=4, learning_rate=0.01, warmup_steps=0,
         lr_scheduler_type="constant", save_strategy="steps", save_steps=1, disable_tqdm=True,
@@ -40,12 +59,14 @@ def make(path, *, pairs=PAIRS, eval_pairs=None, model=None, reference=None, lora
         adapters = LoraConfig(**{**told, **lora})
     if reference is not None or lora is not None:  # else the pairs' own is read
         pairs = [replace(p, chosen_ref_logp=None, rejected_ref_logp=None) for p in pairs]
+    if isinstance(reference, int):
+        reference = tiny_model(seed=reference)
     return SePOTrainer(
         model or tiny_model(),
         SePOConfig(**{**defaults, **args}),
         pairs,
         eval_pairs,
-        reference_model=None if reference is None else tiny_model(seed=reference),
+        reference_model=reference,
         peft_config=adapters,
     )
 
@@ -55,7 +76,7 @@ def begun(tmp_path_factory):
     """Each kind of run, with its first checkpoint of two."""
     path = tmp_path_factory.mktemp("begun")
     for kind, arguments in KINDS.items():
-        make(path / kind, **arguments).train()
+        make(path / kind, **made(arguments)).train()
         shutil.rmtree(path / kind / "checkpoint-2")
     return path
 
@@ -139,14 +160,34 @@ REFUSED = [  # kind, the change, what is expected
     # the same weights, another function
     ("sepo", dict(model=lambda: tiny_model(rms_norm_eps=1e-3)), "a model with rms_norm_eps 1e-06"),
     ("lora", dict(model=lambda: tiny_model(hidden_act="gelu")), "a model with hidden_act silu"),
+    ("experts", dict(model=lambda: experts(router_aux_loss_coef=0.2)), "a model with router_aux_l"),
+    (
+        "experts",
+        dict(model=lambda: experts(set_to=0.2)),
+        "a model with router_aux_loss_coef 0.1, g",
+    ),
+    (
+        "experts",
+        dict(model=lambda: experts(output_router_logits=False)),
+        "a model with output_router_logits True, got False",
+    ),
+    ("sepo", dict(model=lambda: tiny_model(pad_token_id=2)), "a model with padding_idx 1, got 2"),
+    (
+        "live",
+        dict(reference=lambda: tiny_model(seed=1, rms_norm_eps=1e-3)),
+        "a reference with rms_norm_eps 1e-06, got 0.001",
+    ),
 ]
 
 
+def made(arguments):
+    return {
+        k: v() if k in ("model", "reference") and callable(v) else v for k, v in arguments.items()
+    }
+
+
 def changed(kind, change):
-    arguments = KINDS[kind] | change
-    if callable(arguments.get("model")):
-        arguments["model"] = arguments["model"]()
-    return arguments
+    return made(KINDS[kind] | change)
 
 
 @pytest.mark.filterwarnings("ignore:.*measured:UserWarning")  # of bfloat16, on a slow machine
@@ -228,7 +269,7 @@ def test_a_schedule_that_keeps_its_rate_is_not_given_another(tmp_path):
         make(tmp_path, **run, learning_rate=0.02).train(str(tmp_path / "checkpoint-1"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sepo", "cached", "live", "lora"])
 def test_an_older_checkpoint_goes_on_and_says_what_was_not_compared(tmp_path, begun, kind, caplog):
     """Format 3 had the lengths of the pairs, not their contents."""
     shutil.copytree(begun / kind, tmp_path / "out")
@@ -254,6 +295,112 @@ def test_an_older_checkpoint_goes_on_and_says_what_was_not_compared(tmp_path, be
     with pytest.raises(InputError, match="lengths of its pairs"):
         longer = first_pair(prompt=PAIRS[0].prompt.repeat(2))
         make(tmp_path / "out", **KINDS[kind], pairs=longer).train(str(path.parent))
+
+
+def test_a_checkpoint_of_before_an_entry_goes_on_and_says_so(tmp_path, begun, caplog):
+    shutil.copytree(begun / "live", tmp_path / "out")
+    path = tmp_path / "out" / "checkpoint-1" / MARK
+    mark = json.loads(path.read_text())
+    del mark["run"]["reference_model"], mark["check"]
+    path.write_text(json.dumps(mark))
+    make(tmp_path / "out", **KINDS["live"]).train(resume_from_checkpoint=True)
+    (line,) = [r.getMessage() for r in caplog.records if "not compared" in r.getMessage()]
+    older = "was not compared (an older version did not write them down)"
+    assert line.endswith(f"checkpoint-1 {older}: the reference's configuration")
+
+
+def test_cached_rows_of_the_same_weights(tmp_path):
+    """Scored in another precision: neither the data nor the weights say so."""
+    pairs = [TokenPair(id=p.id, **{n: getattr(p, n) for n in TOKENS}) for p in PAIRS]
+    reference, tokenizer = prepare_model(tiny_model(seed=1)), tiny_tokenizer()
+    about = dict(tokenizer=tokenizer, keep=["hidden"], progress=False)
+    store = lambda name: ScoredStore.open(
+        score_dataset(pairs, tmp_path / name, reference=reference, **about)
+    )
+    data = store("one")
+    assert data.hidden_hash() == store("same").hidden_hash()
+    with torch.autocast("cpu", torch.bfloat16):
+        other = store("other")
+    assert other.manifest["reference"] == data.manifest["reference"]
+    run = dict(method="tdpo2", output_dir=str(tmp_path / "out"), pairs_per_step=4, use_cpu=True)
+    train = lambda data, **more: SePOTrainer(
+        tiny_model(), SePOConfig(**run, save_steps=1, disable_tqdm=True, **more), data
+    )
+    train(data, max_steps=1).train()
+    expected = r"expected reference \(hash of its hidden rows in the data\) [0-9a-f]{16}, got"
+    with pytest.raises(InputError, match=expected):
+        train(other).train(resume_from_checkpoint=True)
+    train(data).train(resume_from_checkpoint=True)
+
+
+def test_what_an_optimizer_was_told_takes_effect(tmp_path):
+    """As it is said: its state holds the old one."""
+    run = dict(method="simpo", optim="sgd")
+    make(tmp_path / "out", **run, optim_args="momentum=0.9", max_steps=1).train()
+    goes_on = make(tmp_path / "out", **run, optim_args="momentum=0.5")
+    goes_on.train(resume_from_checkpoint=True)
+    assert {group["momentum"] for group in goes_on.optimizer.param_groups} == {0.5}
+
+
+READ_OF_A_MODEL = {  # what the loss or its gradient takes beside the weights, each with another value
+    "logits_scaling": 8.0, "logit_scale": 0.5, "final_logit_softcapping": 30.0,  # by the head
+    "tie_word_embeddings": True, "sliding_window": 3, "attn_logit_softcapping": 50.0,
+    "attention_dropout": 0.1, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+    "rms_norm_eps": 0.1, "hidden_act": "gelu", "num_experts_per_tok": 1, "router_jitter_noise": 0.1,
+    "output_router_logits": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ_OF_A_MODEL)
+def test_every_number_that_is_read_of_a_configuration(name):
+    """A resume with another would train another function: each is compared."""
+    model = experts()
+    before = sepo.identity._config(model)
+    setattr(model.config, name, READ_OF_A_MODEL[name])
+    after = sepo.identity._config(model)
+    assert {key for key in after if before.get(key) != after[key]} >= {name}
+
+
+def test_every_flag_that_is_read_is_compared_or_said():
+    """Of those that the sources of a step name, each is in the run's identity or among its flags."""
+    from sepo.identity import NO_CHANGE, describe_flags, describe_run
+    from sepo.prepared import PreparedPairs
+
+    sources = [
+        "losses",
+        "methods",
+        "tokens",
+        "masked",
+        "prepared",
+        "trainer",
+        "reference",
+        "routers",
+    ]
+    folder = Path(sepo.identity.__file__).parent
+    files = [folder / f"{name}.py" for name in sources] + [*(folder / "masks").glob("*.py")]
+    read = {
+        name
+        for file in files
+        for name in re.findall(r"\b(?:a|args)\.([a-z_0-9]+)\b(?!\()", file.read_text())
+    }
+    args = SePOConfig(output_dir="unused", use_cpu=True)
+    read &= {field.name for field in fields(args)}
+    told = set(describe_flags(args))
+    for name in METHODS:
+        args = SePOConfig(output_dir="unused", method=name, use_cpu=True)
+        run = describe_run(tiny_model(), args, PreparedPairs(PAIRS, args))
+        told |= run.keys() | run["loss"].keys() | run["precision"].keys()
+    # data_seed and seed are "seed"; the others say where and what is told, or are contents
+    elsewhere = {"output_dir", "push_to_hub", "logging_nan_inf_filter", "dtype", "report_to"}
+    assert read - told <= elsewhere & NO_CHANGE
+    assert {
+        "beta",
+        "gamma",
+        "mask_norm",
+        "head_budget",
+        "pairs_per_step",
+        "disable_dropout",
+    } <= read
 
 
 def test_every_setting_of_a_method_is_in_one_place():

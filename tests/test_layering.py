@@ -48,7 +48,7 @@ ALLOWED = {
     "sepo.checkpoints": DATA,
     "sepo.identity": DATA
     | METHODS
-    | {"sepo.checkpoints", "sepo.methods", "sepo.prepared", "sepo.reference"},
+    | {"sepo.checkpoints", "sepo.methods", "sepo.prepared", "sepo.reference", "sepo.routers"},
     "sepo.resumable": {"sepo.checkpoints", "sepo.config", "sepo.identity", "sepo.metrics", *LEAVES},
     "sepo.methods": METHODS,
     "sepo.accepted": DATA | METHODS | {"sepo.methods", "sepo.metrics"},

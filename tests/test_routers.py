@@ -172,3 +172,23 @@ def test_a_loss_of_another_kind_is_refused(tmp_path, monkeypatch):
     ):
         make_trainer(tmp_path / "out", model=moe())
     assert not (tmp_path / "out").exists()
+
+
+def bamba(**more):
+    """Its layers read states of the sequence before; those of attention alone could be packed."""
+    shape = dict(mamba_n_heads=4, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8)
+    return tiny_model("bamba", **{**shape, **more})
+
+
+def test_bamba_is_refused_by_its_layers(tmp_path):
+    with pytest.raises(InputError, match="BambaForCausalLM is not supported: "):
+        make_trainer(tmp_path, model=bamba(attn_layer_indices=[1]))
+
+
+def test_a_loss_on_logits_is_refused_by_name(tmp_path):
+    """Bamba's, with attention alone, which is served without it."""
+    attention = dict(attn_layer_indices=[0, 1])
+    make_trainer(tmp_path, model=bamba(**attention))
+    expected = "BambaForCausalLM: z_loss_coefficient 0.01 asks for a loss on the logits of all tok"
+    with pytest.raises(InputError, match=expected):
+        make_trainer(tmp_path, model=bamba(**attention, z_loss_coefficient=0.01))

@@ -1,13 +1,16 @@
 """Whatever happens to the processes that fill a store, its parts come out the same."""
 
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import random
+import re
 import signal
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from scoring_for_tests import ORACLE, QUIET, REFERENCE, make_pairs, make_tokenizer, parts
@@ -15,6 +18,8 @@ from tiny import tiny_model
 from tqdm import tqdm
 
 from sepo import score
+from sepo.data import part, store
+from sepo.data.manifest import hash_json
 from sepo.data.store import ScoredStore
 from sepo.errors import InputError
 from sepo.model import prepare_model
@@ -185,3 +190,42 @@ def test_another_run_in_the_directory(tmp_path):
         with pytest.raises(InputError, match=f"holds a store with another {words}"):
             run(**change)
     assert parts(tmp_path) == before
+
+
+def of_before(tokenizer, like=None):
+    """Older versions knew nothing of post-processing."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = {k: state[k] for k in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+    names = ("bos_token", "eos_token", "unk_token")
+    return hash_json([content, {name: getattr(tokenizer, name) for name in names}])
+
+
+def test_what_an_older_version_began_is_gone_on_with(tmp_path, monkeypatch, whole, caplog):
+    """It wrote no checksums, and called the tokenizer otherwise."""
+    run = lambda **kw: score_dataset(make_pairs(), tmp_path, **MODELS, **{**QUIET, **kw})
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "tokenizer_hash", of_before)
+        patch.setattr(part, "_check_of", lambda *_: None)
+        patch.setattr(store, "sealed", lambda manifest: manifest)
+        run(shard=(0, 2))
+    begun = {file: file.read_bytes() for file in tmp_path.glob("part-*")}
+    assert len(begun) == 3
+    with pytest.raises(InputError, match="another tokenizer .*; choose another directory, or del"):
+        run(tokenizer=make_tokenizer(3))
+    run()
+    assert all(file.read_bytes() == content for file, content in begun.items())
+    again, expected = ScoredStore.open(tmp_path, QUIET["tokenizer"]), ScoredStore.open(whole)
+    assert "3 of 5 parts have no checksums" in caplog.text
+    for found, one in zip(again.pairs(), expected.pairs(), strict=True):
+        assert found.id == one.id
+        assert np.array_equal(found.chosen_score, one.chosen_score)
+
+
+def test_what_an_older_version_began_with_other_weights_is_refused_in_full(tmp_path):
+    """One line: what lies there, what this run is, and what to do."""
+    run = lambda **kw: score_dataset(make_pairs(), tmp_path, **{**MODELS, **kw}, **QUIET)
+    run(shard=(0, 2))
+    with pytest.raises(InputError) as refused:
+        run(oracle=prepare_model(tiny_model(seed=5)))
+    line = r"holds a store with another oracle weights \([0-9a-f]{32}, this run: [0-9a-f]{32}\); "
+    assert re.search(line + "choose another directory, or delete this one", str(refused.value))

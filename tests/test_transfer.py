@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from processes import cut_short
+from test_score_resume import of_before
 from tokenizers_for_tests import CHATML, chatml_tokenizer, plain_tokenizer
 from vocabularies import TRAINED
 
@@ -398,3 +399,23 @@ def test_a_full_disk(tmp_path, data, both):
 
 def parts(path):
     return {file.name: file.read_bytes() for file in path.glob("part-*")}
+
+
+def test_what_an_older_version_began_is_gone_on_with(tmp_path, monkeypatch):
+    """Which called the policy's tokenizer otherwise."""
+    oracle, policy = chatml_tokenizer(), plain_tokenizer()
+    now = tokenizer_hash
+    either = lambda one, like=None: of_before(one) if one is policy else now(one, like=like)
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "tokenizer_hash", either)
+        _, before, _ = carry(tmp_path, ROWS, oracle, policy, pairs_per_part=1)
+    (part := sorted((tmp_path / "out").glob("part-*"))[-1]).unlink()
+    data = str(tmp_path / "rows.jsonl")
+    transfer_store(
+        ScoredStore.open(tmp_path / "scores"), read_pairs(data, policy), read_preferences(data),
+        tmp_path / "out", oracle_tokenizer=oracle, policy_tokenizer=policy, **QUIET,
+        pairs_per_part=1,
+    )  # fmt: skip
+    assert part.is_file()
+    again = ScoredStore.open(tmp_path / "out", policy)
+    assert again.manifest["tokenizer"] == before.manifest["tokenizer"] == of_before(policy)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sepo.folder import ModelFolder, find_folder, read_model
+from sepo.folder import ModelFolder, find_folder, read_model, values_of
 
 CHUNK = 1 << 24  # values cast and copied to the host at once: 64 MiB in float32
 UNREAD = "not read"
@@ -24,12 +24,12 @@ def weights_hash(model: nn.Module) -> str:
     Names, shapes and values count; dtype and device do not: floating-point values are read as
     float32. So a bfloat16 checkpoint has one hash whether it is loaded in bfloat16 or float32,
     and a float32 checkpoint rounded to bfloat16 has another. Tied weights count once. A model that
-    `read_model` merged has the hash of its folder: machines differ in how a merge rounds. Raises
-    ValueError for a model without values (on the meta device).
+    `read_model` merged has the hash of its folder until something changes its weights: machines
+    differ in how a merge rounds. Raises ValueError for a model without values (on the meta device).
     """
-    if (folder := getattr(model, "merged_from", None)) is not None:
-        return checkpoint_hash(folder, dtype=model.dtype)
     stored = _stored(model)
+    if (folder := _merged_from(model, stored)) is not None:
+        return checkpoint_hash(folder, dtype=model.dtype)
     for name, tensor in sorted(stored.items()):
         if tensor.is_meta:
             raise ValueError(f"weights_hash: {name} is on the meta device, expected values")
@@ -69,8 +69,9 @@ def quick_hash(model: nn.Module, *, frozen: bool = False) -> str | None:
     """16 hex digits for the weights as they lie in memory, hashed by several threads.
 
     Unlike `weights_hash` it tells dtypes apart. With `frozen` only what is not trained counts,
-    under the names of the model without adapters; None if all of it is trained. UNREAD where
-    weights are not here to be read: in shards, or on the meta device.
+    under the names of the model without adapters; None if all of it is trained. What `read_model`
+    merged goes by its folder, as there. UNREAD where weights are not here to be read: in shards, or
+    on the meta device.
     """
     named = _stored(model)
     if frozen and all(p.requires_grad for p in model.parameters()):
@@ -79,6 +80,9 @@ def quick_hash(model: nn.Module, *, frozen: bool = False) -> str | None:
         named = {_without_adapters(n): t for n, t in named.items() if not t.requires_grad}
     if any(t.is_meta or not t.numel() for t in named.values()):
         return UNREAD
+    if (folder := _merged_from(model, named)) is not None:
+        about = [checkpoint_hash(folder, dtype=model.dtype), str(model.dtype), *sorted(named)]
+        return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
     tensors = sorted(named.items())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing drops the GIL
         digests = threads.map(lambda item: _raw_hash(item[1]), tensors)
@@ -87,6 +91,17 @@ def quick_hash(model: nn.Module, *, frozen: bool = False) -> str | None:
             for (n, t), d in zip(tensors, digests, strict=True)
         ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def _merged_from(model: nn.Module, named: dict[str, Tensor]) -> ModelFolder | None:
+    """The folder that was merged into these tensors of a model, if that is all that they are."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    merged = getattr(base, "merged_values", {})
+    if not named or not named.keys() <= merged.keys():
+        return None
+    now = values_of(named)
+    return base.merged_from if all(merged[name] == now[name] for name in now) else None
 
 
 @torch.no_grad()

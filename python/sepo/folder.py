@@ -6,7 +6,7 @@ into it. Whatever is neither is refused by name, before anything large is read.
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -236,8 +236,13 @@ def _merged(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
     # what is saved of it, or on top of it, comes from here and not from the base
     model.requires_grad_(True)  # peft froze it
     model.name_or_path = model.config.name_or_path = folder.path
-    model.merged_from = folder
+    model.merged_from, model.merged_values = folder, values_of(model.state_dict())
     return model
+
+
+def values_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Of each tensor a number that changes with its values: to see whether something was trained."""
+    return {name: torch.hash_tensor(tensor).item() for name, tensor in tensors.items()}
 
 
 def is_adapter(module) -> bool:

@@ -18,6 +18,7 @@ from sepo.fingerprint import UNREAD, quick_hash
 from sepo.methods import METHODS
 from sepo.prepared import PreparedPairs, data_seed
 from sepo.reference import CachedReference, LiveReference, Reference
+from sepo.routers import router_loss
 
 RUN = {  # in the order of comparison -> how a message calls it
     "method": "--method",
@@ -31,6 +32,7 @@ RUN = {  # in the order of comparison -> how a message calls it
     "contents": "data (hash of its pairs)",
     "scores": "scores (hash of those in the data)",
     "ref_logp": "reference (hash of its log-probabilities in the data)",
+    "ref_hidden": "reference (hash of its hidden rows in the data)",
     "lengths": "data (hash of the lengths of its pairs)",
     "base": "base model (hash of the weights that are not trained)",
     "reference": "reference (hash of its weights)",
@@ -42,18 +44,20 @@ RUN = {  # in the order of comparison -> how a message calls it
     "weights": "dtype of the weights (--dtype)",
     "precision": "--{}",
     "model": "a model with {}",
+    "reference_model": "a reference with {}",
 }
 GROUPS = {  # the whole of what RUN names one by one
     "loss": "settings of the loss",
     "adapters": "adapters",
     "precision": "precision",
     "model": "the model's configuration",
+    "reference_model": "the reference's configuration",
 }
 PRECISION = ("bf16", "fp16", "tf32", "load_in_4bit", "load_in_8bit")
 # of the state that a checkpoint holds: what changes is put into it
 OF_THE_OPTIMISER = {
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "mask_learning_rate", "mask_weight_decay",
+    "mask_learning_rate", "mask_weight_decay", "optim_args",
 }  # fmt: skip
 SELECTION = ("fraction", "rejected_fraction", "mass", "first_token")
 # where a run lies and how it is told of, its identity, and what its identity has by contents
@@ -93,6 +97,7 @@ def describe_run(
         "scores": None,
         "ref_logp": None,
         **pairs.hashes,
+        "ref_hidden": _hidden_rows(reference, data),
         "lengths": hashlib.sha256(lengths).hexdigest()[:16],
         "base": quick_hash(model, frozen=True) if read else UNREAD,
         "reference": _reference(reference, data) if read else UNREAD,
@@ -104,6 +109,7 @@ def describe_run(
         "weights": ", ".join(sorted({_name(p.dtype) for p in model.parameters()})),
         "precision": {name: getattr(args, name) for name in PRECISION},
         "model": _config(model),
+        "reference_model": _reference_config(reference),
     }
 
 
@@ -145,13 +151,18 @@ def notes(mark: dict, run: dict, flags: dict) -> list[str]:
     if changed := changed_flags(mark, flags):
         words = [f"{_flag(name)} {now} (was {was})" for name, (was, now) in changed.items()]
         lines.append(f"goes on with {', '.join(words)}")
-    unread = lambda key: UNREAD in (mark["run"].get(key, UNREAD), run[key])
-    # not what this run has nothing of
-    missing = [key for key in RUN if unread(key) and run[key] not in (None, {})]
-    if missing:
-        words = [GROUPS.get(key, RUN[key]) for key in missing]
-        why = "weights in shards" if "flags" in mark else "an older version did not write them down"
-        lines.append(f"was not compared ({why}): {'; '.join(words)}")
+    known = [key for key in RUN if run[key] not in (None, {})]  # not what this run has nothing of
+    unread = [key for key in known if UNREAD in (mark["run"].get(key), run[key])]
+    for why, keys in (
+        (
+            "an older version did not write them down",
+            [k for k in known if k not in mark["run"] and k not in unread],
+        ),
+        ("weights in shards", unread),
+    ):
+        if keys:
+            words = [GROUPS.get(key, RUN[key]) for key in keys]
+            lines.append(f"was not compared ({why}): {'; '.join(words)}")
     return lines
 
 
@@ -181,6 +192,18 @@ def _reference(reference: Reference | None, data: Any) -> str | None:
     return None
 
 
+def _reference_config(reference: Reference | None) -> dict:
+    """The same weights under another configuration are another reference."""
+    if not isinstance(reference, LiveReference) or reference.without_adapters:
+        return {}
+    return _config(reference.model)
+
+
+def _hidden_rows(reference: Reference | None, data: Any) -> str | None:
+    cached = isinstance(reference, CachedReference) and reference.stored is not None
+    return data.hidden_hash() if cached and isinstance(data, ScoredStore) else None
+
+
 def _adapters(model: nn.Module) -> dict:
     """What peft was told, by the adapter's name; where it came from does not count."""
     told = getattr(model, "peft_config", None)
@@ -201,9 +224,22 @@ def _config(model: nn.Module) -> dict:
         return {}
     here = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
     known = config.to_dict().items()
-    return _plain(
-        {k: v for k, v in known if k not in here and k[0] != "_" and not k.endswith("_token_id")}
-    )
+    kept = {k: v for k, v in known if k not in here and k[0] != "_" and not k.endswith("_token_id")}
+    return _plain(kept | _in_force(model))
+
+
+def _in_force(model: nn.Module) -> dict:
+    """Numbers that the model took from its configuration when it was made, and reads ever since."""
+    found = {}
+    # this token's own embedding gets no gradient; its id in the configuration is anybody's to set
+    padding = getattr(model.get_input_embeddings(), "padding_idx", None)
+    if padding is not None:
+        found["padding_idx"] = padding
+    if (routers := router_loss(model)) is not None:
+        found["router_aux_loss_coef"] = routers.coefficient
+        found["experts of the router loss"] = routers.num_experts
+        found["experts per token of the router loss"] = routers.top_k
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -55,10 +55,16 @@ class RouterLoss:
 def router_loss(model: PreTrainedModel) -> RouterLoss | None:
     """What the model adds to its own loss, if its config asks for it: `output_router_logits`.
 
-    Raises InputError for one that defines it in another way than transformers usually does.
+    Raises InputError for one that defines it in another way than transformers usually does, and for
+    a loss on its logits (Bamba's `z_loss_coefficient`), which rows that are left out would change.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = model.config.get_text_config(decoder=True)
+    if z_loss := getattr(model, "z_loss_coefficient", 0):
+        raise InputError(
+            f"{type(model).__name__}: z_loss_coefficient {z_loss} asks for a loss on the logits of "
+            "all tokens, which are not made here; expected 0 in its config.json"
+        )
     if not getattr(config, "output_router_logits", False):
         return None
     names = dict(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sepo
 from sepo.data.hidden import ROW_DTYPE, HiddenRows, StoredHead, check_room, size_name
+from sepo.data.manifest import begun_with
 from sepo.data.segments import check_tokens
 from sepo.data.store import (
     FORMAT,
@@ -90,7 +91,8 @@ def score_dataset(
     manifest = {
         "format": FORMAT,
         "sepo": sepo.__version__,
-        "tokenizer": tokenizer_hash(tokenizer),
+        # older versions made it another way: one of theirs is gone on with
+        "tokenizer": tokenizer_hash(tokenizer, like=begun_with(Path(output_dir), "tokenizer")),
         "tokenizer_name": tokenizer.name_or_path,
         "chat_template": template_hash(tokenizer),
         **_about_model("oracle", oracle),

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sepo.accepted import check_best_metric, check_kinds, each, tokenised
-from sepo.adapters import add_adapters, check_adapters, has_adapters
+from sepo.adapters import add_adapters, check_adapters
 from sepo.config import SePOConfig
 from sepo.data.cost import attention_cost
 from sepo.data.pack import pack
@@ -278,8 +278,6 @@ class SePOTrainer(MaskedTrainer):
 
     def train(self, *args, **kwargs):
         """As ResumableTrainer's; afterwards the model answers any call, `generate` among them."""
-        if not has_adapters(self.model):
-            self.model.merged_from = None  # what it was loaded from is not what it is any more
         done = super().train(*args, **kwargs)
         self.model.eval()  # checkpointed layers in training keep no cache
         restore_attention(self.model)

@@ -19,6 +19,7 @@ from sepo.data.carry import Aggregate, Carry, Coverage, LeftOut, Mode
 from sepo.data.crossvocab import TokenBytes
 from sepo.data.formats import Preference, find_format
 from sepo.data.load import load_rows
+from sepo.data.manifest import begun_with
 from sepo.data.read import PairSet, named_rows, read_pairs
 from sepo.data.render import spans
 from sepo.data.store import (
@@ -77,9 +78,9 @@ def transfer_store(
         **({"aggregate": aggregate} if mode == "score" else {"fraction": fraction}),
         **{name: store.manifest.get(name) for name in ("tokenizer", "tokenizer_name", "source")},
     }
-    policy_hash = tokenizer_hash(policy_tokenizer)
     with lock(output_dir, OWNER):
         _refuse_another(Path(output_dir), transferred)
+        begun = begun_with(Path(output_dir), "tokenizer")
         carry = Carry(
             TokenBytes(oracle_tokenizer),
             TokenBytes(policy_tokenizer),
@@ -95,7 +96,7 @@ def transfer_store(
         manifest = {
             "format": FORMAT,
             "sepo": sepo.__version__,
-            "tokenizer": policy_hash,
+            "tokenizer": tokenizer_hash(policy_tokenizer, like=begun),
             "tokenizer_name": policy_tokenizer.name_or_path,
             "chat_template": template_hash(policy_tokenizer),
             **{name: store.manifest.get(name) for name in MODELS},

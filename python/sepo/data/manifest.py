@@ -53,6 +53,11 @@ def read_manifest(path: Path) -> dict | None:
     return manifest
 
 
+def begun_with(path: Path, entry: str):
+    """What the manifest of a store that is gone on with has there; None if there is none yet."""
+    return (read_manifest(path) or {}).get(entry)
+
+
 def check_entries(file: Path, manifest: dict) -> None:
     """Raise InputError for an entry that is lacking or can't be what it says."""
     for key, (words, is_good) in ENTRIES.items():

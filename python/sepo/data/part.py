@@ -88,6 +88,11 @@ class Part:
         """Whether every value has a checksum."""
         return self.check is not None and (self.hidden is None or None not in self._row_checks)
 
+    @property
+    def row_checks(self) -> list[int | None]:
+        """Of the hidden rows of every response; None for those of an older version."""
+        return [] if self.hidden is None else self._row_checks
+
     def pair(self, row: int) -> ScoredPair:
         fields = dict.fromkeys(self.columns)
         for name, (values, offsets, there) in self.columns.items():
@@ -168,6 +173,8 @@ def _about(file: Path, schema: pa.Schema) -> dict:
 
 def _read(file: Path, read):
     try:
+        if not file.is_file():  # a pipe would be waited for, for ever
+            raise FileNotFoundError("it is not there, or no file")
         return read(file)
     # a torn file brings up whatever it leads the reader to
     except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as error:

@@ -123,6 +123,11 @@ class ScoredStore:
         """
         return self._head(contents=True)
 
+    def hidden_hash(self) -> str | None:
+        """16 hex digits for all hidden rows, by their checksums; None if some have none."""
+        checks = [check for part in self._parts for check in part.row_checks]
+        return hash_json(checks)[:16] if checks and None not in checks else None
+
     def _head(self, contents: bool) -> StoredHead:
         manifest = self.manifest
         width, file = manifest["hidden_width"], self.path / HEAD_FILE
