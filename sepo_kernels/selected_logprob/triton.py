@@ -1,9 +1,10 @@
-"""selected_logprob on a GPU: library matrix products, and two Triton kernels over each row."""
+"""selected_logprob on a GPU: library matrix products, and a Triton kernel over each row, or two."""
 
 import torch
 from torch import Tensor
 
 from sepo_kernels import platform, products
+from sepo_kernels.configs import one_pass
 from sepo_kernels.selected_logprob.loops import RowKernels
 
 
@@ -22,21 +23,26 @@ def forward(
     logits: Tensor,  # (chunk, V) float32, scratch; may be slope
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, lse, unit, each (chunk,)
     from sepo_kernels import triton_rows
+    from sepo_kernels.selected_logprob import row_kernels
 
     products.logits(logits, x, weight)
     assert logits.stride(1) == 1
     (rows, V), targets = logits.shape, targets.contiguous()
-    logp = logits.new_empty((rows,))
-    top, log_total = logits.new_empty((rows,)), logits.new_empty((rows,))
+    logp, lse, reference, unit = logits.new_empty((4, rows))
+    at_once = slope is not None and one_pass(slope.dtype)
+    to, stride = (slope, slope.stride(0)) if at_once else (logp, 0)  # or any, which is not read
+    assert not at_once or slope.stride(1) == 1
     triton_rows.launch(
-        triton_rows.logprob_statistics, rows, None,
-        logits, triton_rows.bias_argument(bias, logits), targets, logp, top, log_total,
-        logits.stride(0), V, int(bias is not None), scale, softcap or 0.0,
-        CAPPED=softcap is not None,
+        row_kernels.logprob_row, rows, None,
+        logits, triton_rows.bias_argument(bias, logits), targets, logp, lse, reference, unit, to,
+        logits.stride(0), stride, V, int(bias is not None), scale, softcap or 0.0,
+        CAPPED=softcap is not None, SLOPE=at_once,
     )  # fmt: skip
+    if at_once:
+        return logp, lse, unit
     if slope is not None:
-        _write_slope(slope, logits, bias, targets, scale, softcap, logp, top, log_total)
-    return logp, top + log_total, logits.new_ones((rows,))
+        _write_slope(slope, logits, bias, targets, scale, softcap, logp, reference, unit)
+    return logp, lse, torch.ones_like(logp)
 
 
 def again(
@@ -52,19 +58,20 @@ def again(
     lse: Tensor,  # (chunk,)
 ) -> Tensor:  # unit (chunk,)
     products.logits(logits, x, weight)
-    zero = torch.zeros_like(lse)
-    _write_slope(slope, logits, bias, targets.contiguous(), scale, softcap, logp, lse, zero)
-    return logits.new_ones(logp.shape)
+    one = torch.ones_like(lse)
+    _write_slope(slope, logits, bias, targets.contiguous(), scale, softcap, logp, lse, one)
+    return one
 
 
-def _write_slope(slope, logits, bias, targets, scale, softcap, logp, top, log_total) -> None:
+def _write_slope(slope, logits, bias, targets, scale, softcap, logp, reference, unit) -> None:
     from sepo_kernels import triton_rows
+    from sepo_kernels.selected_logprob import row_kernels
 
     rows, V = logits.shape
     assert slope.stride(1) == 1 and logits.stride(1) == 1
     triton_rows.launch(
-        triton_rows.logprob_slope, rows, V,
-        logits, triton_rows.bias_argument(bias, logits), targets, logp, top, log_total,
+        row_kernels.logprob_slope, rows, V,
+        logits, triton_rows.bias_argument(bias, logits), targets, logp, reference, unit,
         slope, logits.stride(0), slope.stride(0), V, int(bias is not None), scale, softcap or 0.0,
         CAPPED=softcap is not None,
     )  # fmt: skip

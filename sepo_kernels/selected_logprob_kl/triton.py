@@ -1,10 +1,14 @@
 """selected_logprob_kl on a GPU: library matrix products, and Triton kernels over each pair of rows."""
 
+import torch
 from torch import Tensor
 
 from sepo_kernels import platform, products
+from sepo_kernels.configs import one_pass
 from sepo_kernels.selected_logprob_kl.loops import RowKernels
 from sepo_kernels.selected_logprob_kl.schedule import POLICY_REF
+
+NUM_STATE = 5  # as kl_row has it
 
 
 def why_not(hidden: Tensor, *_) -> str | None:
@@ -24,26 +28,29 @@ def forward(
     direction: str,
     kept: tuple[Tensor, Tensor] | None,  # two (chunk, V), written
     logits: tuple[Tensor, Tensor],  # two (chunk, V) float32, scratch; may be the kept blocks
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 4)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 5)
     from sepo_kernels import triton_rows
+    from sepo_kernels.selected_logprob_kl import row_kernels
 
     z, ref_z = logits
     products.logits(z, x, weight)
     products.logits(ref_z, ref_x, ref_weight)
-    assert z.stride(1) == ref_z.stride(1) == 1
     (rows, V), targets = z.shape, targets.contiguous()
-    logp = z.new_empty((rows,))
-    ref_logp = z.new_empty((rows,))
-    kl = z.new_empty((rows,))
-    state = z.new_empty((rows, 4))
+    logp, ref_logp, kl = z.new_empty((3, rows))
+    state = z.new_empty((rows, NUM_STATE))
+    at_once = kept is not None and one_pass(kept[0].dtype)
+    first, second = kept if at_once else (logp, logp)  # or any, which are not read
+    strides = (first.stride(0), second.stride(0)) if at_once else (0, 0)
+    assert z.stride(1) == ref_z.stride(1) == first.stride(-1) == second.stride(-1) == 1
     triton_rows.launch(
-        triton_rows.kl_statistics, rows, None,
+        row_kernels.kl_row, rows, None,
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
-        targets, logp, ref_logp, kl, state, z.stride(0), ref_z.stride(0), V,
+        targets, logp, ref_logp, kl, state, first, second,
+        z.stride(0), ref_z.stride(0), *strides, V,
         int(bias is not None), int(ref_bias is not None), scale, softcap or 0.0,
-        CAPPED=softcap is not None, POLICY_FIRST=_policy_first(direction),
+        CAPPED=softcap is not None, POLICY_FIRST=_policy_first(direction), KEPT=at_once,
     )  # fmt: skip
-    if kept is not None:
+    if kept is not None and not at_once:
         _write_slopes(
             kept, logits, bias, ref_bias, targets, scale, softcap, direction,
             logp, kl, state,
@@ -67,37 +74,67 @@ def again(
     logp: Tensor,  # (chunk,)
     ref_logp: Tensor,  # (chunk,)
     kl: Tensor,  # (chunk,)
-    state: Tensor,  # (chunk, 4)
+    state: Tensor,  # (chunk, 5)
 ) -> None:
     products.logits(logits[0], x, weight)
     products.logits(logits[1], ref_x, ref_weight)
-    _write_slopes(
-        kept, logits, bias, ref_bias, targets.contiguous(), scale, softcap,
-        direction, logp, kl, state,
-    )  # fmt: skip
+    if one_pass(kept[0].dtype):
+        _write_ratios(kept, logits, bias, ref_bias, scale, softcap, state)
+    else:
+        _write_slopes(
+            kept, logits, bias, ref_bias, targets.contiguous(), scale, softcap,
+            direction, logp, kl, state,
+        )  # fmt: skip
 
 
 def combine(
-    first: Tensor,  # (M, columns) of -dlogp/dz
-    second: Tensor,  # (M, columns) of dKL/dz
+    first: Tensor,  # (M, columns), as row_kernels.py has it
+    second: Tensor,  # (M, columns)
     targets: Tensor,  # (M,)
     start: int,  # the first of these columns
     logp: Tensor,  # (M,)
     kl: Tensor,  # (M,)
-    state: Tensor,  # (M, 4)
+    state: Tensor,  # (M, 5)
     grad_logp: Tensor,  # (M,) float32
     grad_kl: Tensor,  # (M,) float32
     direction: str,
     out: Tensor,  # (M, columns), written: dZ
 ) -> None:
     from sepo_kernels import triton_rows
+    from sepo_kernels.selected_logprob_kl import row_kernels, slope_kernels
 
     assert first.stride(1) == second.stride(1) == out.stride(1) == 1
     rows, columns = out.shape
+    grads = grad_logp.contiguous(), grad_kl.contiguous()
+    strides = first.stride(0), second.stride(0), out.stride(0)
+    if one_pass(out.dtype):
+        assert state.is_contiguous()
+        triton_rows.launch(
+            row_kernels.kl_combine_ratios, rows, columns,
+            first, second, targets.contiguous(), logp.contiguous(), kl.contiguous(), state,
+            *grads, out, *strides, start, columns, POLICY_FIRST=_policy_first(direction),
+        )  # fmt: skip
+    else:
+        triton_rows.launch(
+            slope_kernels.kl_combine, rows, columns, first, second, *grads, out, *strides, columns
+        )
+
+
+def _write_ratios(kept, logits, bias, ref_bias, scale, softcap, state) -> None:
+    from sepo_kernels import triton_rows
+    from sepo_kernels.selected_logprob_kl import row_kernels
+
+    (first, second), (z, ref_z) = kept, logits
+    assert first.stride(1) == second.stride(1) == z.stride(1) == ref_z.stride(1) == 1
+    assert state.is_contiguous()
+    rows, V = z.shape
     triton_rows.launch(
-        triton_rows.kl_combine, rows, columns,
-        first, second, grad_logp.contiguous(), grad_kl.contiguous(), out,
-        first.stride(0), second.stride(0), out.stride(0), columns,
+        row_kernels.kl_ratios, rows, V,
+        z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
+        state, first, second,
+        z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
+        int(bias is not None), int(ref_bias is not None), scale, softcap or 0.0,
+        CAPPED=softcap is not None,
     )  # fmt: skip
 
 
@@ -106,15 +143,17 @@ def _write_slopes(
     logp, kl, state,
 ) -> None:  # fmt: skip
     from sepo_kernels import triton_rows
+    from sepo_kernels.selected_logprob_kl import slope_kernels
 
     (first, second), (z, ref_z) = kept, logits
     assert first.stride(1) == second.stride(1) == z.stride(1) == ref_z.stride(1) == 1
     assert state.is_contiguous()
     rows, V = z.shape
     triton_rows.launch(
-        triton_rows.kl_slopes, rows, V,
+        slope_kernels.kl_slopes, rows, V,
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
-        targets, logp, kl, state, first, second, z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
+        targets, logp, kl, state, first, second,
+        z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
         int(bias is not None), int(ref_bias is not None), scale, softcap or 0.0,
         CAPPED=softcap is not None, POLICY_FIRST=_policy_first(direction),
     )  # fmt: skip
@@ -124,11 +163,11 @@ def _policy_first(direction: str) -> bool:
     return direction == POLICY_REF
 
 
+def _second_dtype(dtype: torch.dtype) -> torch.dtype:
+    # float16: a difference of logits, of which the digits count and not the range
+    return torch.float16 if one_pass(dtype) else dtype
+
+
 KERNELS = RowKernels(
-    forward,
-    again,
-    combine,
-    fused=lambda dtype: False,
-    second_dtype=lambda dtype: dtype,
-    num_state=4,
+    forward, again, combine, NUM_STATE, fused=lambda dtype: False, second_dtype=_second_dtype
 )

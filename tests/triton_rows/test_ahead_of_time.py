@@ -1,7 +1,8 @@
 """Every kernel that the launchers can launch, compiled for each target: that needs no GPU.
 
 What is compiled is recorded from the launchers themselves, argument by argument, and has to be all
-of the table in configs.py; so a kernel that was never compiled cannot be launched.
+of the table in configs.py; so a kernel that was never compiled cannot be launched. Registers, spills
+and the width of each access to memory are read from the compiled code.
 """
 
 import re
@@ -17,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from sepo_kernels import triton_rows  # noqa: E402
-from sepo_kernels.configs import CONFIGS  # noqa: E402
+from sepo_kernels.configs import CONFIGS, bytes_moved  # noqa: E402
 from sepo_kernels.selected_logprob import triton as logprob  # noqa: E402
 from sepo_kernels.selected_logprob_kl import triton as kl  # noqa: E402
 
@@ -28,7 +29,13 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
+BYTES = {"*fp32": 4, "*fp16": 2, "*bf16": 2}
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+
+
+# V, columns from one row to the next, the first row: rows of whole cache lines, as the loops make
+# them, whose last tile has 31 columns; rows that hardly ever begin at a multiple of 16 bytes
+ALIGNED, RAGGED = (31, 64, 0), (31, 31, 1)
 
 
 @pytest.fixture(scope="module")
@@ -37,35 +44,34 @@ def launched():
     found = {name: set() for name in CONFIGS}
 
     def record(kernel, rows, columns, *args, **flags):
-        name = kernel.fn.__name__
-        found[name].add((tuple(map(describe, kernel.params, args)), tuple(sorted(flags.items()))))
+        types = tuple(map(describe, kernel.params, args))
+        found[kernel.fn.__name__].add((kernel, types, tuple(sorted(flags.items()))))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_rows, "launch", record)
-        for dtype, (V, start), softcap in product(
-            list(DTYPES)[:3],
-            [(64, 0), (31, 1)],  # every row begins at a multiple of 16 bytes, or hardly any does
-            [None, 4.0],
-        ):
-            drive(dtype, V, start, softcap)
+        for dtype, shape, softcap in product(list(DTYPES)[:3], [ALIGNED, RAGGED], [None, 4.0]):
+            drive(dtype, *shape, softcap)
     return found
 
 
-def drive(dtype, V, start, softcap):
+def drive(dtype, V, stride, start, softcap):
     """Call all launchers as the loops would for rows `start` to 4."""
     new = lambda *shape, dtype=dtype: torch.zeros(4, *shape, dtype=dtype)[start:]
+    block = lambda dtype: new(stride, dtype=dtype)[:, :V]
     x, weight, bias = new(8), torch.zeros(V, 8, dtype=dtype), torch.zeros(V, dtype=dtype)
     targets, row = new(dtype=torch.int64), new(dtype=torch.float32)
-    z, ref_z = new(V, dtype=torch.float32), new(V, dtype=torch.float32)
-    first, second, out = (new(V) for _ in range(3))
+    z, ref_z = block(torch.float32), block(torch.float32)
+    first, second, out = block(dtype), block(kl.KERNELS.second_dtype(dtype)), block(dtype)
     head = x, weight, bias
+    logprob.forward(*head, targets, 1.0, softcap, None, z)
     logprob.forward(*head, targets, 1.0, softcap, first, z)
     logprob.again(*head, targets, 1.0, softcap, first, z, row, row)
     for direction in ("policy||ref", "ref||policy"):
-        two = *head, *head, targets, 1.0, softcap, direction, (first, second), (z, ref_z)
-        kl.forward(*two)
-        state = new(4, dtype=torch.float32)
-        kl.again(*two, row, row, row, state)
+        two = *head, *head, targets, 1.0, softcap, direction
+        kl.forward(*two, None, (z, ref_z))
+        kl.forward(*two, (first, second), (z, ref_z))
+        state = new(kl.NUM_STATE, dtype=torch.float32)
+        kl.again(*two, (first, second), (z, ref_z), row, row, row, state)
         kl.combine(first, second, targets, 0, row, row, state, row, row, direction, out)
 
 
@@ -85,16 +91,50 @@ def describe(param, arg) -> tuple[str, bool]:
 def test_all_of_the_table_is_launched(launched):
     """For float32, float16 and bfloat16 inputs, aligned or not, every combination of flags."""
     for name, config in CONFIGS.items():
-        flags = {flags for _, flags in launched[name]}
+        flags = {flags for *_, flags in launched[name]}
         wanted = product(*([(flag, False), (flag, True)] for flag in sorted(config.flags)))
         assert flags == set(wanted), name
-        # what is read and written in the input's dtype is there once for each
-        dtypes = 1 if name.endswith("_statistics") else 3
+        # what is read and written in the input's dtype is there once for each that takes this way
+        dtypes = 2 if name in ("logprob_slope", "kl_slopes", "kl_combine") else 1
+        dtypes += name == "logprob_slope"  # bfloat16 too, where the backward makes it again
         assert len(launched[name]) == dtypes * 2 * len(flags), name
 
 
-def compiled(name, types, flags, target):
-    kernel, config = getattr(triton_rows, name), CONFIGS[name]
+@pytest.mark.parametrize("dtype", list(DTYPES)[:3], ids=str)
+def test_bytes_moved_are_those_of_the_launches(monkeypatch, dtype):
+    """Each block once for each kernel that it is handed to."""
+    moved = []
+    count = lambda args: sum(
+        x.shape[1] * x.itemsize for x in args if isinstance(x, torch.Tensor) and x.dim() == 2
+        and x.shape[1] == 31
+    )  # fmt: skip
+    monkeypatch.setattr(triton_rows, "launch", lambda *args, **_: moved.append(count(args[3:])))
+    x, weight, row = torch.zeros(4, 8, dtype=dtype), torch.zeros(31, 8, dtype=dtype), torch.zeros(4)
+    targets, acc = torch.zeros(4, dtype=torch.int64), torch.float32
+    kept = [torch.zeros(4, 31, dtype=t) for t in (dtype, kl.KERNELS.second_dtype(dtype))]
+    logits = [k if k.dtype == acc else torch.zeros(4, 31) for k in kept]
+    head = x, weight, None
+
+    def assert_moves(step, heads, call, *args):
+        moved.clear()
+        call(*args)
+        assert sum(moved) == bytes_moved(step, heads, 31, dtype), (step, heads)
+
+    one = *head, targets, 1.0, None
+    assert_moves("forward", 1, logprob.forward, *one, None, logits[0])
+    assert_moves("slope", 1, logprob.forward, *one, kept[0], logits[0])
+    assert_moves("again", 1, logprob.again, *one, kept[0], logits[0], row, row)
+    two = *head, *head, targets, 1.0, None, "policy||ref"
+    assert_moves("forward", 2, kl.forward, *two, None, logits)
+    assert_moves("slope", 2, kl.forward, *two, kept, logits)
+    state = torch.zeros(4, kl.NUM_STATE)
+    assert_moves("again", 2, kl.again, *two, kept, logits, row, row, row, state)
+    rest = targets, 0, row, row, state, row, row, "policy||ref", torch.zeros(4, 31, dtype=dtype)
+    assert_moves("combine", 2, kl.combine, *kept, *rest)
+
+
+def compiled(kernel, types, flags, target):
+    config = CONFIGS[kernel.fn.__name__]
     constexprs = {**dict(flags), "BLOCK_V": config.BLOCK_V}
     signature = dict(zip(kernel.arg_names, [t for t, _ in types], strict=False))
     source = ASTSource(
@@ -111,8 +151,9 @@ def compiled(name, types, flags, target):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_compiles_without_spills(launched, name, target, tmp_path):
     gpu, most_shared = TARGETS[target]
-    for types, flags in launched[name]:
-        done = compiled(name, types, flags, gpu)
+    config = CONFIGS[name]
+    for kernel, types, flags in launched[name]:
+        done = compiled(kernel, types, flags, gpu)
         what = f"{name} {flags} {types}"
         assert done.metadata.shared <= most_shared, what
         if gpu.backend == "cuda":
@@ -120,6 +161,11 @@ def test_compiles_without_spills(launched, name, target, tmp_path):
             # registers that did not suffice are on the stack
             assert used["STACK"] == used["LOCAL"] == 0, f"{what}: {used}"
             assert used["SHARED"] <= most_shared, what
+            if is_aligned(kernel, types):
+                capped = dict(flags).get("CAPPED", False)
+                most = config.registers_capped if capped else config.registers
+                assert used["REG"] <= most, f"{what}: {used}"
+                assert_wide(tmp_path / "kernel.cubin", kernel, types, dict(flags), what)
         else:
             used = dict(re.findall(r"^ *\.(\w+): +(\d+)$", done.asm["amdgcn"], re.MULTILINE))
             for spill in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
@@ -132,3 +178,27 @@ def resources(cubin: bytes, path) -> dict[str, int]:
     command = [tool, "--dump-resource-usage", str(path)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", text)}
+
+
+def is_aligned(kernel, types) -> bool:
+    named = zip(kernel.arg_names, types, strict=False)
+    return all(aligned for name, (_, aligned) in named if name.startswith("stride_"))
+
+
+def assert_wide(cubin, kernel, types, flags, what):
+    """What a thread has of the whole tiles is read 16 bytes at a time, and written 8 or 16."""
+    config, types = CONFIGS[kernel.fn.__name__], dict(zip(kernel.arg_names, types, strict=False))
+    each = config.BLOCK_V // (32 * config.num_warps)
+    walks = 2 if kernel.fn.__name__.endswith("_row") else 1  # and once more, if hopeless
+    loaded = {"logits_ptr", "ref_logits_ptr", "bias_ptr", "ref_bias_ptr"}
+    stored = {"slope_ptr", "first_ptr", "second_ptr", "out_ptr"}
+    if "combine" in kernel.fn.__name__:
+        loaded, stored = stored - {"out_ptr"}, {"out_ptr"}
+    elif not flags.get("SLOPE", flags.get("KEPT", True)):
+        stored = set()
+    tool = triton.knobs.nvidia.nvdisasm.path
+    code = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)
+    for access, blocks, widths in (("LDG", loaded, "128"), ("STG", stored, "64|128")):
+        wanted = walks * sum(each * BYTES[types[name][0]] for name in blocks & types.keys())
+        wide = re.findall(rf"\b{access}\.E[.\w]*\.({widths})\b", code.stdout)
+        assert sum(int(bits) // 8 for bits in wide) >= wanted, f"{what}: {access} {wide}"
