@@ -18,6 +18,21 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+ROW_BYTES = 128  # a GPU's cache line
+
+
+def row_stride(columns: int, dtype: torch.dtype, gpu: bool) -> int:
+    """Entries from one row of a block to the next.
+
+    On a GPU rows begin at cache lines, for any vocabulary: one that is no multiple of 16 bytes
+    would be read a number at a time, by kernels and by the library's products.
+    """
+    if not gpu:
+        return columns
+    entries = ROW_BYTES // dtype.itemsize
+    return -(-columns // entries) * entries
+
+
 # of a CPU that torch's library products have instructions for; by its features and not measured,
 # since a run that is resumed must round as it did before
 BFLOAT16_PRODUCTS = (

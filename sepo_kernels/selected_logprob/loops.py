@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sepo_kernels.platform import accumulator
+from sepo_kernels.platform import accumulator, row_stride
 from sepo_kernels.products import add_rows, add_targets, product
 from sepo_kernels.registry import Impl
 from sepo_kernels.selected_logprob import schedule as plan
@@ -50,10 +50,16 @@ def implementation(name: str, kernels: RowKernels, why_not: Callable) -> Impl:
 def new_slope(
     like: Tensor, rows: int, V: int, fused: bool, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """An empty (rows, V), in the order in which the implementation writes it."""
+    """An empty (rows, V), in the order in which the implementation writes it.
+
+    On a GPU the first V columns of rows that begin at cache lines; otherwise contiguous.
+    """
+    dtype = dtype or like.dtype
     if fused:
         return like.new_empty((V, rows), dtype=dtype).T
-    return like.new_empty((rows, V), dtype=dtype)
+    stride = row_stride(V, dtype, like.is_cuda)
+    block = like.new_empty((rows, stride), dtype=dtype)
+    return block if stride == V else block[:, :V]
 
 
 def fwd(
@@ -73,7 +79,7 @@ def fwd(
     logp = hidden.new_empty((M,), dtype=acc)
     lse, unit = torch.empty_like(logp), torch.empty_like(logp)
     kept = new_kept(hidden, schedule, M, V, D, fused)
-    layout = plan.Layout(V, dtype, softcap is not None, fused)
+    layout = plan.Layout(V, dtype, softcap is not None, fused, hidden.is_cuda)
     step = plan.chunk_rows(M, layout, budget, schedule, backward=False)
     # one buffer for all chunks: two would be alive while the name is bound again
     narrow, wide = _buffers(hidden, min(step, M), V, fused, schedule)
@@ -124,7 +130,7 @@ def bwd(
         add_rows(grad_hidden, rows, values)
         return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
 
-    layout = plan.Layout(V, dtype, softcap is not None, fused)
+    layout = plan.Layout(V, dtype, softcap is not None, fused, hidden.is_cuda)
     step = plan.chunk_rows(M, layout, budget, schedule, backward=True)
     one = step >= M  # the product is written once, in the weight's dtype; else summed in float32
     summed = need_weight and (M == 0 or not one)

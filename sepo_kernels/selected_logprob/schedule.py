@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from sepo_kernels.platform import accumulator
+from sepo_kernels.platform import accumulator, row_stride
 
 SAVE, RECOMPUTE, FROZEN_HEAD, NO_GRAD = "save", "recompute", "frozen_head", "no_grad"
 DEFAULT_BUDGET = 1 << 30  # bytes: M = 10 922 rows of a bfloat16 V = 49 152 head are saved within it
@@ -31,11 +31,12 @@ class Layout(NamedTuple):
     fused: (
         bool  # the implementation keeps the logits in cache: no buffer in the accumulator's dtype
     )
+    gpu: bool = False  # rows are padded to whole cache lines
 
     @property
     def kept(self) -> int:
         """Bytes of one row that `save` keeps."""
-        return self.V * self.dtype.itemsize
+        return row_stride(self.V, self.dtype, self.gpu) * self.dtype.itemsize
 
     def row_bytes(self, gradient: bool) -> int:
         """Bytes of (1, V) buffers alive for each row of a chunk.
@@ -45,7 +46,8 @@ class Layout(NamedTuple):
         """
         if self.fused:  # one float32 sum for each group of 512 columns and, padded, row
             return self.kept if gradient else max(1, self.V // 64)
-        wide = self.V * accumulator(self.dtype).itemsize
+        acc = accumulator(self.dtype)
+        wide = row_stride(self.V, acc, self.gpu) * acc.itemsize
         if not gradient:
             return wide
         return wide + (self.kept if self.kept != wide else 0) + (wide if self.capped else 0)

@@ -58,8 +58,8 @@ class RowKernels(NamedTuple):
     fused: Callable[[torch.dtype], bool]
     second_dtype: Callable[[torch.dtype], torch.dtype]
 
-    def layout(self, V: int, dtype: torch.dtype) -> plan.Layout:
-        return plan.Layout(V, dtype, self.second_dtype(dtype), self.fused(dtype))
+    def layout(self, V: int, dtype: torch.dtype, gpu: bool = False) -> plan.Layout:
+        return plan.Layout(V, dtype, self.second_dtype(dtype), self.fused(dtype), gpu)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def fwd(
     *statistics, first, second = found
     logp, _, kl, state = statistics
     M, V = rows.shape[0], weight.shape[0]
-    layout = kernels.layout(V, hidden.dtype)
+    layout = kernels.layout(V, hidden.dtype, hidden.is_cuda)
     step = plan.chunk_rows(M, layout, budget, schedule, backward=False)
     frozen = schedule == plan.FROZEN_HEAD
     buffers = _Buffers(hidden, min(step, M), layout, kept=frozen, saved=schedule == plan.SAVE)
@@ -165,7 +165,7 @@ def bwd(
         add_rows(grad_hidden, rows, first * grad_logp[:, None] + second * grad_kl[:, None])
         return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
 
-    layout = kernels.layout(V, dtype)
+    layout = kernels.layout(V, hidden.dtype, hidden.is_cuda)
     step = plan.chunk_rows(M, layout, budget, schedule, backward=True)
     columns = plan.chunk_columns(min(step, M), layout, budget, schedule)
     one = 0 < M <= step  # each part of dW is written once, in the weight's dtype

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from sepo_kernels.platform import accumulator
+from sepo_kernels.platform import accumulator, row_stride
 from sepo_kernels.selected_logprob.schedule import (
     FROZEN_HEAD,
     NO_GRAD,
@@ -40,18 +40,22 @@ class Layout(NamedTuple):
     dtype: torch.dtype  # of the inputs, of the first kept block and of the logits' gradient
     second: torch.dtype  # of the second kept block
     fused: bool  # the implementation keeps both logits in cache
+    gpu: bool = False  # rows are padded to whole cache lines
+
+    def _bytes(self, dtype: torch.dtype) -> int:
+        return row_stride(self.V, dtype, self.gpu) * dtype.itemsize
 
     @property
     def kept(self) -> int:
         """Bytes of one row that `save` keeps."""
-        return self.V * (self.dtype.itemsize + self.second.itemsize)
+        return self._bytes(self.dtype) + self._bytes(self.second)
 
     @property
     def scratch(self) -> int:
         """Bytes of one row of logits that no kept block has room for."""
         acc = accumulator(self.dtype)
         wide = (self.dtype != acc) + (self.second != acc)
-        return 0 if self.fused else wide * self.V * acc.itemsize
+        return 0 if self.fused else wide * self._bytes(acc)
 
     @property
     def gradient(self) -> int:
@@ -64,7 +68,7 @@ class Layout(NamedTuple):
             return self.kept + self.scratch + self.gradient
         if self.fused:  # its sums of column groups take far less than 16 bits an entry
             return self.V // 4
-        return 2 * self.V * accumulator(self.dtype).itemsize
+        return 2 * self._bytes(accumulator(self.dtype))
 
 
 def choose(

@@ -128,7 +128,7 @@ def needs_grad(*tensors: Tensor | None) -> list[bool]:
 def _schedule(chosen, hidden, weight, rows, bias, softcap, budget) -> tuple[str, int, plan.Layout]:
     need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
     fused = chosen.fused(hidden.dtype)
-    layout = plan.Layout(weight.shape[0], hidden.dtype, softcap is not None, fused)
+    layout = plan.Layout(weight.shape[0], hidden.dtype, softcap is not None, fused, hidden.is_cuda)
     budget = plan.DEFAULT_BUDGET if budget is None else budget
     row = layout.row_bytes(gradient=need_hidden or need_weight or need_bias)
     if budget < row:

@@ -120,7 +120,7 @@ def explain_selected_logprob_kl(
 
 def _schedule(chosen, hidden, weight, bias, rows, budget) -> tuple[str, int, plan.Layout]:
     need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
-    layout = chosen.kernels.layout(weight.shape[0], hidden.dtype)
+    layout = chosen.kernels.layout(weight.shape[0], hidden.dtype, hidden.is_cuda)
     budget = DEFAULT_BUDGET if budget is None else budget
     need_head = need_weight or need_bias
     row = layout.row_bytes(gradient=need_hidden or need_head)
