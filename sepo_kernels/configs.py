@@ -2,8 +2,8 @@
 
 Not yet measured on a GPU. The kernels are bound by memory: what a tile must do is keep about 32 KiB
 of loads under way on each multiprocessor, 16 bytes to a load, without spilling a register, which
-tests/triton_rows reads back from the compiled code. A kernel that is not in the table cannot be launched, and
-everything in it is compiled by that test.
+tests/triton_rows reads back from the compiled code. A kernel that is not in the table cannot be
+launched, and everything in it is compiled by that test.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Config(NamedTuple):
 
     @property
     def resident(self) -> int:
-        """Programs that one multiprocessor holds at once, of 64 warps and 65 536 registers."""
+        """Programs without a cap that one multiprocessor of 65 536 registers and 64 warps holds."""
         return min(64, (1 << 16) // (32 * self.registers)) // self.num_warps
 
 

@@ -22,8 +22,7 @@ def forward(
     slope: Tensor | None,  # (chunk, V), written
     logits: Tensor,  # (chunk, V) float32, scratch; may be slope
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, lse, unit, each (chunk,)
-    from sepo_kernels import triton_rows
-    from sepo_kernels.selected_logprob import row_kernels
+    from sepo_kernels import triton_logprob, triton_rows
 
     products.logits(logits, x, weight)
     assert logits.stride(1) == 1
@@ -33,7 +32,7 @@ def forward(
     to, stride = (slope, slope.stride(0)) if at_once else (logp, 0)  # or any, which is not read
     assert not at_once or slope.stride(1) == 1
     triton_rows.launch(
-        row_kernels.logprob_row, rows, None,
+        triton_logprob.logprob_row, rows, None,
         logits, triton_rows.bias_argument(bias, logits), targets, logp, lse, reference, unit, to,
         logits.stride(0), stride, V, int(bias is not None), scale, softcap or 0.0,
         CAPPED=softcap is not None, SLOPE=at_once,
@@ -64,13 +63,12 @@ def again(
 
 
 def _write_slope(slope, logits, bias, targets, scale, softcap, logp, reference, unit) -> None:
-    from sepo_kernels import triton_rows
-    from sepo_kernels.selected_logprob import row_kernels
+    from sepo_kernels import triton_logprob, triton_rows
 
     rows, V = logits.shape
     assert slope.stride(1) == 1 and logits.stride(1) == 1
     triton_rows.launch(
-        row_kernels.logprob_slope, rows, V,
+        triton_logprob.logprob_slope, rows, V,
         logits, triton_rows.bias_argument(bias, logits), targets, logp, reference, unit,
         slope, logits.stride(0), slope.stride(0), V, int(bias is not None), scale, softcap or 0.0,
         CAPPED=softcap is not None,

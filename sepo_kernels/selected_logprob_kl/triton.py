@@ -29,8 +29,7 @@ def forward(
     kept: tuple[Tensor, Tensor] | None,  # two (chunk, V), written
     logits: tuple[Tensor, Tensor],  # two (chunk, V) float32, scratch; may be the kept blocks
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 5)
-    from sepo_kernels import triton_rows
-    from sepo_kernels.selected_logprob_kl import row_kernels
+    from sepo_kernels import triton_kl, triton_rows
 
     z, ref_z = logits
     products.logits(z, x, weight)
@@ -43,7 +42,7 @@ def forward(
     strides = (first.stride(0), second.stride(0)) if at_once else (0, 0)
     assert z.stride(1) == ref_z.stride(1) == first.stride(-1) == second.stride(-1) == 1
     triton_rows.launch(
-        row_kernels.kl_row, rows, None,
+        triton_kl.kl_row, rows, None,
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         targets, logp, ref_logp, kl, state, first, second,
         z.stride(0), ref_z.stride(0), *strides, V,
@@ -88,7 +87,7 @@ def again(
 
 
 def combine(
-    first: Tensor,  # (M, columns), as row_kernels.py has it
+    first: Tensor,  # (M, columns), as triton_kl.py has it
     second: Tensor,  # (M, columns)
     targets: Tensor,  # (M,)
     start: int,  # the first of these columns
@@ -100,8 +99,7 @@ def combine(
     direction: str,
     out: Tensor,  # (M, columns), written: dZ
 ) -> None:
-    from sepo_kernels import triton_rows
-    from sepo_kernels.selected_logprob_kl import row_kernels, slope_kernels
+    from sepo_kernels import triton_kl, triton_kl_slopes, triton_rows
 
     assert first.stride(1) == second.stride(1) == out.stride(1) == 1
     rows, columns = out.shape
@@ -110,26 +108,33 @@ def combine(
     if one_pass(out.dtype):
         assert state.is_contiguous()
         triton_rows.launch(
-            row_kernels.kl_combine_ratios, rows, columns,
+            triton_kl.kl_combine_ratios, rows, columns,
             first, second, targets.contiguous(), logp.contiguous(), kl.contiguous(), state,
             *grads, out, *strides, start, columns, POLICY_FIRST=_policy_first(direction),
         )  # fmt: skip
     else:
         triton_rows.launch(
-            slope_kernels.kl_combine, rows, columns, first, second, *grads, out, *strides, columns
+            triton_kl_slopes.kl_combine,
+            rows,
+            columns,
+            first,
+            second,
+            *grads,
+            out,
+            *strides,
+            columns,
         )
 
 
 def _write_ratios(kept, logits, bias, ref_bias, scale, softcap, state) -> None:
-    from sepo_kernels import triton_rows
-    from sepo_kernels.selected_logprob_kl import row_kernels
+    from sepo_kernels import triton_kl, triton_rows
 
     (first, second), (z, ref_z) = kept, logits
     assert first.stride(1) == second.stride(1) == z.stride(1) == ref_z.stride(1) == 1
     assert state.is_contiguous()
     rows, V = z.shape
     triton_rows.launch(
-        row_kernels.kl_ratios, rows, V,
+        triton_kl.kl_ratios, rows, V,
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         state, first, second,
         z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
@@ -142,15 +147,14 @@ def _write_slopes(
     kept, logits, bias, ref_bias, targets, scale, softcap, direction,
     logp, kl, state,
 ) -> None:  # fmt: skip
-    from sepo_kernels import triton_rows
-    from sepo_kernels.selected_logprob_kl import slope_kernels
+    from sepo_kernels import triton_kl_slopes, triton_rows
 
     (first, second), (z, ref_z) = kept, logits
     assert first.stride(1) == second.stride(1) == z.stride(1) == ref_z.stride(1) == 1
     assert state.is_contiguous()
     rows, V = z.shape
     triton_rows.launch(
-        slope_kernels.kl_slopes, rows, V,
+        triton_kl_slopes.kl_slopes, rows, V,
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         targets, logp, kl, state, first, second,
         z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,

@@ -8,9 +8,9 @@ from numerics import assert_as_accurate, max_error
 from ops.logprob_cases import SCHEDULES, VARIANTS, budget_for, checked, make_inputs, run
 
 from sepo.ops import selected_logprob
-from sepo_kernels import triton_rows
+from sepo_kernels import triton_logprob, triton_rows
 from sepo_kernels.configs import CONFIGS
-from sepo_kernels.selected_logprob import reference, row_kernels, triton
+from sepo_kernels.selected_logprob import reference, triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (N, M, D, V), columns of a tile or None for the table's: whole tiles; a last one of 5 columns;
@@ -156,14 +156,14 @@ def test_rows_beyond_2_31_elements(tmp_path):
     targets = torch.tensor([1, 3, 4])
     logp, lse, reference, unit = torch.empty(4, 3)
     triton_rows.launch(
-        row_kernels.logprob_row, 3, None,
+        triton_logprob.logprob_row, 3, None,
         at(0), logp, targets, logp, lse, reference, unit, at(0), stride, stride, V, 0, 1.0, 0.0,
         CAPPED=False, SLOPE=False,
     )  # fmt: skip
     torch.testing.assert_close(lse, wanted.logsumexp(-1))
     torch.testing.assert_close(logp, wanted.log_softmax(-1).gather(-1, targets[:, None])[:, 0])
     triton_rows.launch(
-        row_kernels.logprob_slope, 3, V,
+        triton_logprob.logprob_slope, 3, V,
         at(0), logp, targets, logp, reference, unit, at(0), stride, stride, V, 0, 1.0, 0.0,
         CAPPED=False,
     )  # fmt: skip
