@@ -18,6 +18,29 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+# of a GPU that is not here, of which there are fake tensors all the same: an H100's
+ABSENT_GPU = (132, 80 << 30)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 0 for a CPU."""
+    return _gpu(device)[0] if device.type == "cuda" else 0
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, free or not; 0 for a CPU."""
+    return _gpu(device)[1] if device.type == "cuda" else 0
+
+
+# Dynamo, which traces the readers, takes what it returns as it is
+@torch.compiler.assume_constant_result
+def _gpu(device: torch.device) -> tuple[int, int]:
+    if not torch.cuda.is_available():
+        return ABSENT_GPU
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.total_memory
+
+
 ROW_BYTES = 128  # a GPU's cache line
 
 

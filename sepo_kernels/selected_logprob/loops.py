@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sepo_kernels import platform
 from sepo_kernels.platform import accumulator, row_stride
-from sepo_kernels.products import add_rows, add_targets, product
+from sepo_kernels.products import add_product, add_rows, add_targets, product
 from sepo_kernels.registry import Impl
 from sepo_kernels.selected_logprob import schedule as plan
 
@@ -47,6 +48,12 @@ def implementation(name: str, kernels: RowKernels, why_not: Callable) -> Impl:
     return Impl(name, partial(fwd, kernels), partial(bwd, kernels), why_not, kernels.fused)
 
 
+def layout(hidden: Tensor, weight: Tensor, softcap: float | None, fused: bool) -> plan.Layout:
+    V, D = weight.shape
+    gpu = platform.multiprocessors(hidden.device)
+    return plan.Layout(V, hidden.dtype, softcap is not None, fused, gpu, D)
+
+
 def new_slope(
     like: Tensor, rows: int, V: int, fused: bool, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -57,9 +64,9 @@ def new_slope(
     dtype = dtype or like.dtype
     if fused:
         return like.new_empty((V, rows), dtype=dtype).T
-    stride = row_stride(V, dtype, like.is_cuda)
+    stride = row_stride(V, dtype, platform.multiprocessors(like.device) > 0)
     block = like.new_empty((rows, stride), dtype=dtype)
-    return block if stride == V else block[:, :V]
+    return block if stride == V else block.narrow(1, 0, V)
 
 
 def fwd(
@@ -75,18 +82,19 @@ def fwd(
     budget: int,  # bytes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, lse, unit (M,), kept: see new_kept
     dtype, acc, fused = hidden.dtype, accumulator(hidden.dtype), kernels.fused(hidden.dtype)
-    (M,), (V, D) = rows.shape, weight.shape
+    M = rows.shape[0]
     logp = hidden.new_empty((M,), dtype=acc)
     lse, unit = torch.empty_like(logp), torch.empty_like(logp)
-    kept = new_kept(hidden, schedule, M, V, D, fused)
-    layout = plan.Layout(V, dtype, softcap is not None, fused, hidden.is_cuda)
-    step = plan.chunk_rows(M, layout, budget, schedule, backward=False)
+    sizes = layout(hidden, weight, softcap, fused)
+    saved = plan.saved_rows(M, sizes, budget, schedule)
+    kept = new_kept(hidden, schedule, M, saved, sizes)
+    step = plan.chunk_rows(M, sizes, budget, schedule, backward=False)
     # one buffer for all chunks: two would be alive while the name is bound again
-    narrow, wide = _buffers(hidden, min(step, M), V, fused, schedule)
-    for start in range(0, M, step):
-        part = slice(start, min(start + step, M))
-        slope = kept[part] if schedule == plan.SAVE else _first(narrow, part)
-        logits = slope if wide is None and not fused else _first(wide, part)
+    narrow, wide = _buffers(hidden, min(step, M), sizes, schedule)
+    for part in (*plan.parts(0, saved, step), *plan.parts(saved, M, step)):
+        slope = kept[part] if part.start < saved else _first(narrow, part)
+        shared = slope is not None and dtype == acc and not fused
+        logits = slope if shared else _first(wide, part)
         x = hidden.index_select(0, rows[part])
         logp[part], lse[part], unit[part] = kernels.forward(
             x, weight, bias, targets[part], scale, softcap, slope, logits
@@ -119,7 +127,7 @@ def bwd(
     Tensor, Tensor, Tensor
 ]:  # (N, D), (V, D), (V,), in their input's dtype; (0,) if unneeded
     dtype, acc, fused = hidden.dtype, accumulator(hidden.dtype), kernels.fused(hidden.dtype)
-    (M,), V = rows.shape, weight.shape[0]
+    M = rows.shape[0]
     negative = -grad_logp.to(acc)[:, None]  # (M, 1)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=acc)
     at_target = negative * _at_target(logp, lse, softcap)[:, None] if fused else None  # (M, 1)
@@ -130,18 +138,20 @@ def bwd(
         add_rows(grad_hidden, rows, values)
         return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
 
-    layout = plan.Layout(V, dtype, softcap is not None, fused, hidden.is_cuda)
-    step = plan.chunk_rows(M, layout, budget, schedule, backward=True)
-    one = step >= M  # the product is written once, in the weight's dtype; else summed in float32
-    summed = need_weight and (M == 0 or not one)
-    grad_weight = weight.new_zeros(weight.shape if summed else (0,), dtype=acc)
-    grad_bias = weight.new_zeros((V,) if need_bias else (0,), dtype=acc)
-    narrow, wide = _buffers(hidden, min(step, M), V, fused, schedule, backward=True)
-    for start in range(0, M, step):
-        part = slice(start, min(start + step, M))
+    sizes = layout(hidden, weight, softcap, fused)
+    saved = plan.saved_rows(M, sizes, budget, schedule)
+    step = plan.chunk_rows(M, sizes, budget, schedule, backward=True)
+    some = [*plan.parts(0, saved, max(1, saved)), *plan.parts(saved, M, step)]
+    # one product is written once, in the weight's dtype; more are summed in float32
+    grad_weight = weight.new_empty(
+        weight.shape if need_weight else (0,), dtype=acc if some[1:] else dtype
+    )
+    grad_bias = weight.new_zeros(weight.shape[:1] if need_bias else (0,), dtype=acc)
+    narrow, wide = _buffers(hidden, min(step, M - saved), sizes, schedule, backward=True)
+    for part in some:
         x = hidden.index_select(0, rows[part])
-        if schedule == plan.SAVE:
-            slope, units = kept, unit
+        if part.start < saved:
+            slope, units = kept, unit[part]
         else:
             slope = _first(narrow, part)
             logits = slope if wide is None and not fused else _first(wide, part)
@@ -156,12 +166,14 @@ def bwd(
             add_rows(grad_hidden, rows[part], values)
         if need_weight:
             scaled = (x * (factor * scale)).to(dtype)  # (chunk, D)
-            if one:
-                grad_weight = product(slope.T, scaled, out=weight.new_empty(weight.shape))
+            if part.start == 0:
+                product(slope.T, scaled, out=grad_weight)
             else:
-                grad_weight += product(slope.T, scaled)
+                add_product(grad_weight, slope.T, scaled)
         if need_bias:
             grad_bias += product(slope.T, factor.to(dtype))[:, 0]
+    if not some:
+        grad_weight.zero_()
     if fused and need_weight:
         add_targets(grad_weight, targets, hidden.index_select(0, rows) * (at_target * scale))
     if fused and need_bias:
@@ -175,26 +187,25 @@ def _at_target(logp: Tensor, lse: Tensor, softcap: float | None) -> Tensor:
     return slope if softcap is None else slope * (1 - ((logp + lse) / softcap) ** 2)
 
 
-def new_kept(hidden: Tensor, schedule: str, M: int, V: int, D: int, fused: bool) -> Tensor:
+def new_kept(hidden: Tensor, schedule: str, M: int, saved: int, sizes: plan.Layout) -> Tensor:
     """What the forward keeps for the backward, empty: slope, its product with the weight, or (0,)."""
-    if schedule == plan.SAVE:
-        return new_slope(hidden, M, V, fused)
-    return hidden.new_empty((M, D) if schedule == plan.FROZEN_HEAD else (0,))
+    if schedule in (plan.SAVE, plan.PARTIAL):
+        return new_slope(hidden, saved, sizes.V, sizes.fused)
+    return hidden.new_empty((M, sizes.D) if schedule == plan.FROZEN_HEAD else (0,))
 
 
-def _buffers(hidden, rows, V, fused, schedule, backward=False) -> tuple[Tensor | None, ...]:
+def _buffers(hidden, rows, sizes, schedule, backward=False) -> tuple[Tensor | None, ...]:
     """(rows, V) in the input's dtype for the slope and in the accumulator's for the logits.
 
     None where `kept` has the slope, where the logits may be written into it, or are never written.
     """
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
-    gradient = backward or schedule == plan.FROZEN_HEAD
     saved = schedule == plan.SAVE
-    narrow = wide = None
-    if gradient and not saved:
-        narrow = new_slope(hidden, rows, V, fused)
-    if not fused and not (backward and saved) and (dtype != acc or not (gradient or saved)):
-        wide = new_slope(hidden, rows, V, fused, acc)
+    made = schedule == plan.FROZEN_HEAD or (backward and not saved)  # slopes that are not kept
+    narrow = new_slope(hidden, rows, sizes.V, sizes.fused) if made else None
+    wide = None
+    if not sizes.fused and not (backward and saved) and (dtype != acc or not (made or saved)):
+        wide = new_slope(hidden, rows, sizes.V, False, acc)
     return narrow, wide
 
 

@@ -11,7 +11,7 @@ Two terms with two incoming gradients for each row: forward keeps two (M, V) blo
 each part of dW is written once, and nothing kept is overwritten: a second backward is right.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -19,10 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sepo_kernels import platform
 from sepo_kernels.platform import accumulator
-from sepo_kernels.products import add_rows, add_targets, product
+from sepo_kernels.products import add_product, add_rows, add_targets, product
 from sepo_kernels.registry import Impl
 from sepo_kernels.selected_logprob.loops import new_slope
+from sepo_kernels.selected_logprob.schedule import parts
 from sepo_kernels.selected_logprob_kl import schedule as plan
 
 
@@ -58,8 +60,16 @@ class RowKernels(NamedTuple):
     fused: Callable[[torch.dtype], bool]
     second_dtype: Callable[[torch.dtype], torch.dtype]
 
-    def layout(self, V: int, dtype: torch.dtype, gpu: bool = False) -> plan.Layout:
-        return plan.Layout(V, dtype, self.second_dtype(dtype), self.fused(dtype), gpu)
+    def layout(
+        self, V: int, dtype: torch.dtype, multiprocessors: int = 0, D: int = 1
+    ) -> plan.Layout:
+        return plan.Layout(
+            V, dtype, self.second_dtype(dtype), self.fused(dtype), multiprocessors, D
+        )
+
+    def layout_of(self, hidden: Tensor, weight: Tensor) -> plan.Layout:
+        (V, D), gpu = weight.shape, platform.multiprocessors(hidden.device)
+        return self.layout(V, hidden.dtype, gpu, D)
 
 
 @dataclass(frozen=True)
@@ -90,20 +100,21 @@ def fwd(
     schedule: str,
     budget: int,  # bytes
 ) -> tuple[Tensor, ...]:  # logp, ref_logp, kl, state, first, second: see outputs
-    found = outputs(kernels, hidden, weight, rows, schedule)
+    M, V = rows.shape[0], weight.shape[0]
+    layout = kernels.layout_of(hidden, weight)
+    saved = plan.saved_rows(M, layout, budget, schedule)
+    found = outputs(kernels, hidden, weight, rows, schedule, saved)
     *statistics, first, second = found
     logp, _, kl, state = statistics
-    M, V = rows.shape[0], weight.shape[0]
-    layout = kernels.layout(V, hidden.dtype, hidden.is_cuda)
     step = plan.chunk_rows(M, layout, budget, schedule, backward=False)
     frozen = schedule == plan.FROZEN_HEAD
     buffers = _Buffers(hidden, min(step, M), layout, kept=frozen, saved=schedule == plan.SAVE)
     if frozen:
-        columns = plan.chunk_columns(min(step, M), layout, budget, schedule)
+        columns = plan.made_gradient(M, layout, budget, schedule).columns
         buffer = new_slope(hidden, min(step, M), columns, layout.fused)
-    for part in _parts(M, step):
-        saved = (first[part], second[part]) if schedule == plan.SAVE else None
-        kept, logits = buffers.of(part, saved)
+    for part in (*parts(0, saved, step), *parts(saved, M, step)):
+        blocks = (first[part], second[part]) if part.start < saved else None
+        kept, logits = buffers.of(part, blocks)
         x, ref_x = hidden.index_select(0, rows[part]), ref_hidden.index_select(0, rows[part])
         made = kernels.forward(
             x, weight, bias, ref_x, ref_weight, ref_bias, targets[part], scale, softcap, direction,
@@ -114,11 +125,11 @@ def fwd(
         if frozen:
             one, zero = torch.ones_like(logp[part]), torch.zeros_like(logp[part])
             row = targets[part], logp[part], kl[part], state[part]
-            for c in _parts(V, columns):
+            for c in parts(0, V, columns):
                 dz = buffer[: part.stop - part.start, : c.stop - c.start]
                 for total, *grads in ((first[part], one, zero), (second[part], zero, one)):
                     _combine(kernels, kept, row, c, *grads, direction, dz)
-                    total += product(dz, weight[c])
+                    add_product(total, dz, weight[c])
             if layout.fused:
                 of_row = [x[part] for x in statistics]
                 for total, *grads in ((first[part], one, zero), (second[part], zero, one)):
@@ -165,20 +176,28 @@ def bwd(
         add_rows(grad_hidden, rows, first * grad_logp[:, None] + second * grad_kl[:, None])
         return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
 
-    layout = kernels.layout(V, hidden.dtype, hidden.is_cuda)
+    layout = kernels.layout_of(hidden, weight)
+    saved = plan.saved_rows(M, layout, budget, schedule)
     step = plan.chunk_rows(M, layout, budget, schedule, backward=True)
-    columns = plan.chunk_columns(min(step, M), layout, budget, schedule)
-    one = 0 < M <= step  # each part of dW is written once, in the weight's dtype
-    shape = weight.shape if need_weight else (0,)
-    grad_weight = weight.new_empty(shape) if one else weight.new_zeros(shape, dtype=acc)
+    some = [*parts(0, saved, max(1, saved)), *parts(saved, M, step)]
+    # one part of rows writes dW once, in the weight's dtype; more are summed in float32
+    grad_weight = weight.new_empty(
+        weight.shape if need_weight else (0,), dtype=acc if some[1:] else dtype
+    )
     grad_bias = weight.new_zeros((V,) if need_bias else (0,), dtype=acc)
-    saved = (first, second) if schedule == plan.SAVE else None
-    buffers = _Buffers(hidden, min(step, M), layout, kept=saved is None, saved=saved is not None)
-    buffer = new_slope(hidden, min(step, M), columns, layout.fused)
-    for part in _parts(M, step):
+    buffers = buffer = None
+    for part in some:
         x = hidden.index_select(0, rows[part])
-        kept = saved
-        if kept is None:
+        if part.start < saved:
+            kept = first, second
+            gradient = plan.saved_gradient(M, layout, budget, schedule)
+            buffer = new_slope(hidden, *gradient, layout.fused)
+        else:
+            if buffers is None:
+                buffer = None  # the saved rows', which is not to be alive beside these
+                gradient = plan.made_gradient(M, layout, budget, schedule)
+                buffer = new_slope(hidden, *gradient, layout.fused)
+                buffers = _Buffers(hidden, gradient.rows, layout, kept=True, saved=False)
             kept, logits = buffers.of(part, None)
             kernels.again(
                 x, weight, bias, ref_hidden.index_select(0, rows[part]), ref_weight, ref_bias,
@@ -188,15 +207,15 @@ def bwd(
         row = targets[part], logp[part], kl[part], state[part]
         dx = x.new_zeros(x.shape if need_hidden else (0,), dtype=acc)
         ones = x.new_ones((x.shape[0], 1))
-        for c in _parts(V, columns):
+        for c in parts(0, V, gradient.columns):
             dz = buffer[: part.stop - part.start, : c.stop - c.start]
             _combine(kernels, kept, row, c, grad_logp[part], grad_kl[part], direction, dz)
             if need_hidden:
-                dx += product(dz, weight[c])
-            if need_weight and one:
+                add_product(dx, dz, weight[c])
+            if need_weight and part.start == 0:
                 product(dz.T, x, out=grad_weight[c])
             elif need_weight:
-                grad_weight[c] += product(dz.T, x)
+                add_product(grad_weight[c], dz.T, x)
             if need_bias:
                 grad_bias[c] += product(dz.T, ones)[:, 0]
         if layout.fused:
@@ -210,6 +229,8 @@ def bwd(
                 grad_bias.index_add_(0, targets[part], entry[:, 0])
         if need_hidden:
             add_rows(grad_hidden, rows[part], dx)
+    if not some:
+        grad_weight.zero_()
     return grad_hidden.to(dtype), grad_weight.to(dtype), (grad_bias / scale).to(dtype)
 
 
@@ -219,18 +240,19 @@ def outputs(
     weight: Tensor,  # (V, D)
     rows: Tensor,  # (M,)
     schedule: str,
+    saved: int,
 ) -> tuple[Tensor, ...]:
     """What fwd returns, empty: logp, ref_logp, kl (M,), state (M, num_state), first, second.
 
-    first and second are (M, V) blocks, or the two directions of dX, zeros (M, D), or (0,).
+    first and second are (saved, V) blocks, or the two directions of dX, zeros (M, D), or (0,).
     """
     (M,), (V, D) = rows.shape, weight.shape
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
     numbers = [hidden.new_empty((M,), dtype=acc) for _ in range(3)]
     state = hidden.new_empty((M, kernels.num_state), dtype=acc)
-    if schedule == plan.SAVE:
+    if schedule in (plan.SAVE, plan.PARTIAL):
         fused, second = kernels.fused(dtype), kernels.second_dtype(dtype)
-        blocks = new_slope(hidden, M, V, fused), new_slope(hidden, M, V, fused, second)
+        blocks = new_slope(hidden, saved, V, fused), new_slope(hidden, saved, V, fused, second)
     elif schedule == plan.FROZEN_HEAD:
         blocks = hidden.new_zeros((M, D), dtype=acc), hidden.new_zeros((M, D), dtype=acc)
     else:
@@ -247,13 +269,17 @@ class _Buffers:
         self.kept = [new(dtype) if kept else None for dtype in dtypes]
         shared = [(kept or saved) and dtype == acc for dtype in dtypes]
         self.logits = None if layout.fused else [None if s else new(acc) for s in shared]
+        self.acc = acc
 
     def of(self, part: slice, saved) -> tuple:  # kept, logits, as forward takes them
         rows = part.stop - part.start
         kept = saved or [x if x is None else x[:rows] for x in self.kept]
         logits = self.logits
         if logits is not None:
-            logits = tuple(k if z is None else z[:rows] for k, z in zip(kept, logits, strict=True))
+            logits = tuple(
+                k if k is not None and k.dtype == self.acc else z[:rows]
+                for k, z in zip(kept, logits, strict=True)
+            )
         return (None if kept[0] is None else tuple(kept)), logits
 
 
@@ -278,11 +304,6 @@ def _at_target(
     if softcap is not None:
         entry = entry * (1 - (state[:, 0] / softcap) ** 2)
     return entry[:, None]
-
-
-def _parts(total: int, step: int) -> Iterator[slice]:
-    for start in range(0, total, step):
-        yield slice(start, min(start + step, total))
 
 
 def _combine(kernels, kept, row, c: slice, grad_logp, grad_kl, direction, dz) -> None:

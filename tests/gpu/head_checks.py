@@ -25,6 +25,7 @@ LOGPROB_SCHEDULES = logprob_cases.SCHEDULES
 KL_SCHEDULES = list(kl_cases.SCHEDULES)
 NATS = {"logp", "ref_logp", "kl"}  # the others are gradients
 CHUNK = 20  # rows that the small budget has room for
+MULTIPROCESSORS = 1  # any: rows are padded, which no CPU does and which its rehearsal has room for
 # times plain PyTorch's error. In float32 both are a few roundings, and of hundreds of comparisons
 # some are several times luckier than others; a product in TF32 would be a thousand times
 FACTOR = {torch.float32: 6.0, torch.float16: 2.0, torch.bfloat16: 2.0}
@@ -87,7 +88,7 @@ def kl_inputs(device, shape, dtype, variant):
 
 def logprob_budget(schedule, M, V, dtype, softcap=None) -> int:
     """The least that `save` does with, or room for CHUNK rows."""
-    layout = Layout(V, dtype, softcap is not None, fused=False)
+    layout = Layout(V, dtype, softcap is not None, False, MULTIPROCESSORS)
     if schedule == "save":
         return M * layout.kept + max(1, min(M, SAVE_MIN_CHUNK)) * layout.row_bytes(gradient=True)
     return CHUNK * layout.row_bytes(gradient=schedule != "no_grad")
@@ -95,7 +96,7 @@ def logprob_budget(schedule, M, V, dtype, softcap=None) -> int:
 
 def kl_budget(schedule, M, V, dtype) -> int:
     """The least that `save` does with, or room for CHUNK rows."""
-    layout = kl_plan.Layout(V, dtype, dtype, fused=False)
+    layout = kl_plan.Layout(V, dtype, dtype, False, MULTIPROCESSORS)
     row = layout.row_bytes(gradient=schedule != "no_grad")
     return max(row, kl_plan.save_bytes(M, layout)) if schedule.startswith("save") else CHUNK * row
 
@@ -148,7 +149,7 @@ def rows_far_into_the_logits(impl, device, M, D, V, ends):
     upstream[:ends], upstream[-ends:] = 1, -2
     some = torch.cat([rows[:ends], rows[-ends:]])
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    budget = M * Layout(V, hidden.dtype, False, fused=False).row_bytes(gradient=True)
+    budget = M * Layout(V, hidden.dtype, False, False, MULTIPROCESSORS).row_bytes(gradient=True)
     args = hidden, weight, rows, targets
     told = explain_selected_logprob(*args, budget=budget, impl=impl)
     assert (told.schedule, told.fwd_chunk) == ("save", M)
@@ -165,7 +166,7 @@ def kl_rows_far_into_the_logits(impl, device, M, D, V, ends):
     upstream = torch.zeros(M, device=device)
     upstream[:ends], upstream[-ends:] = 1, -2
     some = torch.cat([rows[:ends], rows[-ends:]])
-    layout = kl_plan.Layout(V, torch.bfloat16, torch.bfloat16, fused=False)
+    layout = kl_plan.Layout(V, torch.bfloat16, torch.bfloat16, False, MULTIPROCESSORS)
     budget = M * (layout.kept + layout.scratch)
     hidden, weight = i.hidden.requires_grad_(), i.weight.requires_grad_()
     call = lambda fn: fn(

@@ -30,12 +30,12 @@ def test_blocks_have_that_stride_and_are_counted_with_it(V, dtype):
         logits = new_slope(torch.empty(1, device="cuda", dtype=dtype), 5, V, False, torch.float32)
     for block in (blocks, logits):
         assert block.shape == (5, V) and block.stride() == (row_stride(V, block.dtype, True), 1)
-    one = one_head.Layout(V, dtype, False, False, gpu=True)
+    one = one_head.Layout(V, dtype, False, False, multiprocessors=132)
     assert 5 * one.kept == blocks.untyped_storage().nbytes()
     narrow = 0 if dtype == torch.float32 else one.kept
     assert 5 * (one.row_bytes(gradient=True) - narrow) == logits.untyped_storage().nbytes()
     assert one.row_bytes(gradient=False) == one.row_bytes(gradient=True) - narrow
-    two = two_heads.Layout(V, dtype, dtype, False, gpu=True)
+    two = two_heads.Layout(V, dtype, dtype, False, multiprocessors=132)
     assert two.kept == 2 * one.kept
     assert two.row_bytes(gradient=False) == 2 * one.row_bytes(gradient=False)
 

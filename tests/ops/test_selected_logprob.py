@@ -221,15 +221,18 @@ def test_autocast_does_not_reach_inside(impl):
 def test_explanations_name_schedule_and_reason():
     hidden, weight, _, rows, targets, _ = make_inputs(37, 23, 45, 101)
     explain = lambda **k: explain_selected_logprob(hidden, weight, rows, targets, **k)
+    default = 1 << 30, "budget 1073741824 bytes, the default of a CPU"
     assert explain()[1:] == (
-        "no_grad", 23, 0, 23 * 4 * 101, 1, ("nothing needs a gradient, or no_grad",)
+        "no_grad", 23, 0, 23 * 4 * 101, 1, 0, default[0],
+        ("nothing needs a gradient, or no_grad", default[1]),
     )  # fmt: skip
     hidden.requires_grad_()
     assert explain()[1:] == (
-        "frozen_head", 23, 0, 23 * 4 * 101, 2, ("the head needs no gradient",)
+        "frozen_head", 23, 0, 23 * 4 * 101, 2, 0, default[0],
+        ("the head needs no gradient", default[1]),
     )  # fmt: skip
     weight.requires_grad_()
-    assert explain()[1:6] == ("save", 23, 0, 23 * 4 * 101, 3)
+    assert explain()[1:7] == ("save", 23, 0, 23 * 4 * 101, 3, 23)
     small = explain(budget=10 * 4 * 101)
     # 23 rows in three even chunks rather than 10, 10 and 3
     assert small[1:6] == ("recompute", 8, 8, 8 * 4 * 101, 4)

@@ -106,8 +106,10 @@ def test_autocast_does_not_reach_inside(impl, direction):
 def test_explanations_name_schedule_and_reason():
     i = make_inputs(37, 23, 45, 29, 101)
     explain = lambda **k: i.call(explain_selected_logprob_kl, impl="chunked", **k)[1:]
+    default = "budget 1073741824 bytes, the default of a CPU"
     assert explain() == (
-        "no_grad", 23, 0, 23 * 8 * 101, 2, ("nothing needs a gradient, or no_grad",)
+        "no_grad", 23, 0, 23 * 8 * 101, 2, 0, 1 << 30,
+        ("nothing needs a gradient, or no_grad", default),
     )  # fmt: skip
     i.hidden.requires_grad_()
     # two blocks that are the logits' scratch too, and the gradient's buffer
@@ -122,7 +124,10 @@ def test_explanations_name_schedule_and_reason():
     small = explain(budget=10 * 12 * 101)
     # the forward keeps nothing and makes no gradient: it takes more rows at once
     assert small[:5] == ("recompute", 12, 8, 8 * 12 * 101, 6)
-    assert small[-1] == ("saving takes 27876 bytes, budget 12120: the logits are made twice",)
+    assert small[-1] == (
+        "saving takes 27876 bytes, budget 12120: the logits are made twice",
+        "budget 12120 bytes, as given",
+    )
     with torch.no_grad():
         assert explain()[0] == "no_grad"
     i.hidden.requires_grad_(False)

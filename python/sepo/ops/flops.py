@@ -21,7 +21,7 @@ def _bwd_flops(
     budget, need_hidden, need_weight, *_, **__,
 ) -> int:  # fmt: skip
     (V, D), (M,) = weight, rows
-    return 2 * M * D * V * plan.bwd_gemms(schedule, need_hidden, need_weight)
+    return 2 * D * V * plan.bwd_rows(M, _saved(kept, schedule), schedule, need_hidden, need_weight)
 
 
 @register_flop_formula(torch.ops.sepo.selected_logprob_kl_fwd)
@@ -29,7 +29,8 @@ def _kl_fwd_flops(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, scale, softcap,
     direction, schedule, *_, **__,
 ) -> int:  # fmt: skip
-    return _two_heads(rows, weight, ref_weight, *two_heads.fwd_gemms(schedule))
+    (M,) = rows
+    return _two_heads(weight, ref_weight, *(M * x for x in two_heads.fwd_gemms(schedule)))
 
 
 @register_flop_formula(torch.ops.sepo.selected_logprob_kl_bwd)
@@ -38,11 +39,16 @@ def _kl_bwd_flops(
     logp, ref_logp, kl, state, first, second, scale, softcap, direction, schedule, budget,
     need_hidden, need_weight, *_, **__,
 ) -> int:  # fmt: skip
-    gemms = two_heads.bwd_gemms(schedule, need_hidden, need_weight)
-    return _two_heads(rows, weight, ref_weight, *gemms)
+    (M,), saved = rows, _saved(first, schedule)
+    products = two_heads.bwd_rows(M, saved, schedule, need_hidden, need_weight)
+    return _two_heads(weight, ref_weight, *products)
 
 
-def _two_heads(rows, weight, ref_weight, policy: int, reference: int) -> int:
-    (V, D), (M,) = weight, rows
+def _saved(kept, schedule: str) -> int:  # rows
+    return kept[0] if schedule in (plan.SAVE, plan.PARTIAL) else 0
+
+
+def _two_heads(weight, ref_weight, policy: int, reference: int) -> int:  # rows of products
+    V, D = weight
     # the reference's weight comes to the backward only where it is multiplied
-    return 2 * M * V * (policy * D + (reference * ref_weight[1] if reference else 0))
+    return 2 * V * (policy * D + (reference * ref_weight[1] if reference else 0))

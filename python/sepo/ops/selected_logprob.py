@@ -3,6 +3,8 @@
 Reading order: the public functions, their checks, the autograd Function, the operator boundary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -17,12 +19,13 @@ from sepo.ops.checks import (
     check_reverse_mode,
     check_softcap,
 )
+from sepo_kernels import platform
 from sepo_kernels.platform import accumulator
 from sepo_kernels.products import remark
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob import IMPLS
 from sepo_kernels.selected_logprob import schedule as plan
-from sepo_kernels.selected_logprob.loops import new_kept
+from sepo_kernels.selected_logprob.loops import layout, new_kept
 
 
 def selected_logprob(
@@ -34,7 +37,7 @@ def selected_logprob(
     bias: Tensor | None = None,  # (V,), same dtype as hidden
     scale: float = 1.0,  # multiplies the logits before the bias
     softcap: float | None = None,  # logits = softcap * tanh(logits / softcap), as in Gemma 2
-    budget: int | None = None,  # bytes of logits or probabilities alive at once; default 1 GiB
+    budget: int | None = None,  # bytes of logits or probabilities alive at once; None: see below
     impl: str = "auto",
 ) -> Tensor:  # (M,) float32 nats, or float64 for float64 inputs
     """Return log p(targets[m] | hidden[rows[m]]), the lp_t of SePO eq. 11, and no (N, V) tensor.
@@ -43,13 +46,17 @@ def selected_logprob(
     are checked on the CPU; on a GPU that would wait, and what made them has checked them.
 
     The work is scheduled by `budget` and by which inputs need a gradient, as told by
-    `explain_selected_logprob`. The result is the same up to the rounding of chunk sums. Under
-    autocast the inputs are used in the dtype they come in. The backward may run more than once
-    (`retain_graph`); it cannot be differentiated again.
+    `explain_selected_logprob`. The result is the same up to the rounding of chunk sums: bit for bit
+    where budget, sizes and device are. By default it is 1 GiB on a CPU, on a GPU what keeping a slope
+    of every row takes (3 products), at most an eighth of its whole memory: what is free at the moment
+    is not asked, so a run that is resumed rounds as before. Under autocast the inputs are used in
+    the dtype they come in. The backward may run more than once (`retain_graph`); it cannot be
+    differentiated again.
 
     Raises ValueError for shapes, strides, dtypes or devices that do not fit, for indices on the CPU
-    out of range, for a budget that holds not even one row, and for an `impl` that is unknown or
-    cannot run.
+    out of range, for a budget that holds not even one row or is more than the GPU's memory, and for
+    an `impl` that is unknown or cannot run; torch.OutOfMemoryError, in one line, where the memory
+    that is left does not suffice.
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     check_reverse_mode("selected_logprob", hidden, weight, bias)
@@ -65,12 +72,14 @@ class Explanation(NamedTuple):
     """What `selected_logprob` would do, and why."""
 
     impl: str
-    schedule: str  # "save" | "recompute" | "frozen_head" | "no_grad"
+    schedule: str  # "save" | "partial" | "recompute" | "frozen_head" | "no_grad"
     fwd_chunk: int  # rows
     bwd_chunk: int  # rows, 0 where the backward makes no logits
     bytes: int  # of all (rows, V) buffers alive at once, the larger of both directions
-    gemms: int  # matrix products of 2 M D V FLOP, both directions together
-    reasons: tuple[str, ...]
+    gemms: float  # matrix products of 2 M D V FLOP, both directions together
+    saved: int  # rows whose slopes the forward keeps
+    budget: int  # bytes
+    reasons: tuple[str, ...]  # of the schedule, and where the budget comes from
 
 
 def explain_selected_logprob(
@@ -91,33 +100,58 @@ def explain_selected_logprob(
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
+    given, M, dtype = budget, len(rows), hidden.dtype
     schedule, budget, layout = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
-    M, dtype = len(rows), hidden.dtype
     need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
 
+    saved = plan.saved_rows(M, layout, budget, schedule)
     fwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=False)
     bwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=True)
-    saved, scratch = M * layout.kept, layout.save_scratch
-    if schedule == plan.SAVE:
-        size, bwd_chunk = saved + min(fwd_chunk, M) * scratch, 0
-        reasons = (f"(M, V) = ({M}, {layout.V}) in {dtype} takes {saved} bytes, budget {budget}",)
-    elif schedule == plan.RECOMPUTE:
-        size = max(
-            bwd_chunk * layout.row_bytes(gradient=True),
-            fwd_chunk * layout.row_bytes(gradient=False),
-        )
-        wanted = saved + min(M, plan.SAVE_MIN_CHUNK) * scratch
-        reasons = (f"saving takes {wanted} bytes, budget {budget}: the logits are made twice",)
-    else:
-        frozen = schedule == plan.FROZEN_HEAD
-        size, bwd_chunk = fwd_chunk * layout.row_bytes(gradient=frozen), 0
-        why = "the head needs no gradient" if frozen else "nothing needs a gradient, or no_grad"
-        reasons = (why,)
+    if schedule not in (plan.PARTIAL, plan.RECOMPUTE):
+        bwd_chunk = 0
+    too_large = f"saving takes {plan.save_bytes(M, layout)} bytes, budget {budget}: the logits"
+    why = {
+        plan.SAVE: f"(M, V) = ({M}, {layout.V}) in {dtype} takes {M * layout.kept} bytes, "
+        f"budget {budget}",
+        plan.PARTIAL: f"{too_large} of {M - saved} of {M} rows are made twice",
+        plan.RECOMPUTE: f"{too_large} are made twice",
+        plan.FROZEN_HEAD: "the head needs no gradient",
+        plan.NO_GRAD: "nothing needs a gradient, or no_grad",
+    }
+    reasons = (why[schedule],)
     if not need_hidden and (need_weight or need_bias):
         reasons += ("hidden needs no gradient: its product is left out",)
-    reasons += remark(hidden, layout.fused)
-    gemms = plan.fwd_gemms(schedule) + plan.bwd_gemms(schedule, need_hidden, need_weight)
-    return Explanation(chosen.name, schedule, fwd_chunk, bwd_chunk, size, gemms, reasons)
+    reasons += (*remark(hidden, layout.fused), source_of(budget, given, hidden.device))
+    rows_again = plan.bwd_rows(M, saved, schedule, need_hidden, need_weight)
+    return Explanation(
+        chosen.name, schedule, fwd_chunk, bwd_chunk, plan.bytes_alive(M, layout, budget, schedule),
+        plan.fwd_gemms(schedule) + share(rows_again, M), saved, budget, reasons,
+    )  # fmt: skip
+
+
+def share(rows: int, M: int) -> float:
+    """Products of all M rows that as many rows make."""
+    whole, rest = divmod(rows, max(1, M))
+    return whole + round(rest / M, 3) if rest else whole
+
+
+def source_of(budget: int, given: int | None, device: torch.device) -> str:
+    if given is not None:
+        return f"budget {budget} bytes, as given"
+    if platform.multiprocessors(device) == 0:
+        return f"budget {budget} bytes, the default of a CPU"
+    if budget < platform.memory(device) // plan.MEMORY_SHARE:
+        return f"budget {budget} bytes, what the call makes use of"
+    return f"budget {budget} bytes, 1/{plan.MEMORY_SHARE} of the memory of {device}"
+
+
+def check_budget(budget: int, row: int, device: torch.device) -> None:
+    if budget < row:
+        raise ValueError(f"expected a budget of at least one row, {row} bytes, got {budget}")
+    if platform.multiprocessors(device) and budget > (most := platform.memory(device)):
+        raise ValueError(
+            f"expected a budget of at most {most} bytes, the memory of {device}, got {budget}"
+        )
 
 
 def needs_grad(*tensors: Tensor | None) -> list[bool]:
@@ -127,14 +161,26 @@ def needs_grad(*tensors: Tensor | None) -> list[bool]:
 
 def _schedule(chosen, hidden, weight, rows, bias, softcap, budget) -> tuple[str, int, plan.Layout]:
     need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
-    fused = chosen.fused(hidden.dtype)
-    layout = plan.Layout(weight.shape[0], hidden.dtype, softcap is not None, fused, hidden.is_cuda)
-    budget = plan.DEFAULT_BUDGET if budget is None else budget
-    row = layout.row_bytes(gradient=need_hidden or need_weight or need_bias)
-    if budget < row:
-        raise ValueError(f"expected a budget of at least one row, {row} bytes, got {budget}")
+    sizes = layout(hidden, weight, softcap, chosen.fused(hidden.dtype))
     need_head = need_weight or need_bias
-    return plan.choose(rows.shape[0], layout, budget, need_hidden, need_head), budget, layout
+    asked = rows.shape[0], sizes
+    if budget is None:
+        memory = platform.memory(hidden.device)
+        budget = plan.default_budget(*asked, memory, need_hidden, need_head)
+    check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
+    return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes
+
+
+@contextmanager
+def out_of_memory(budget: int) -> Iterator[None]:
+    """One line of what was asked for, in place of the allocator's page."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"expected {budget} bytes for logits or probabilities (budget=, --head_budget) and the "
+            f"gradients beside them, got: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _check(hidden, weight, rows, targets, bias, softcap) -> None:
@@ -184,19 +230,19 @@ _BY_NAME = {impl.name: impl for impl in IMPLS}
 def _run_fwd(hidden, weight, bias, rows, targets, *args):
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
     # autocast would also reach the products inside, and round the logits
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
         return _BY_NAME[args[-1]].fwd(hidden, weight, bias, rows, targets, *args[:-1])
 
 
 def _run_bwd(*args):
-    with torch.autocast(args[0].device.type, enabled=False):
+    with torch.autocast(args[0].device.type, enabled=False), out_of_memory(args[-5]):
         return _BY_NAME[args[-1]].bwd(*args[:-1])
 
 
 def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
     logp = hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
-    fused = _BY_NAME[impl].fused(hidden.dtype)
-    kept = new_kept(hidden, schedule, rows.shape[0], *weight.shape, fused)
+    M, sizes = rows.shape[0], layout(hidden, weight, softcap, _BY_NAME[impl].fused(hidden.dtype))
+    kept = new_kept(hidden, schedule, M, plan.saved_rows(M, sizes, budget, schedule), sizes)
     return logp, torch.empty_like(logp), torch.empty_like(logp), kept
 
 

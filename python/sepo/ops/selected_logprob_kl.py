@@ -15,10 +15,17 @@ from sepo.ops.checks import (
     check_reverse_mode,
     check_softcap,
 )
-from sepo.ops.selected_logprob import Explanation, needs_grad
+from sepo.ops.selected_logprob import (
+    Explanation,
+    check_budget,
+    needs_grad,
+    out_of_memory,
+    share,
+    source_of,
+)
+from sepo_kernels import platform
 from sepo_kernels.products import remark
 from sepo_kernels.registry import pick
-from sepo_kernels.selected_logprob.schedule import DEFAULT_BUDGET
 from sepo_kernels.selected_logprob_kl import IMPLS
 from sepo_kernels.selected_logprob_kl import schedule as plan
 from sepo_kernels.selected_logprob_kl.loops import outputs
@@ -37,7 +44,7 @@ def selected_logprob_kl(
     ref_bias: Tensor | None = None,  # (V,), same dtype as hidden
     scale: float = 1.0,  # multiplies both heads' logits before the bias
     softcap: float | None = None,  # of both heads: logits = softcap * tanh(logits / softcap)
-    budget: int | None = None,  # bytes of logits or probabilities alive at once; default 1 GiB
+    budget: int | None = None,  # bytes of logits or probabilities alive at once; None: by device
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, each (M,) float32 nats, or float64
     """Return both heads' log p(targets[m]) and their KL divergence at each row, and no (N, V) tensor.
@@ -45,12 +52,13 @@ def selected_logprob_kl(
     With p the policy's distribution over the vocabulary and q the reference's, "ref||policy" is
     sum q (log q - log p), the sequence KL of TDPO eq. 8 token by token, "policy||ref" is
     sum p (log p - log q). Gradients reach hidden, weight and bias, through logp and kl; ref_logp
-    carries none. Index values, schedules, autocast, precision and `retain_graph` are as for
+    carries none. Index values, schedules, budget, autocast, precision and `retain_graph` are as for
     `selected_logprob`; what runs is told by `explain_selected_logprob_kl`.
 
     Raises ValueError for shapes, strides, dtypes or devices that do not fit, an unknown direction,
-    a scale of 0, indices on the CPU out of range, a budget that holds not even one row, and an
-    `impl` that is unknown or cannot run.
+    a scale of 0, indices on the CPU out of range, a budget that holds not even one row or is more
+    than the GPU's memory, and an `impl` that is unknown or cannot run; torch.OutOfMemoryError as
+    `selected_logprob` does.
     """
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
@@ -91,18 +99,20 @@ def explain_selected_logprob_kl(
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     _check(*heads, rows, targets, direction, scale, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
+    given, M = budget, len(rows)
     schedule, budget, layout = _schedule(chosen, hidden, weight, bias, rows, budget)
-    M = len(rows)
     need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
 
+    saved = plan.saved_rows(M, layout, budget, schedule)
     fwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=False)
     bwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=True)
-    bwd_chunk = bwd_chunk if schedule == plan.RECOMPUTE else 0
-    size = plan.bytes_alive(M, layout, budget, schedule)
+    if schedule not in (plan.PARTIAL, plan.RECOMPUTE):
+        bwd_chunk = 0
     too_large = f"saving takes {plan.save_bytes(M, layout)} bytes, budget {budget}: "
     why = {
         plan.SAVE: f"two (M, V) = ({M}, {layout.V}) blocks take {M * layout.kept} bytes, "
         f"budget {budget}",
+        plan.PARTIAL: f"{too_large}the logits of {M - saved} of {M} rows are made twice",
         plan.RECOMPUTE: too_large + "the logits are made twice",
         plan.FROZEN_HEAD: too_large + "both directions of grad_hidden are kept",
         plan.NO_GRAD: "nothing needs a gradient, or no_grad",
@@ -112,21 +122,24 @@ def explain_selected_logprob_kl(
         reasons += ("the head needs no gradient",)
     if not need_hidden and (need_weight or need_bias):
         reasons += ("hidden needs no gradient: its product is left out",)
-    reasons += remark(hidden, layout.fused)
-    gemms = sum(plan.fwd_gemms(schedule))
-    gemms += sum(plan.bwd_gemms(schedule, need_hidden, need_weight))
-    return Explanation(chosen.name, schedule, fwd_chunk, bwd_chunk, size, gemms, reasons)
+    reasons += (*remark(hidden, layout.fused), source_of(budget, given, hidden.device))
+    rows_again = sum(plan.bwd_rows(M, saved, schedule, need_hidden, need_weight))
+    return Explanation(
+        chosen.name, schedule, fwd_chunk, bwd_chunk, plan.bytes_alive(M, layout, budget, schedule),
+        sum(plan.fwd_gemms(schedule)) + share(rows_again, M), saved, budget, reasons,
+    )  # fmt: skip
 
 
 def _schedule(chosen, hidden, weight, bias, rows, budget) -> tuple[str, int, plan.Layout]:
     need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
-    layout = chosen.kernels.layout(weight.shape[0], hidden.dtype, hidden.is_cuda)
-    budget = DEFAULT_BUDGET if budget is None else budget
+    sizes = chosen.kernels.layout_of(hidden, weight)
     need_head = need_weight or need_bias
-    row = layout.row_bytes(gradient=need_hidden or need_head)
-    if budget < row:
-        raise ValueError(f"expected a budget of at least one row, {row} bytes, got {budget}")
-    return plan.choose(rows.shape[0], layout, budget, need_hidden, need_head), budget, layout
+    asked = rows.shape[0], sizes
+    if budget is None:
+        memory = platform.memory(hidden.device)
+        budget = plan.default_budget(*asked, memory, need_hidden, need_head)
+    check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
+    return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes
 
 
 def _check(
@@ -161,7 +174,10 @@ class _SelectedLogprobKL(torch.autograd.Function):
         settings = (scale, softcap, direction, schedule, budget)
         found = _fwd(hidden, weight, bias, *ref, rows, targets, *settings, impl)
         logp, ref_logp, kl = found[:3]
-        if schedule != plan.RECOMPUTE:  # a reference's hidden states are not kept for nothing
+        if schedule not in (
+            plan.PARTIAL,
+            plan.RECOMPUTE,
+        ):  # a reference's hidden states are not kept for nothing
             ref = (None, None, None)
         ctx.save_for_backward(hidden, weight, bias, *ref, rows, targets, *found)
         ctx.mark_non_differentiable(ref_logp)
@@ -201,12 +217,12 @@ def _run_fwd(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targe
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     # autocast would also reach the products inside, and round the logits
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
         return _BY_NAME[args[-1]].fwd(*heads, rows, targets, *args[:-1])
 
 
 def _run_bwd(*args):
-    with torch.autocast(args[0].device.type, enabled=False):
+    with torch.autocast(args[0].device.type, enabled=False), out_of_memory(args[-5]):
         return _BY_NAME[args[-1]].bwd(*args[:-1])
 
 
@@ -214,7 +230,9 @@ def _fake_fwd(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, scale, softcap,
     direction, schedule, budget, impl,
 ):  # fmt: skip
-    return outputs(_BY_NAME[impl].kernels, hidden, weight, rows, schedule)
+    kernels, M = _BY_NAME[impl].kernels, rows.shape[0]
+    saved = plan.saved_rows(M, kernels.layout_of(hidden, weight), budget, schedule)
+    return outputs(kernels, hidden, weight, rows, schedule, saved)
 
 
 def _fake_bwd(grad_logp, grad_kl, hidden, weight, *args):
