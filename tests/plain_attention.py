@@ -1,5 +1,6 @@
 """Attention by its definition, and a plain kernel with the calling convention of flash attention."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -61,11 +62,21 @@ def plain_flash(
     return torch.cat(outputs)
 
 
+# varlen with a plain kernel in place of flash attention: its gather, offsets, alignment
+PLAIN_VARLEN = replace(
+    layout.IMPLS[0], build=partial(varlen.build, kernel=plain_flash),
+    absent=lambda: None, why_not=lambda terms: None, how=lambda terms: "",
+)  # fmt: skip
+
+
 def serve_varlen_anywhere(monkeypatch):
-    """varlen with a plain kernel in place of flash attention: its gather, offsets, alignment."""
-    build = partial(varlen.build, kernel=plain_flash)
-    entry = layout.AttentionImpl("varlen", lambda: None, lambda terms: None, build)
-    monkeypatch.setattr(layout, "IMPLS", (entry, *layout.IMPLS[1:]))
+    monkeypatch.setattr(layout, "IMPLS", (PLAIN_VARLEN, *layout.IMPLS[1:]))
+
+
+def built(impl, spans, terms):
+    """Attention of one batch by an implementation, its arrays made on the way."""
+    arrays = {n: torch.from_numpy(x) for n, x in impl.arrays(spans, terms.window).items()}
+    return impl.build(spans, terms, arrays)
 
 
 def visible_rows(spans, *, window: int | None = None) -> Tensor:  # (N, N) bool

@@ -1,6 +1,6 @@
 """Every implementation of attention, alone, against its definition on random queries and keys."""
 
-from functools import partial
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_attention import plain, plain_flash, visible_rows
+from plain_attention import PLAIN_VARLEN, built, plain, visible_rows
 
 from sepo.attention import (
+    IMPLS,
     Layout,
     Terms,
     check_name,
@@ -25,7 +26,8 @@ from sepo.attention import (
 from sepo.config import AttnImpl
 from sepo.errors import InputError
 
-BUILDS = {"sdpa": sdpa.build, "varlen": partial(varlen.build, kernel=plain_flash)}
+_, FLEX, _, SDPA = IMPLS
+SERVED = {"sdpa": SDPA, "varlen": PLAIN_VARLEN}
 # prompt, chosen and rejected tokens: all long, then one of them short or missing
 LENGTHS = [(7, 5, 9), (1, 6, 3), (4, 0, 5), (5, 3, 0), (3, 0, 0), (2, 1, 1), (9, 2, 12)]
 OPTIONS = [{}, dict(window=4), dict(window=1), dict(softcap=2.0), dict(window=6, softcap=2.0)]
@@ -62,8 +64,8 @@ def definition(inputs, spans, *, scale, window=None, softcap=None):
     return plain(q, k, v, visible, scale=scale, softcap=softcap).transpose(0, 1)[None]
 
 
-def assert_exact(build, spans, inputs, *, scale=0.3, **options):
-    found = build(spans, terms_of(inputs[0], inputs[2], **options))(*inputs, scale)
+def assert_exact(impl, spans, inputs, *, scale=0.3, **options):
+    found = built(impl, spans, terms_of(inputs[0], inputs[2], **options))(*inputs, scale)
     expected = definition(inputs, spans, scale=scale, **options)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     upstream = torch.randn_like(expected)
@@ -77,11 +79,11 @@ def assert_exact(build, spans, inputs, *, scale=0.3, **options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("heads", [(4, 2), (6, 2), (4, 4), (3, 1)], ids=str)
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", SERVED)
 def test_values_and_gradients_are_the_definition(name, heads, options):
     spans = spans_of(LENGTHS)
     inputs = tensors(spans, heads=heads[0], kv_heads=heads[1])
-    assert_exact(BUILDS[name], spans, inputs, **options)
+    assert_exact(SERVED[name], spans, inputs, **options)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -94,8 +96,8 @@ def test_values_and_gradients_are_the_definition(name, heads, options):
 def test_any_lengths_and_windows(lengths, window, softcap):
     spans = spans_of(lengths)
     inputs = tensors(spans)
-    for build in BUILDS.values():
-        assert_exact(build, spans, inputs, window=window, softcap=softcap)
+    for impl in SERVED.values():
+        assert_exact(impl, spans, inputs, window=window, softcap=softcap)
 
 
 @pytest.mark.filterwarnings(FLEX_WARNING)
@@ -103,7 +105,7 @@ def test_any_lengths_and_windows(lengths, window, softcap):
 def test_flex_forward_is_the_definition(options):
     spans = spans_of([*LENGTHS, (100, 30, 90), (3, 40, 50)])  # blocks of 128: whole, part, none
     inputs = [x.detach() for x in tensors(spans)]
-    found = flex.build(spans, terms_of(inputs[0], inputs[2], **options))(*inputs, 0.3)
+    found = built(FLEX, spans, terms_of(inputs[0], inputs[2], **options))(*inputs, 0.3)
     expected = definition(inputs, spans, scale=0.3, **options)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
@@ -113,9 +115,8 @@ def test_flex_forward_is_the_definition(options):
 def test_flex_blocks_cover_what_is_visible(lengths, window):
     """On a GPU a block that is listed nowhere is never read, a whole one never masked."""
     spans = spans_of(lengths)
-    mask = flex._block_mask(
-        spans, Terms(torch.device("cpu"), torch.float32, 8, 8, False, window=window)
-    )
+    made = flex.arrays(spans, window)
+    mask = flex._block_mask({name: torch.from_numpy(array) for name, array in made.items()})
     visible = visible_rows(spans, window=window)
     rows = len(visible)
     index = torch.arange(rows)
@@ -150,7 +151,7 @@ def test_sdpa_masks_are_no_larger_than_one_pair(monkeypatch):
     monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", recording)
     spans = spans_of([(20, 30, 10)] * 16)
     inputs = tensors(spans)
-    sdpa.build(spans, terms_of(inputs[0], inputs[2]))(*inputs, None)
+    built(SDPA, spans, terms_of(inputs[0], inputs[2]))(*inputs, None)
     assert [m is None for m in seen] == [True, False] * 16
     storages = {m.untyped_storage().data_ptr(): m for m in seen if m is not None}
     (mask,) = storages.values()
@@ -160,15 +161,14 @@ def test_sdpa_masks_are_no_larger_than_one_pair(monkeypatch):
 def test_layers_of_equal_terms_share_what_is_built(monkeypatch):
     from sepo.data import pack
 
-    built = []
-    build = lambda spans, terms: built.append(terms) or sdpa.build(spans, terms)
-    entry = layout.AttentionImpl("sdpa", lambda: None, sdpa.why_not, build)
-    monkeypatch.setattr(layout, "IMPLS", (*layout.IMPLS[:-1], entry))
+    seen = []
+    build = lambda spans, terms, arrays: seen.append(terms) or sdpa.build(spans, terms, arrays)
+    monkeypatch.setattr(layout, "IMPLS", (*layout.IMPLS[:-1], replace(SDPA, build=build)))
     shared = Layout(pack([]), "auto")
     query, key, value = tensors(((0, 1, 1, 1),))
     for window in (None, 4, None, 4):
         shared.attend(query, key, value, scale=None, window=window)
-    assert [terms.window for terms in built] == [None, 4]
+    assert [terms.window for terms in seen] == [None, 4]
     assert shared.windows == [None, 4, None, 4]
 
 
@@ -176,7 +176,7 @@ def test_dropout_is_drawn_anew_each_time():
     spans = spans_of([(3, 4, 5)])
     inputs = tensors(spans)
     for options in ({}, dict(softcap=2.0)):
-        attend = sdpa.build(spans, terms_of(inputs[0], inputs[2], dropout=0.5, **options))
+        attend = built(SDPA, spans, terms_of(inputs[0], inputs[2], dropout=0.5, **options))
         assert not torch.equal(attend(*inputs, None), attend(*inputs, None))
 
 

@@ -57,7 +57,7 @@ def attend(spans, window=None, implementation=native):
         terms = Terms(query.device, query.dtype, query.shape[2], value.shape[2], True, 0.0, window)
         assert implementation.why_not(terms) is None
         in_layers = [x.transpose(0, 1)[None] for x in (query, key, value)]
-        return implementation.build(spans, terms)(*in_layers, None)[0]
+        return implementation.build(spans, terms, {})(*in_layers, None)[0]
 
     return call
 

@@ -15,7 +15,7 @@ FLAGS = {f"sepo.{name}" for name in ("inherited", "options", "packages", "values
 DATA = {"sepo.data", *LEAVES}
 MODEL = DATA | {"sepo.ops", "sepo.attention"}
 RESPONSE = MODEL | {"sepo.model"}
-SCORE = RESPONSE | {"sepo.response_logp", "sepo.precision"}
+SCORE = RESPONSE | {"sepo.feed", "sepo.response_logp", "sepo.precision"}
 METHODS = {"sepo.losses", "sepo.ops", "sepo.config", *LEAVES, *FLAGS}
 TRAINER = SCORE | METHODS | {"sepo_kernels", "sepo.score", "sepo.checkpoints"}
 STEP = {
@@ -40,7 +40,8 @@ ALLOWED = {
     "sepo.attention": DATA | {"sepo_kernels"},
     "sepo.decoder": MODEL,
     "sepo.model": MODEL | {"sepo.decoder"},
-    "sepo.response_logp": RESPONSE,
+    "sepo.feed": RESPONSE,
+    "sepo.response_logp": RESPONSE | {"sepo.feed"},
     "sepo.precision": RESPONSE | {"sepo.response_logp"},
     "sepo.score": SCORE,
     "sepo.reference": RESPONSE,

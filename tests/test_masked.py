@@ -181,7 +181,7 @@ def test_by_the_script(tmp_path):
 
 def test_an_empty_batch_gives_every_parameter_a_zero(tmp_path):
     trainer = make_trainer(tmp_path, pairs=random_scored_pairs(2), independent_masks=True, **ADAM)
-    losses = trainer._losses(trainer.model, trainer.train_pairs, [], trainer._means)
+    losses = trainer._losses(trainer.model, pack([]), trainer._means)
     losses.sum().backward()
     for name, p in trainer.model.named_parameters():
         assert p.grad is not None and not p.grad.any(), name

@@ -68,7 +68,7 @@ MUTANTS = {
     ),
     "the second copy of a prompt without a gradient": (
         "python/sepo/attention/varlen.py",
-        "total.index_add_(0, places.shared, grad.index_select(0, places.second))",
+        'total.index_add_(0, places["shared"], grad.index_select(0, places["second"]))',
         "pass",
         "tests/test_attention.py::test_values_and_gradients_are_the_definition",
     ),

@@ -52,6 +52,8 @@ def tiny_model(
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if getattr(config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # where sdpa is the default it ignores the cap
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

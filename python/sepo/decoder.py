@@ -85,7 +85,7 @@ def trunk(
     )
     if routers is not None:
         routers += [logits.flatten(0, -2) for logits in output.router_logits]
-    return output.last_hidden_state[0]
+    return output.last_hidden_state.squeeze(0)  # a select's backward would fill zeros
 
 
 class Head(NamedTuple):

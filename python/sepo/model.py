@@ -1,6 +1,7 @@
 """Which models are served: prepared for packed batches, compared with themselves, loaded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from types import MethodType
 
@@ -30,7 +31,7 @@ from sepo.errors import InputError
 from sepo.folder import ADAPTER, ModelFolder, find_file, find_folder, read_model
 
 __all__ = [
-    "Head", "attn_impl", "explain_attention", "head", "hidden_states", "load_model",
+    "Head", "attention_needs", "attn_impl", "explain_attention", "head", "hidden_states", "load_model",
     "load_tokenizer", "prepare_model", "probe_logprob", "restore_attention", "token_logprob",
     "vocabulary",
 ]  # fmt: skip
@@ -43,6 +44,18 @@ def explain_attention(model: PreTrainedModel, *, dtype: torch.dtype | None = Non
     """
     base = base_of(model)
     return attention.explain(attn_impl(base), _terms(base, dtype or base.dtype))
+
+
+def attention_needs(
+    model: PreTrainedModel,
+    *,
+    dtype: torch.dtype | None = None,  # of autocast, if the model runs under it
+) -> list[tuple[str, attention.Terms]]:
+    """What its layers will ask of a batch's attention, for `attention.with_arrays`."""
+    base = base_of(model)
+    terms = _terms(base, dtype or base.dtype)
+    windows = dict.fromkeys(attention.windows(base.config))
+    return [(attn_impl(base), replace(terms, window=window)) for window in windows]
 
 
 def prepare_model(

@@ -1,7 +1,8 @@
 """What a model says of every response token, in batches under a token budget."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sepo.data import all_positions, pack, truncate
-from sepo.data.types import ScoredPair, TokenPair
+from sepo.data.types import PackedBatch, ScoredPair, TokenPair
 from sepo.errors import InputError
+from sepo.feed import feed
 from sepo.model import head, hidden_states
 from sepo.ops import selected_logprob
 
@@ -31,28 +33,36 @@ def response_logp(
     a pair that is longer, and for a value that is not finite.
     """
     result = [None] * len(pairs)
-    starts = np.cumsum([0] + [n for p in pairs for n in (len(p.chosen), len(p.rejected))])
-    whole = lambda response: truncate(response, all_positions(len(response)))
+    lengths = [n for p in pairs for n in (len(p.chosen), len(p.rejected))]
+    starts = np.cumsum([0, *lengths])
     weight, bias, scale, softcap = head(model)
-    for members in _batches(pairs, max_tokens):
-        batch = [pairs[i] for i in members]
-        packed = pack([(p.prompt, whole(p.chosen), whole(p.rejected)) for p in batch])
-        packed = packed.to(model.device)
-        with _exact_float32():
-            states = hidden_states(model, packed)
-            flat = selected_logprob(
-                states, weight, packed.rows, packed.targets, bias=bias, scale=scale, softcap=softcap
-            )
-        cuts = packed.cu_rows.tolist()
-        segments = np.split(flat.cpu().numpy(), cuts[1:-1])
-        for slot, i in enumerate(members):
-            result[i] = segments[2 * slot], segments[2 * slot + 1]
-            _check_finite(pairs[i].id, result[i], model, role)
-            if hidden is not None:  # a pair's two segments lie side by side, here as there
-                rows = packed.rows[cuts[2 * slot] : cuts[2 * slot + 2]]
-                hidden[starts[2 * i] : starts[2 * i + 2]] = states[rows].to(hidden.dtype)
-        on_batch(sum(map(len, batch)))
+    batches = _batches(pairs, max_tokens)
+    packs = (partial(_packed, pairs, members) for members in batches)
+    with closing(feed(packs, model.device, [model])) as fed:
+        for members, packed in zip(batches, fed, strict=True):
+            with _exact_float32():
+                states = hidden_states(model, packed)
+                flat = selected_logprob(
+                    states, weight, packed.rows, packed.targets,
+                    bias=bias, scale=scale, softcap=softcap,
+                )  # fmt: skip
+            cuts = np.cumsum([0, *(n for i in members for n in lengths[2 * i : 2 * i + 2])])
+            segments = np.split(flat.cpu().numpy(), cuts[1:-1])
+            for slot, i in enumerate(members):
+                result[i] = segments[2 * slot], segments[2 * slot + 1]
+                _check_finite(pairs[i].id, result[i], model, role)
+                if hidden is not None:  # a pair's two segments lie side by side, here as there
+                    rows = packed.rows[cuts[2 * slot] : cuts[2 * slot + 2]]
+                    hidden[starts[2 * i] : starts[2 * i + 2]] = states[rows].to(hidden.dtype)
+            on_batch(sum(len(pairs[i]) for i in members))
     return result
+
+
+def _packed(pairs: list[TokenPair], members: Sequence[int]) -> PackedBatch:
+    """All of those pairs, whole."""
+    whole = lambda response: truncate(response, all_positions(len(response)))
+    batch = [pairs[i] for i in members]
+    return pack([(p.prompt, whole(p.chosen), whole(p.rejected)) for p in batch])
 
 
 def kept_logp(

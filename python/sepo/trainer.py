@@ -5,8 +5,9 @@ number (`plan_step`), so resuming at step n is all it takes to continue.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -27,6 +28,7 @@ from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError, one_line
+from sepo.feed import StepFeed, feed
 from sepo.identity import describe_run
 from sepo.layers import compile_layers, disable_dropout, recompute_cheap
 from sepo.masked import MaskedTrainer, add_mask
@@ -128,6 +130,10 @@ class SePOTrainer(MaskedTrainer):
         )
         self.args.logging_nan_inf_filter = False  # see _get_grad_norm
         self._throughput = Throughput()
+        self._feed = StepFeed(
+            lambda step: self._parts(self._train_plan(step)),
+            partial(self._batches, self.train_pairs),
+        )
         if args.recompute == "cheap":
             recompute_cheap(model)
         prepare_model(model)  # once more where it runs now
@@ -145,13 +151,13 @@ class SePOTrainer(MaskedTrainer):
         model.train()
         self._switch_optimizer("train")
         pairs, world_size = self.train_pairs, self.args.world_size
-        plan = self._plan(pairs, self.args.pairs_per_step, step=self.state.global_step)
-        parts = plan.micro_batches[self.args.process_index]
-        count = self._loss_count(pairs, plan.pairs)
+        plan = self._train_plan(self.state.global_step)
+        parts, count = self._parts(plan), self._loss_count(pairs, plan.pairs)
+        batches = self._feed.of(self.state.global_step, self.state.max_steps)
         step_loss, self._pair_losses = torch.zeros((), device=self.args.device), []
         for number, part in enumerate(parts, start=1):
             with nullcontext() if number == len(parts) else self._unsynchronised(model):
-                losses = self._losses(model, pairs, part, self._means)
+                losses = self._losses(model, next(batches), self._means)
                 # DDP and FSDP average over ranks; the loss is a sum over them
                 loss = losses.sum() * (world_size / count)
                 self.accelerator.backward(loss)
@@ -220,6 +226,9 @@ class SePOTrainer(MaskedTrainer):
             yield
         gradients._set_sync_gradients(True)
 
+    def _train_plan(self, step: int) -> StepPlan:
+        return self._plan(self.train_pairs, self.args.pairs_per_step, step=step)
+
     def _plan(
         self, pairs: PreparedPairs, pairs_per_step: int, *, step: int = 0, shuffle: bool = True
     ) -> StepPlan:
@@ -234,12 +243,25 @@ class SePOTrainer(MaskedTrainer):
             costs=pairs.costs,
         )
 
-    def _losses(
-        self, model: nn.Module, pairs: PreparedPairs, part: Sequence[int], means: RunningMeans
-    ) -> Tensor:  # (P,) of one micro-batch
-        batch = pack([pairs[i] for i in part], vocab_size=self._vocabularies["policy"]).to(
-            self.args.device
+    def _parts(self, plan: StepPlan) -> Sequence[Sequence[int]]:
+        return plan.micro_batches[self.args.process_index]
+
+    def _batches(
+        self, pairs: PreparedPairs, parts: Iterable[Sequence[int]]
+    ) -> Generator[PackedBatch]:
+        size = self._vocabularies["policy"]
+        packed = lambda part: pack([pairs[i] for i in part], vocab_size=size)
+        live = [self.reference.model] if isinstance(self.reference, LiveReference) else []
+        return feed(
+            (partial(packed, part) for part in parts),
+            self.args.device,
+            [self.model, *live],
+            mixed_precision=self.accelerator.mixed_precision,
         )
+
+    def _losses(
+        self, model: nn.Module, batch: PackedBatch, means: RunningMeans
+    ) -> Tensor:  # (P,) of one micro-batch
         # accelerate casts in the policy's forward alone, but the reference runs in there too
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             step = TokenStep(self.method, self.args, self.reference, self._router_loss)
@@ -278,7 +300,10 @@ class SePOTrainer(MaskedTrainer):
 
     def train(self, *args, **kwargs):
         """As ResumableTrainer's; afterwards the model answers any call, `generate` among them."""
-        done = super().train(*args, **kwargs)
+        try:
+            done = super().train(*args, **kwargs)
+        finally:
+            self._feed.close()
         self.model.eval()  # checkpointed layers in training keep no cache
         restore_attention(self.model)
         return done
@@ -355,8 +380,9 @@ class SePOTrainer(MaskedTrainer):
         model.eval()
         self._switch_optimizer("eval")
         plan = self._plan(pairs, len(pairs), shuffle=False)
-        for part in plan.micro_batches[self.args.process_index]:
-            self._losses(model, pairs, part, means)
+        with closing(self._batches(pairs, self._parts(plan))) as batches:
+            for batch in batches:
+                self._losses(model, batch, means)
         metrics = means.pop(self.accelerator)
         metrics["loss"] *= len(pairs) / self._loss_count(pairs, plan.pairs)
         metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}

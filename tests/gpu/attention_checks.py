@@ -85,7 +85,8 @@ def model(impl, device, dtype, arch="llama", **overrides):
     floor = 4 * torch.finfo(dtype).eps
     for packed, separate in zip(errors["packed"], errors["separate"], strict=True):
         assert packed <= 1.5 * separate + floor, errors
-    assert max(errors["packed"]) < 0.2, errors
+    # that bound would hold for two of the same wrong function; gradients of a tensor can be noise
+    assert errors["packed"][0] < 0.05, errors
 
 
 def _values(own, triples, attn_impl, device):

@@ -1,5 +1,7 @@
 """The attention checks on a CPU, in small: that they run, and that they notice what is wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu import attention_checks as checks
@@ -41,11 +43,11 @@ def test_memory():
 
 
 def test_a_causal_mask_over_the_buffer_is_noticed(monkeypatch):
-    def causal(spans, terms):
+    def causal(spans, terms, arrays):
         end = spans[-1][-1]
-        return sdpa.build(((0, 1, end, end),), terms)
+        return sdpa.build(((0, 1, end, end),), terms, arrays)
 
-    entry = layout.AttentionImpl("sdpa", lambda: None, sdpa.why_not, causal)
+    entry = replace(layout.IMPLS[-1], build=causal)
     monkeypatch.setattr(layout, "IMPLS", (*layout.IMPLS[:-1], entry))
     with pytest.raises(AssertionError, match="sdpa torch.bfloat16 output: error"):
         checks.attention("sdpa", "cpu", torch.bfloat16, (6, 2, 16), {}, SMALL)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from sepo.attention.layout import IMPLS, Layout, check_name, choose, explain
+from sepo.attention.layout import IMPLS, Layout, check_name, choose, explain, with_arrays
 from sepo.attention.terms import Terms
 from sepo.errors import InputError
 
 __all__ = [
     "ATTENTION", "IMPLS", "Layout", "Terms", "check_name", "choose", "explain",
-    "packed_attention", "why_not", "windows_missed",
+    "packed_attention", "why_not", "windows", "windows_missed", "with_arrays",
 ]  # fmt: skip
 ATTENTION = "sepo"  # the name under which transformers knows packed_attention
 SERVED = {"full_attention", "sliding_attention"}  # kinds of layer
@@ -79,13 +79,17 @@ def windows_missed(config: PretrainedConfig, layout: Layout) -> bool:
 
     Such a layer leaves the window to the mask that transformers would have made.
     """
+    return Counter(windows(config, len(layout.windows))) != Counter(layout.windows)
+
+
+def windows(config: PretrainedConfig, layers: int = 1) -> list[int | None]:
+    """The sliding window of every layer, None for one without; of so many if it is silent on them."""
     config = config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layout.windows)
-    expected = [window if kind == "sliding_attention" else None for kind in kinds]
-    return Counter(expected) != Counter(layout.windows)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _refuse(module: nn.Module, attention_mask: Tensor | None, kwargs: dict) -> None:

@@ -1,19 +1,29 @@
 """The choice of an implementation, and what it makes of one batch."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sepo.attention import flex, native, sdpa, varlen
-from sepo.attention.terms import Attend, AttentionImpl, Terms
+from sepo.attention.terms import Arrays, ArraysKey, Attend, AttentionImpl, Span, Terms
+from sepo.data.move import moved
 from sepo.data.types import PackedBatch
 from sepo.errors import InputError
 
 IMPLS = (  # in order of preference
-    AttentionImpl("varlen", varlen.absent, varlen.why_not, varlen.build),
-    AttentionImpl("flex", flex.absent, flex.why_not, flex.build, flex.worth_it),
+    AttentionImpl(
+        "varlen", varlen.absent, varlen.why_not, varlen.build,
+        arrays=varlen.arrays, how=varlen.how,
+    ),
+    AttentionImpl(
+        "flex", flex.absent, flex.why_not, flex.build, flex.worth_it,
+        arrays=flex.arrays, by_window=True,
+    ),
     AttentionImpl("native", native.absent, native.why_not, native.build),
     AttentionImpl("sdpa", lambda: None, sdpa.why_not, sdpa.build),
-)
+)  # fmt: skip
 
 
 class Layout:
@@ -24,13 +34,13 @@ class Layout:
     """
 
     def __init__(self, batch: PackedBatch, attn_impl: str = "auto"):
-        rows = len(batch.tokens)
-        self.spans = batch.spans or ((0, rows, rows, rows),)  # no pairs: one row that sees itself
+        self.spans = _spans(batch)
         self.attn_impl = attn_impl
         self.windows: list[
             int | None
         ] = []  # of every layer that has asked, for the check of a model
         self._attend: dict[Terms, Attend] = {}
+        self._arrays: dict[ArraysKey, Arrays] = dict(batch.attention)
 
     def attend(
         self,
@@ -56,8 +66,45 @@ class Layout:
             softcap=softcap,
         )
         if terms not in self._attend:
-            self._attend[terms] = choose(self.attn_impl, terms).build(self.spans, terms)
+            self._attend[terms] = self._built(terms)
         return self._attend[terms](query, key, value, scale)
+
+    def _built(self, terms: Terms) -> Attend:
+        impl = choose(self.attn_impl, terms)
+        key = impl.key(terms)
+        if key not in self._arrays:  # nobody knew, when the batch was packed
+            made = _from_numpy(impl.arrays(self.spans, terms.window))
+            self._arrays[key] = moved(made, terms.device)
+        return impl.build(self.spans, terms, self._arrays[key])
+
+
+def with_arrays(
+    batch: PackedBatch,  # on the CPU
+    needs: Iterable[tuple[str, Terms]],  # attn_impl and terms of layers that will read it
+) -> PackedBatch:
+    """The batch with the arrays that these layers would else make when they run.
+
+    A need that comes out wrong costs time only: a layer makes what it does not find.
+    """
+    found = dict(batch.attention)
+    for attn_impl, terms in needs:
+        try:
+            impl = choose(attn_impl, terms)
+        except InputError:  # the layer says it, of the terms that it really has
+            continue
+        key = impl.key(terms)
+        if key not in found and (made := impl.arrays(_spans(batch), terms.window)):
+            found[key] = _from_numpy(made)
+    return replace(batch, attention=found)
+
+
+def _spans(batch: PackedBatch) -> tuple[Span, ...]:
+    rows = len(batch.tokens)
+    return batch.spans or ((0, rows, rows, rows),)  # no pairs: one row that sees itself
+
+
+def _from_numpy(arrays: dict) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def check_name(attn_impl: str) -> None:
@@ -86,8 +133,10 @@ def choose(attn_impl: str, terms: Terms) -> AttentionImpl:
 def explain(attn_impl: str, terms: Terms) -> str:
     """One line: the implementation chosen for these terms and why not one before it."""
     chosen = choose(attn_impl, terms)
+    how = chosen.how(terms)
+    name = f"{chosen.name} ({how})" if how else chosen.name
     if attn_impl != "auto":
-        return f"{chosen.name}, as asked"
+        return f"{name}, as asked"
     before = IMPLS[: IMPLS.index(chosen)]
     reasons = {i.name: i.why_not(terms) or "slower here" for i in before}
-    return "; ".join([chosen.name, *(f"not {n}: {reason}" for n, reason in reasons.items())])
+    return "; ".join([name, *(f"not {n}: {reason}" for n, reason in reasons.items())])

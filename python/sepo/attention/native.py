@@ -8,7 +8,7 @@ Without bfloat16 tiles a bfloat16 operand is widened to float32 as it is copied 
 import torch
 from torch import Tensor
 
-from sepo.attention.terms import Attend, Span, Terms
+from sepo.attention.terms import Arrays, Attend, Span, Terms
 from sepo_kernels import extension
 
 # asked once, at import, as the operators of sepo.ops do
@@ -36,11 +36,11 @@ def why_not(terms: Terms) -> str | None:
     return absent()
 
 
-def build(spans: tuple[Span, ...], terms: Terms) -> Attend:
+def build(spans: tuple[Span, ...], terms: Terms, arrays: Arrays) -> Attend:
     pairs = torch.tensor(spans, dtype=torch.int64)  # (P, 4)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return _Attention.apply(query, key, value, pairs, scale, terms.window or 0)[None]
 

@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sepo.attention.terms import Attend, Span, Terms
+from sepo.attention.terms import Arrays, Attend, Span, Terms
 
 
 def why_not(terms: Terms) -> None:
     """It serves everything."""
 
 
-def build(spans: tuple[Span, ...], terms: Terms) -> Attend:
+def build(spans: tuple[Span, ...], terms: Terms, arrays: Arrays) -> Attend:
     """Split once for all pairs; at most one mask for the batch."""
     # one split: its backward is one concatenation, where every slice of the whole buffer would
     # fill a buffer of zeros
@@ -47,11 +47,13 @@ class _Masks:
         self.shift = max(prompts)  # keys before the first query, at most
         bites = self.softcap is not None or (self.window or max(firsts)) < max(firsts)
         rows = max([*rejected, *(firsts if bites else [])])
-        visible = torch.ones(rows, self.shift + rows, dtype=torch.bool).tril(self.shift)
+        # made where it is read: there is nothing to move
+        where = dict(device=terms.device)
+        visible = torch.ones(rows, self.shift + rows, dtype=torch.bool, **where).tril(self.shift)
         if self.window is not None:
             visible = visible.triu(self.shift - self.window + 1)
-        mask = torch.zeros(visible.shape, dtype=terms.dtype).masked_fill_(~visible, -torch.inf)
-        self.mask = mask.to(terms.device, non_blocking=True)
+        mask = torch.zeros(visible.shape, dtype=terms.dtype, **where)
+        self.mask = mask.masked_fill_(~visible, -torch.inf)
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor | None:
         """(queries, keys) of 0 and -inf, or None where `is_causal` says the same."""

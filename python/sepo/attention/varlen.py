@@ -8,13 +8,15 @@ the last key, which is what a rejected response needs.
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sepo.attention.terms import Attend, Span, Terms
+from sepo.attention.terms import Arrays, Attend, Span, Terms
+from sepo.errors import one_line
 
 # kernel(query (N, H, E), key (N_kv, H_kv, E), value (N_kv, H_kv, E), cu_queries, cu_keys,
 #        longest query, longest keys, scale=, window=, softcap=) -> (N, H, E)
@@ -54,72 +56,82 @@ def why_not(terms: Terms) -> str | None:
     return absent()
 
 
-def build(spans: tuple[Span, ...], terms: Terms, kernel: Kernel | None = None) -> Attend:
-    """Offsets and gather indices, made from plain integers and moved without waiting."""
-    kernel = kernel or _kernel(softcap=terms.softcap is not None)
+def how(terms: Terms) -> str:
+    """Whose kernels run: FlashAttention 3's, or why another's."""
+    if terms.softcap is not None or kernel_name(softcap=False) != TORCH:
+        return "flash_attn"
+    reason = _try_flash3(terms.device)
+    return "FA3" if reason is None else f"FA2: {reason}"
+
+
+def arrays(spans: tuple[Span, ...], window: int | None) -> dict[str, np.ndarray]:
+    """Offsets of the sequences, and where each row goes among the gathered keys: a prompt twice."""
+    rows, again = [], []  # again: prompt rows whose second copy this is, else -1
+    for start, prefix_end, middle, end in spans:
+        rows.append(np.arange(start, middle))
+        again.append(np.full(middle - start, -1))
+        if end > middle:
+            rows += [np.arange(start, prefix_end), np.arange(middle, end)]
+            again += [np.arange(start, prefix_end), np.full(end - middle, -1)]
+    rows, again = np.concatenate(rows), np.concatenate(again)
+    first = np.empty(spans[-1][3], np.int64)
+    first[rows[again < 0]] = np.flatnonzero(again < 0)
+    queries, keys = _lengths(spans)
+    offsets = lambda lengths: np.cumsum([0, *lengths], dtype=np.int32)
+    return {
+        "cu_queries": offsets(queries),
+        "cu_keys": offsets(keys),
+        "rows": rows,  # row of the buffer, for each gathered key
+        "first": first,  # a gathered key, for each row of the buffer
+        "shared": again[again >= 0],  # rows of the buffer gathered twice
+        "second": np.flatnonzero(again >= 0),  # their other gathered key
+    }
+
+
+def build(
+    spans: tuple[Span, ...], terms: Terms, arrays: Arrays, kernel: Kernel | None = None
+) -> Attend:
+    kernel = kernel or _kernel(terms)
+    longest = [int(lengths.max()) for lengths in _lengths(spans)]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        # x[0] would be a select, whose backward fills a buffer of zeros
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        key, value = (_Gather.apply(x, arrays) for x in (key, value))
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        out = kernel(
+            query, key, value, arrays["cu_queries"], arrays["cu_keys"], *longest,
+            scale=scale, window=terms.window, softcap=terms.softcap,
+        )  # fmt: skip
+        return out.unsqueeze(0)
+
+    return attend
+
+
+def _lengths(spans: tuple[Span, ...]) -> tuple[np.ndarray, np.ndarray]:  # (sequences,) each
+    """Queries and keys of every sequence."""
     starts, prefix_ends, middles, ends = np.array(spans, dtype=np.int64).T
     first, rejected = middles - starts, ends - middles
     queries = np.stack([first, rejected], 1).ravel()
     keys = np.stack([first, prefix_ends - starts + rejected], 1).ravel()
     # an empty rejected response is no sequence: kernels differ in what they make of no queries
-    present = queries > 0
-    queries, keys = queries[present], keys[present]
-    gather = _Places(spans, terms.device)
-    to_device = lambda lengths: torch.tensor(
-        [0, *np.cumsum(lengths)], dtype=torch.int32
-    ).to(terms.device, non_blocking=True)  # fmt: skip
-    cu_queries, cu_keys = to_device(queries), to_device(keys)
-    longest = int(queries.max()), int(keys.max())
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        key, value = (_Gather.apply(x, gather) for x in (key, value))
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        window, softcap = terms.window, terms.softcap
-        out = kernel(
-            query, key, value, cu_queries, cu_keys, *longest,
-            scale=scale, window=window, softcap=softcap,
-        )  # fmt: skip
-        return out[None]
-
-    return attend
-
-
-class _Places:
-    """Where each row of the buffer goes among the gathered keys: once, a shared prompt twice."""
-
-    def __init__(self, spans: tuple[Span, ...], device: torch.device):
-        rows, again = [], []  # again: prompt rows whose second copy this is, else -1
-        for start, prefix_end, middle, end in spans:
-            rows.append(np.arange(start, middle))
-            again.append(np.full(middle - start, -1))
-            if end > middle:
-                rows += [np.arange(start, prefix_end), np.arange(middle, end)]
-                again += [np.arange(start, prefix_end), np.full(end - middle, -1)]
-        rows, again = np.concatenate(rows), np.concatenate(again)
-        first = np.empty(spans[-1][3], np.int64)
-        first[rows[again < 0]] = np.flatnonzero(again < 0)
-        move = lambda x: torch.from_numpy(x).to(device, non_blocking=True)
-        self.rows = move(rows)  # row of the buffer, for each gathered key
-        self.first = move(first)  # a gathered key, for each row of the buffer
-        self.shared = move(again[again >= 0])  # rows of the buffer gathered twice
-        self.second = move(np.flatnonzero(again >= 0))  # their other gathered key
+    return queries[queries > 0], keys[queries > 0]
 
 
 class _Gather(torch.autograd.Function):
     """x[rows] with a backward that adds in a fixed order: index_select's own would race."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, places: _Places) -> Tensor:
+    def forward(ctx, x: Tensor, places: Arrays) -> Tensor:
         ctx.places = places
-        return x.index_select(0, places.rows)
+        return x.index_select(0, places["rows"])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         places = ctx.places
-        total = grad.index_select(0, places.first)
+        total = grad.index_select(0, places["first"])
         # no row is in `shared` twice, so there is one addition a row and no order to fix
-        total.index_add_(0, places.shared, grad.index_select(0, places.second))
+        total.index_add_(0, places["shared"], grad.index_select(0, places["second"]))
         return total, None
 
 
@@ -132,8 +144,33 @@ def _torch_parameters() -> set[str]:
     return set(inspect.signature(varlen_attn).parameters)
 
 
-def _kernel(*, softcap: bool) -> Kernel:
-    return {TORCH: _torch_kernel, FLASH_ATTN: _flash_attn_kernel}[kernel_name(softcap=softcap)]()
+def _kernel(terms: Terms) -> Kernel:
+    if kernel_name(softcap=terms.softcap is not None) == FLASH_ATTN:
+        return _flash_attn_kernel()
+    _try_flash3(terms.device)
+    return _torch_kernel()
+
+
+def _try_flash3(device: torch.device) -> str | None:
+    """Have FlashAttention 3 stand in for torch's flash kernels, or say why it can't."""
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+        return f"torch {torch.__version__} has no other"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
+        return "FA3 needs compute capability 9.0"
+    if find_spec("flash_attn_interface") is None:
+        return "FA3's flash_attn_interface is not installed"
+    return _activate_flash3()
+
+
+@cache  # for the whole process: torch's dispatcher is told
+def _activate_flash3() -> str | None:
+    if (chosen := torch.nn.attention.current_flash_attention_impl()) is not None:
+        return None if chosen == "FA3" else f"{chosen} was activated"
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except Exception as error:  # an extension for another torch or CUDA: whatever its import raises
+        return f"FA3 can't be loaded: {one_line(error)}"
+    return None
 
 
 def _torch_kernel() -> Kernel:

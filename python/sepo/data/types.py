@@ -1,11 +1,14 @@
 """The four values that cross a stage boundary. Positions are 0-based indices into one response."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sepo.data.hidden import HiddenRows
+from sepo.data.move import follow, laid_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +71,52 @@ class PackedBatch:
     spans: tuple[tuple[int, int, int, int], ...]  # P x (start, prefix_end, rejected_start,
     # pair_end) once more as plain integers: attention slices by them without asking the device
 
+    # what attention reads of it, by implementation and window: `sepo.attention.with_arrays`
+    attention: Mapping[tuple, Mapping[str, Tensor]] = field(default_factory=dict)
+    pinned: Tensor | None = None  # (bytes,) uint8 in which all of it lies but ref_hidden
+
     @property
     def num_pairs(self) -> int:
         return len(self.spans)
 
-    def to(self, device) -> "PackedBatch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {
-            k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)
+    def pin(self) -> "PackedBatch":
+        """The batch in pinned memory: one buffer, and ref_hidden, which is large, in its own."""
+        if self.pinned is not None:
+            return self
+        tensors = self._tensors()
+        hidden = tensors.pop(HIDDEN, None)
+        if hidden is not None:
+            _, hidden = laid_out({HIDDEN: hidden}, pinned=True)
+        buffer, tensors = laid_out(tensors, pinned=True)
+        return replace(self._with(tensors | (hidden or {})), pinned=buffer)
+
+    def to(self, device: str | torch.device) -> "PackedBatch":
+        """The batch on a device; from the CPU to a GPU in one copy, and one of ref_hidden."""
+        device, here = torch.device(device), self.tokens.device
+        if device == here:
+            return self
+        move = lambda tensor: tensor.to(device, non_blocking=True)
+        if here.type != "cpu":
+            return self._with({name: move(t) for name, t in self._tensors().items()})
+        batch = self.pin()
+        tensors = batch._tensors()
+        hidden = {name: move(tensors.pop(name)) for name in (HIDDEN,) if name in tensors}
+        return batch._with(follow(tensors, batch.pinned, device) | hidden)
+
+    def _tensors(self) -> dict[tuple, Tensor]:
+        """All that are values of the batch, by field, or by key and name in `attention`."""
+        own = {(f.name,): getattr(self, f.name) for f in fields(self) if f.name != "pinned"}
+        arrays = {
+            (key, name): t for key, part in self.attention.items() for name, t in part.items()
         }
-        return replace(self, **moved)
+        return {name: t for name, t in (own | arrays).items() if isinstance(t, Tensor)}
+
+    def _with(self, tensors: dict[tuple, Tensor]) -> "PackedBatch":
+        attention = {
+            key: {name: tensors[key, name] for name in part} for key, part in self.attention.items()
+        }
+        own = {name[0]: t for name, t in tensors.items() if len(name) == 1}
+        return replace(self, **own, attention=attention, pinned=None)
+
+
+HIDDEN = ("ref_hidden",)
