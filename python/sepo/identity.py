@@ -107,7 +107,7 @@ def describe_run(
         "adapters": _adapters(model),
         "trained": get_model_param_count(model, trainable_only=True),
         "weights": ", ".join(sorted({_name(p.dtype) for p in model.parameters()})),
-        "precision": {name: getattr(args, name) for name in PRECISION},
+        "precision": {name: getattr(args, name) for name in PRECISION} | _kernels(args),
         "model": _config(model),
         "reference_model": _reference_config(reference),
     }
@@ -202,6 +202,14 @@ def _reference_config(reference: Reference | None) -> dict:
 def _hidden_rows(reference: Reference | None, data: Any) -> str | None:
     cached = isinstance(reference, CachedReference) and reference.stored is not None
     return data.hidden_hash() if cached and isinstance(data, ScoredStore) else None
+
+
+def _kernels(args: SePOConfig) -> dict:
+    """On a GPU, which kernels round between the products: `auto` depends on what is installed.
+
+    A CPU has not all of them, and a run may move there: that is said, as another device.
+    """
+    return {"fused_layers": args.fused_layers} if args.device.type != "cpu" else {}
 
 
 def _adapters(model: nn.Module) -> dict:
