@@ -1,5 +1,6 @@
 """A torn checkpoint is passed over, one of another run refused, and nothing is written then."""
 
+import inspect
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+import transformers
 from processes import ENVIRONMENT, exit_line
 from tiny import random_scored_pairs, tiny_model
 from training_run import make_run, read_log, write_store
@@ -207,6 +209,8 @@ def test_a_finished_run_stays_finished(tmp_path, end, caplog, monkeypatch):
 
 def test_the_loss_of_a_run_that_goes_on_is_of_its_own_steps(tmp_path):
     """Not of those before its checkpoint that were not logged yet."""
+    if "num_steps_trained" not in inspect.getsource(transformers.trainer):
+        pytest.skip("this transformers divides by the steps of all processes")
     arguments = dict(method="simpo", learning_rate=0.01, logging_steps=2, warmup_steps=0)
     arguments["lr_scheduler_type"] = "constant"
     make_trainer(tmp_path, max_steps=3, **arguments).train()

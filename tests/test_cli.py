@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sepo import cli
 from sepo.errors import exit_with_one_line
 
 TEXT_ROW = dict(prompt="w3 w4", chosen="w5 w6", rejected="w7")
+DATASETS = pytest.mark.skipif(find_spec("datasets") is None, reason="needs datasets")
 ROLE = dict(prompt="user", chosen="assistant", rejected="assistant")
 
 
@@ -180,7 +182,7 @@ def test_data(home, tmp_path, refused, rows, message, command):
         ("pairs.jsonl", b'{"prompt": "w3", "chosen": "w4", "rejected": "w5"}\nnull\n', "got null"),
         ("pairs.jsonl", b'{"prompt": "w3", "cho', "line 1: expected a JSON object on each line"),
         ("pairs.csv", b"prompt,chosen,rejected\nw3,w4\n", "line 2: expected 3 cells"),
-        ("pairs.parquet", b"no parquet", "cannot read"),
+        pytest.param("pairs.parquet", b"no parquet", "cannot read", marks=DATASETS),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "score", "inspect", "transfer"])
@@ -198,6 +200,7 @@ def test_a_file_that_cannot_be_read(home, tmp_path, refused, name, content, mess
     assert message in line and name in line
 
 
+@DATASETS
 def test_the_name_of_a_kind_of_file_is_no_data(home, tmp_path, refused, monkeypatch):
     write_rows(tmp_path / "pairs.jsonl", [TEXT_ROW])
     monkeypatch.chdir(tmp_path)
@@ -216,6 +219,7 @@ def test_data_to_evaluate_on_in_a_single_file(home, tmp_path, refused, capsys):
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert any("eval_loss" in json.loads(line) for line in lines)
     # a split that is named is looked for
+    pytest.importorskip("datasets")
     (tmp_path / "out").rename(tmp_path / "done")
     line = refused(*train(home, tmp_path, *argv, "--eval_dataset_split", "test"))
     assert 'Unknown split "test"' in line and "other.jsonl" in line

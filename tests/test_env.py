@@ -1,5 +1,7 @@
 """`sepo env` says what a bug report needs, also where something is missing or broken."""
 
+from importlib.metadata import version
+
 import torch
 import transformers
 
@@ -18,7 +20,7 @@ def lines(capsys) -> dict[str, str]:
 
 def test_a_working_installation(capsys):
     found = lines(capsys)
-    assert found["torch"] == torch.__version__
+    assert found["torch"] == version("torch")
     assert found["transformers"] == transformers.__version__
     assert {"trl", "peft", "flash-attn", "nvcc", "driver", "compiler", "CUDA"} <= set(found)
     assert f"{torch.get_num_threads()} CPU threads" in found["devices"]
@@ -60,4 +62,4 @@ def test_where_torch_cannot_be_loaded(capsys, monkeypatch):
     said = "ImportError: libcudart.so.13: cannot open shared object file"
     assert found["devices"] == found["CUDA"] == found["cpu, float32"] == said
     assert found["cpu, fast in"] == said
-    assert found["torch"] == torch.__version__  # what is installed is known all the same
+    assert found["torch"] == version("torch")  # what is installed is known all the same

@@ -551,5 +551,7 @@ def named_checks():
 
 @pytest.mark.parametrize(("check", "name"), [*named_checks()])
 def test_a_served_field_does_as_transformers_documents(check, name, tmp_path, monkeypatch):
+    if name and name not in SePOConfig.__dataclass_fields__:
+        pytest.skip(f"this transformers has no --{name}")
     given = dict(run=Run(tmp_path), monkeypatch=monkeypatch, name=name)
     check(**{key: given[key] for key in inspect.signature(check).parameters})

@@ -77,6 +77,8 @@ def contender(
     found = Contender(name, "sepo", objective, None, None, attention=impl or "")
     on_cpu = weights.model.device.type == "cpu"
     arguments = settings | ({"attn_impl": impl} if impl else {})
+    if checkpointing:  # False is deprecated in one transformers, and None no value in another
+        arguments |= {"gradient_checkpointing": True}
     folder = Folder()
     config = lambda pairs: SePOConfig(
         output_dir=folder.name,
@@ -84,7 +86,6 @@ def contender(
         pairs_per_step=len(pairs),
         max_tokens_per_batch=1 << 30,  # the step in one micro-batch, as TRL's
         bf16=bf16,
-        gradient_checkpointing=checkpointing or None,  # False is deprecated as well
         recompute=recompute,
         use_cpu=on_cpu,
         report_to="none",

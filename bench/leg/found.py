@@ -29,10 +29,14 @@ def _parsed(line: str) -> dict | None:
 
 
 def absent_rivals(records: Sequence[dict]) -> list[str]:
-    """Of those that make gpu-wheels carries, the ones for want of which a row has no time."""
-    said = (re.fullmatch(r"(\S+) is not installed", row.get("reason", "")) for row in records)
+    """Those that make gpu-wheels carries and are not here, and all that is here and can't be imported."""
+    said = (re.fullmatch(r"(\S+) is not installed", row["reason"]) for row in records)
     missing = {match[1] for match in said if match}
-    return [name for name in RIVALS if name in missing]
+    absent = [f"{name} (a rival, not installed)" for name in RIVALS if name in missing]
+    for row in records:
+        if re.match("(Import|ModuleNotFound)Error", row["reason"]):
+            absent.append(f"{row['provider']} ({row['reason']})")
+    return list(dict.fromkeys(absent))
 
 
 def dead_rivals(records: Sequence[dict]) -> list[str]:
@@ -61,7 +65,7 @@ def summary(
         lines.append(f"refused rivals: {', '.join(refused)}")
     bad = [r.stage for r in results if r.status == FAILED]
     without = [r.stage for r in results if r.status not in (PASSED, FAILED)]
-    without += [f"{name} (a rival, not installed)" for name in absent_rivals(records)]
+    without += absent_rivals(records)
     parts = [f"not well: {', '.join(bad)}"] if bad else []
     parts += [f"not measured: {', '.join(without)}"] if without else []
     parts = parts or ["all is well" if not left_out else "all that was asked for is well"]

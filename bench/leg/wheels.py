@@ -17,10 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 WHEELS, SITE = ROOT / "runs" / "gpu-wheels", ROOT / "runs" / "gpu-site"
 RIVALS = "trl", "liger-kernel", "cut-cross-entropy"
-# pure Python, and xxhash: what else these need, torch and transformers have brought
+# and what these need beside what torch, transformers and sepo have brought; most of it pure Python
 CARRIED = (
     *RIVALS, "datasets", "dill", "multiprocess", "fsspec", "xxhash", "requests", "urllib3", "idna",
-    "charset-normalizer", "certifi", "pytest", "pluggy", "iniconfig",
+    "charset-normalizer", "certifi", "pandas", "python-dateutil", "six", "pytest", "pluggy", "iniconfig",
 )  # fmt: skip
 # newest first; and wheels for any machine
 LINUX = tuple(f"manylinux_2_{n}" for n in (28, 27, 24, 17)) + ("manylinux2014",)

@@ -229,6 +229,9 @@ def _merged(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
         whole = [m for m in config.modules_to_save or () if not any(f".{m}." in n for n in names)]
         _demand(folder.path, adapted, [*found.missing_keys, *whole], found.unexpected_keys, [])
         model = adapted.merge_and_unload(safe_merge=True)
+        vars(model).pop(
+            "peft_config", None
+        )  # which an older peft leaves, as of a model with adapters
     except UNREADABLE as error:
         raise InputError(
             f"{folder.path} can't be merged into {folder.base.path}: {_first_line(error)}"

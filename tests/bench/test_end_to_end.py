@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from bench_jobs import finished
+from bench_jobs import COUNTED, finished
 from scoring_for_tests import make_tokenizer
 from tiny import V, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -163,6 +163,7 @@ def test_what_each_saving_reads(weights):
     assert work["shared"].flops > work["truncated"].flops == work["fused"].flops
 
 
+@COUNTED
 def test_model_flops_are_what_torch_counts(weights):
     """A pass over unpadded rows without a cache: nothing is computed that the model does not need."""
     model = weights.twin()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.flop_counter as counter
+from bench_jobs import COUNTED
 from tiny import V, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -85,6 +86,7 @@ def modelled(decoder: Decoder, triples: list, schedule: Schedule) -> float:
     [("llama", saving) for saving in ALL_SAVINGS]
     + [(arch, saving) for arch in MODELS if arch != "llama" for saving in ("unpacked", "fused")],
 )
+@COUNTED
 def test_flop_of_every_saving_are_what_torch_counts(arch, saving):
     weights = small(arch)
     pairs = drawn(weights)
@@ -139,6 +141,7 @@ STEPS = {  # of the trainer: method, what it is given, the schedule
         for step in ("checkpointing", "dpo, live")
     ],
 )
+@COUNTED
 def test_flop_of_the_trainers_step_are_what_torch_counts(arch, step):
     method, given, schedule = STEPS[step]
     weights = small(arch)
@@ -164,6 +167,7 @@ def test_flop_of_the_trainers_step_are_what_torch_counts(arch, step):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
+@COUNTED
 def test_adapters_cost_what_torch_counts(tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_model(num_hidden_layers=8)

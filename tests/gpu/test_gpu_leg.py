@@ -126,6 +126,8 @@ keep()
 keep(provider="cce", status="measured", ours=False)
 keep(provider="quack", status="skipped", reason="needs compute capability 9.0", ours=False)
 if answer == "bare": keep(provider="trl", status="skipped", reason="trl is not installed", ours=False)
+if answer == "broken":
+    keep(provider="trl_divergence", status="refused", reason="ImportError: no pandas", ours=False)
 if answer == "memory": keep(provider="dense", status="refused", reason="out of memory", ours=False)
 if answer == "refuses":
     Path(os.environ["SEPO_LEG_LEDGER"]).write_text("compute-sanitizer refuses: no\\n"); sys.exit(75)
@@ -141,6 +143,7 @@ if answer == "hangs": time.sleep(600)
         ({}, 0, "all is well"),
         ({"kl-ref-policy": "memory"}, 0, "all is well"),
         ({"head-large-30": "bare"}, 3, "not measured: trl (a rival, not installed)"),
+        ({"kl-ref-policy": "broken"}, 3, "not measured: trl_divergence (ImportError: no pandas)"),
         ({"racecheck": "refuses"}, 3, "not measured: racecheck"),
         ({"step llama-1b": "hangs"}, 3, "not measured: step llama-1b"),
         ({"head-large-30": "dies"}, 1, "not well: head-large-30"),

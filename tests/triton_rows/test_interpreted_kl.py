@@ -17,7 +17,7 @@ from ops.kl_cases import (
 from sepo.ops import selected_logprob, selected_logprob_kl
 from sepo_kernels import triton_kl_slopes, triton_rows
 from sepo_kernels.configs import CONFIGS
-from sepo_kernels.selected_logprob_kl import reference, schedule
+from sepo_kernels.selected_logprob_kl import reference, schedule, triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (N, M, D, D_ref, V), columns of a tile
@@ -125,6 +125,26 @@ def test_gradient_near_the_reference_keeps_its_digits(tile, direction, distance)
     # what is left is the error of log q - log p, a difference of logits of about 5
     limit = 1e-6 / distance + 1e-6
     assert max_error(found["weight"], truth["weight"]) < limit * truth["weight"].abs().max().item()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_kl_near_the_reference_has_digits_for_unlikely_targets(tile, direction):
+    """Relative to the target both sums are above e^15: two rounded logarithms would differ by 1e-6."""
+    tile(32)
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(32, 101, generator=g)
+    logits[:, 7] = logits.amax(-1) - 15
+    near = logits + 1e-3 * torch.randn(32, 101, generator=g)
+    log_p, log_q = logits.double().log_softmax(-1), near.double().log_softmax(-1)
+    if direction == "ref||policy":
+        log_p, log_q = log_q, log_p
+    truth = (log_p.exp() * (log_p - log_q)).sum(-1)
+    x = torch.eye(32)
+    kl = triton.forward(
+        x, logits.T.contiguous(), None, x, near.T.contiguous(), None, torch.full((32,), 7), 1.0,
+        None, direction, None, (torch.empty(32, 101), torch.empty(32, 101)),
+    )[2]  # fmt: skip
+    assert (kl.double() - truth).abs().mean() < 2e-7
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # done again from there
