@@ -34,7 +34,7 @@ from sepo.model import explain_attention, load_model, load_tokenizer
 from sepo.options import say_idle
 from sepo.reference import Reference, cached_reference, load_reference
 from sepo.resumable import of_rank_0
-from sepo.terminal import say
+from sepo.terminal import release_warnings, say
 from sepo.trainer import SePOTrainer
 
 
@@ -80,6 +80,7 @@ def train(args: SePOConfig) -> None:
     )
     if args.should_log:
         print(f"attention: {explain_attention(trainer.model, dtype=compute_dtype(args))}")
+    release_warnings()
     trainer.train(resume_from_checkpoint=resume_argument(args))
     trainer.save_model()
     trainer.save_state()
