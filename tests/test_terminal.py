@@ -1,7 +1,10 @@
 """Text of the data reaches the terminal as text, whichever command prints it."""
 
 import io
+import sys
+import warnings
 from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from sepo.data.carry import Coverage, LeftOut
 from sepo.data.read import Report
 from sepo.data.types import TokenPair
 from sepo.errors import InputError, exit_with_one_line
-from sepo.terminal import escaped, say
+from sepo.terminal import escaped, release_warnings, say
 
 ID = "a\x1b[2J\x1b]0;owned\x07b\r\x9b31m\u202ec"  # clears the screen, sets the title, goes back
 SHOWN = r"a\x1b[2J\x1b]0;owned\x07b\r\x9b31m\u202ec"
@@ -39,6 +42,57 @@ def test_a_refusal_that_names_a_row(capsys):
     # blanks, the carriage return among them, are one blank in a line
     shown = SHOWN.replace(r"b\r", "b ")
     assert capsys.readouterr().err == f"sepo: error: row {shown}: expected a response\n"
+
+
+@contextmanager
+def as_a_process_shows_them():
+    """Where pytest would record them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
+def shown(main, capfd) -> tuple[int, list[str]]:
+    """Exit code and what stderr got."""
+    with as_a_process_shows_them(), pytest.raises(SystemExit) as stop:
+        exit_with_one_line(main)
+    return stop.value.code, capfd.readouterr().err.splitlines()
+
+
+def test_warnings_of_others_are_no_second_line_of_a_refusal(capfd):
+    def main():
+        warnings.warn("a head that is tied", stacklevel=1)
+        raise InputError("an adapter on the head")
+
+    assert shown(main, capfd) == (2, ["sepo: error: an adapter on the head"])
+
+
+def test_warnings_of_what_goes_well_are_shown(capfd):
+    assert shown(lambda: warnings.warn("at last", stacklevel=1), capfd) == (0, ["warning: at last"])
+
+
+def test_warnings_are_shown_at_once_when_the_work_begins(capfd):
+    def main():
+        warnings.warn("before", stacklevel=1)
+        assert not capfd.readouterr().err
+        release_warnings()
+        assert "before" in capfd.readouterr().err
+        warnings.warn("meanwhile", stacklevel=1)
+        assert "meanwhile" in capfd.readouterr().err
+        raise InputError("at last")
+
+    assert shown(main, capfd) == (2, ["sepo: error: at last"])
+
+
+def test_warnings_of_a_bug_are_shown(capfd):
+    def main():
+        warnings.warn("a hint", stacklevel=1)
+        raise KeyError("a bug")
+
+    with as_a_process_shows_them(), pytest.raises(KeyError):
+        exit_with_one_line(main)
+    assert "a hint" in capfd.readouterr().err
 
 
 def test_a_report_of_what_was_read(capsys):

@@ -1,12 +1,11 @@
 """The one exception a user is meant to read, and how a command ends."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from sepo.terminal import say
+from sepo.terminal import StdoutError, held_warnings, release_warnings, say, standard_streams
 
 
 class InputError(ValueError):
@@ -28,19 +27,20 @@ def exit_with_one_line(main: Callable[[], None]) -> NoReturn:
 def in_one_line() -> Iterator[None]:
     """End the process as a command does: code 2 after an InputError, 130 and 141 as shells say.
 
-    What stdout's encoding can't show is written as escapes.
+    What stdout's encoding can't show is written as escapes. Warnings wait until it is known that
+    there is no InputError to come: see `sepo.terminal.release_warnings`.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
-        if sys.stdout is not None:  # closed by whoever started this
-            sys.stdout.flush()
-    except InputError as error:
+        with standard_streams(), held_warnings():
+            try:
+                yield
+            except InputError:
+                release_warnings(shown=False)
+                raise
+    except (InputError, StdoutError) as error:
         say(f"sepo: error: {' '.join(str(error).split())}", out=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader has seen enough: `sepo inspect ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -21,7 +21,7 @@ from sepo.model import load_model, load_tokenizer
 from sepo.options import device, positive, say_idle, say_idle_of_a_store, whole_number
 from sepo.reference import cached_reference
 from sepo.score import KEEP, SAMPLE, score_dataset, shard_name
-from sepo.terminal import say
+from sepo.terminal import release_warnings, say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -123,6 +123,7 @@ def _score(args: argparse.Namespace) -> None:
         tokens, why = scoring_budget(models, itemsize)
         say(f"batches: {why}")
     wants_score = args.oracle is not None or not args.keep
+    release_warnings()
     score_dataset(
         data.pairs,
         args.output_dir,

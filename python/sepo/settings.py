@@ -8,7 +8,11 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun set
 
 
 def check_settings() -> None:
-    """Raises InputError, naming the variable."""
+    """Raises InputError, naming the variable; and in a folder that somebody has removed."""
+    try:
+        os.getcwd()
+    except OSError as error:  # in which MKL ends the process, and relative paths are none
+        raise InputError(f"the current folder: expected one to start in, got {error}") from error
     for name in RANKS:
         try:
             int(os.environ.get(name, 0))

@@ -34,7 +34,7 @@ from sepo.model import explain_attention, load_model, load_tokenizer
 from sepo.options import say_idle
 from sepo.reference import Reference, cached_reference, load_reference
 from sepo.resumable import of_rank_0
-from sepo.terminal import say
+from sepo.terminal import release_warnings, say
 from sepo.trainer import SePOTrainer
 
 
@@ -82,6 +82,7 @@ def train(args: SePOConfig) -> None:
         print(f"attention: {explain_attention(trainer.model, dtype=compute_dtype(args))}")
         for what, why in trainer.explained.items():
             print(f"{what}: {why}")
+    release_warnings()
     trainer.train(resume_from_checkpoint=resume_argument(args))
     trainer.save_model()
     trainer.save_state()
