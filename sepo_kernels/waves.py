@@ -6,10 +6,10 @@ two. The choice is a function of sizes and of the number of multiprocessors: not
 
 from functools import lru_cache
 
+from sepo_kernels.configs import RESIDENT_ROWS
+
 # rows and columns of a product that a multiprocessor makes at once, as libraries cut large ones
 TILE_ROWS, TILE_COLUMNS = 128, 256
-# rows that a multiprocessor walks at once, by the number of heads: what registers and warps let
-RESIDENT = {1: 8, 2: 8}
 ENOUGH_ROWS = 1024  # of a product, which reads the weight once a chunk: more take memory alone
 # FLOP of a product in the time of a byte of memory, of an H200 (790 TFLOP/s, 4.3 TB/s); what is
 # chosen hardly depends on it
@@ -20,7 +20,7 @@ ALIKE, FULL_ENOUGH = 1.03, 0.6
 
 def working_rows(multiprocessors: int, heads: int) -> int:
     """Rows of a chunk that are as good as any more: one wave, on a large GPU."""
-    return max(ENOUGH_ROWS, multiprocessors * RESIDENT[heads])
+    return max(ENOUGH_ROWS, multiprocessors * RESIDENT_ROWS[heads])
 
 
 @lru_cache(maxsize=256)
@@ -40,7 +40,7 @@ def chunk_rows(
         return max(1, total)
     if limit < TILE_ROWS:
         return limit
-    at_once = multiprocessors * RESIDENT[heads]
+    at_once = multiprocessors * RESIDENT_ROWS[heads]
 
     def sizes(rows: int) -> dict[int, int]:  # of the chunks, and how many have it
         return {rows: total // rows} | ({total % rows: 1} if total % rows else {})

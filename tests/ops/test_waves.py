@@ -2,7 +2,8 @@
 
 import pytest
 
-from sepo_kernels.waves import RESIDENT, TILE_ROWS, chunk_rows, last_wave, working_rows
+from sepo_kernels.configs import RESIDENT_ROWS
+from sepo_kernels.waves import TILE_ROWS, chunk_rows, last_wave, working_rows
 
 H200, A100 = 132, 108
 # rows of the benchmark's cases, and of KL's
@@ -16,7 +17,7 @@ def chunks(M, rows) -> list[int]:
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize(("M", "V", "D"), LARGE)
 def test_no_wave_of_the_benchmark_is_less_than_60_percent_full(M, V, D, heads):
-    at_once = H200 * RESIDENT[heads]
+    at_once = H200 * RESIDENT_ROWS[heads]
     rows = chunk_rows(M, working_rows(H200, heads), V, D, H200, heads)
     sizes = chunks(M, rows)
     assert min(last_wave(size, at_once) for size in sizes) >= 0.6, sizes
@@ -26,7 +27,7 @@ def test_no_wave_of_the_benchmark_is_less_than_60_percent_full(M, V, D, heads):
 
 
 def test_the_chunk_of_819_rows_that_took_two_waves(monkeypatch):
-    monkeypatch.setitem(RESIDENT, 1, 6)
+    monkeypatch.setitem(RESIDENT_ROWS, 1, 6)
     chunk_rows.cache_clear()
     assert last_wave(819, H200 * 6) < 0.04
     assert chunk_rows(8192, 819, 128256, 4096, H200, 1) == 768
