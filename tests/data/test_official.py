@@ -1,7 +1,6 @@
 """The CSV of SePO's released code, written here as that code writes it, is read as it meant it."""
 
 import numpy as np
-import pandas as pd
 import pytest
 from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_tokenizer
 
@@ -13,6 +12,7 @@ from sepo.data.select import select_positions
 from sepo.errors import InputError
 
 datasets = pytest.importorskip("datasets")
+pd = pytest.importorskip("pandas")  # which datasets brings
 TEXTS = [
     (
         "Tell me",
