@@ -2,8 +2,8 @@
 
 import argparse
 import json
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -58,6 +58,7 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # of flags that take a mapping
 SEEDS = ("seed", "data_seed")
+MOST = 1 << 53
 LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # of its own, instead of ours
 
 
@@ -330,6 +331,10 @@ def _check_numbers(args: SePOConfig) -> None:
         for name in names:
             if (value := getattr(args, name)) is not None and not holds(value):
                 raise InputError(f"--{name}: expected {words}, got {value}")
+    for name, value in vars(args).items():  # of a count; beyond these torch and floats have none
+        is_count = type(value) is int or name == "num_train_epochs"
+        if is_count and not -MOST < value < MOST:
+            raise InputError(f"--{name}: expected a number below 2**53, got {value}")
     if args.max_steps <= 0 and not args.num_train_epochs > 0:
         got = args.num_train_epochs
         raise InputError(f"--num_train_epochs: expected a positive number, got {got}")
@@ -353,7 +358,7 @@ def _check_words(args: SePOConfig) -> None:
                 raise InputError(f"--{name}: expected {expected}, got {in_yaml(word)}")
     for name in args._VALID_DICT_FIELDS:
         value = getattr(args, name, None)
-        if not isinstance(value, str) or (name in FILES and Path(value).is_file()):
+        if not isinstance(value, str) or (name in FILES and os.path.isfile(value)):
             continue
         try:
             is_mapping = isinstance(json.loads(value), dict)

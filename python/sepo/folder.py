@@ -25,9 +25,9 @@ INDEX = "model.safetensors.index.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"}
 WRAPPERS = {"_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP"}  # marks of theirs
-UNREADABLE = (
-    OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError,
-    StrictDataclassError,
+UNREADABLE = (  # what transformers makes of a configuration that can't be, among others
+    OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError,
+    ArithmeticError, AssertionError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 
 
@@ -140,6 +140,8 @@ def _weight_files(path: str) -> list[str]:
         )
     try:
         names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{names[0]}, which names no file")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"can't load a model from {path}: expected a weight_map in {INDEX}, got "

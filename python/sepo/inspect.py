@@ -134,7 +134,7 @@ def _verify(path: str) -> None:
         size = f"{len(store)} pairs, {store.manifest['tokens']} tokens"
         how = "whole, but not all of it has checksums" if store.unchecked else "as it was written"
         say(f"{path}: {how}: {size}")
-    elif (Path(path) / MARK).is_file():
+    elif os.path.isfile(Path(path) / MARK):
         if (reason := why_torn(Path(path))) is not None:
             raise InputError(f"{path} is not a complete checkpoint: {reason}")
         say(f"{path}: as it was written: step {read_mark(path)['step']}")

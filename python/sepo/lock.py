@@ -24,6 +24,8 @@ def lock(folder: str | os.PathLike, name: str = "sepo") -> Iterator[None]:
     Who holds it may take it again. Raises InputError where another process holds it, and for a
     folder that can't be made or written to.
     """
+    if not os.fspath(folder):
+        raise InputError("expected a folder to write to, got an empty name")
     made: list[Path] = []  # folders, the deepest first
     file = Path(os.path.realpath(folder)) / f".{name}.lock"
     holdings = _held.get(key := (file, threading.get_ident()))

@@ -8,6 +8,7 @@ done after the checkpoint is done again.
 import errno
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, model: nn.Module, args: SePOConfig, *, run: dict | None, **kwargs):
         self.run, self._flags = run, describe_flags(args)
         asked = args.resume_from_checkpoint
-        if run is not None and asked is not None and Path(asked).is_dir():
+        if run is not None and asked is not None and os.path.isdir(asked):
             # before Trainer makes the output directory
             of_rank_0(args, lambda: check_same_run(asked, run))
         super().__init__(model, args, **kwargs)

@@ -14,8 +14,10 @@ def check_settings() -> None:
     except OSError as error:  # in which MKL ends the process, and relative paths are none
         raise InputError(f"the current folder: expected one to start in, got {error}") from error
     for name in RANKS:
+        least = 1 if name.endswith("WORLD_SIZE") else -1  # which some launchers mean none by
         try:
-            int(os.environ.get(name, 0))
+            if not least <= int(os.environ.get(name, 1)) < 2**31:
+                raise ValueError
         except ValueError:
             raise InputError(
                 f"{name}: expected a whole number, as torchrun sets it, got {os.environ[name]}"

@@ -165,7 +165,7 @@ def compute_dtype(args: SePOConfig) -> torch.dtype:
 def hold_output_dir(args: SePOConfig, held: ExitStack) -> None:
     """Take it for this run alone. Raises InputError for one that can't be trained in."""
     output_dir = Path(args.output_dir)
-    held.enter_context(lock(output_dir))
+    held.enter_context(lock(args.output_dir))
     if contents(output_dir) and args.resume_from_checkpoint is None:
         raise InputError(
             f"--output_dir {output_dir} is not empty: choose another, or continue with "

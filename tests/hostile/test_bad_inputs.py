@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 from bad_inputs import Case, cases
+from odd_inputs import odd_cases
 from processes import ENVIRONMENT
 from training_run import make_run
 
 from sepo import cli
 from sepo.errors import exit_with_one_line
 
-CASES = [case for case in cases() if not case.process]
-PROCESSES = [*(case for case in cases() if case.process), *CASES[::100]]  # and a sample once more
+ALL = [*cases(), *odd_cases()]
+CASES = [case for case in ALL if not case.process]
+PROCESSES = [*(case for case in ALL if case.process), *CASES[::100]]  # and a sample once more
 SECONDS = 60
 # tracebacks of today, each a gap in the reading of stores, models and data files
 BAR = re.compile(r"\r|\d+%\|")  # of progress: there is more than one way to end its line

@@ -199,13 +199,15 @@ def weight(row: dict, id: str, side: str, count: int) -> np.ndarray | None:  # (
             f"row {id}: expected {field} to hold {count} numbers, one for each token of "
             f"{side}_ids, got {len(array)}: {short(row[field])}"
         )
-    if not (good := np.isfinite(array) & (array >= 0)).all():
+    with np.errstate(over="ignore"):
+        narrow = array.astype(np.float32)  # in which 1e300 is infinite
+    if not (good := np.isfinite(narrow) & (array >= 0)).all():
         raise InputError(f"row {id}: expected {field} to be finite and >= 0, got {array[~good][0]}")
     if field.endswith("mask") and not (good := np.isin(array, (0, 1))).all():
         raise InputError(
             f"row {id}: expected {field} to be 0 or 1 (else: weights), got {array[~good][0]}"
         )
-    return array.astype(np.float32)
+    return narrow
 
 
 def _array(value: Any, id: str, field: str) -> np.ndarray:

@@ -183,6 +183,8 @@ def _save(file: Path, tensors: dict[str, Tensor], about: dict) -> None:
 
 def _open(file: Path):
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for, for ever
+            raise OSError("it is no file")
         return safe_open(file, framework="pt")
     except FileNotFoundError as error:
         raise InputError(f"{file} is missing; run the same `sepo score` command again") from error

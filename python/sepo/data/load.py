@@ -1,5 +1,6 @@
 """Rows from a local file, a saved directory, the hub, or memory."""
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -61,7 +62,7 @@ def is_rows(data: Any) -> bool:
 
 def default_split(source: str | Path, usual: str) -> str:
     """The split that is meant where none is named: a file is all one."""
-    return "train" if Path(source).expanduser().is_file() else usual
+    return "train" if os.path.isfile(os.path.expanduser(source)) else usual
 
 
 # --- what is in memory ---------------------------------------------------------------------------
@@ -100,14 +101,15 @@ def _pick(splits: Mapping, split: str, name: str) -> Any:
 
 
 def _load(source: str | Path, split: str, config: str | None) -> Rows:
-    path = Path(source).expanduser()
-    if path.is_file():
+    # not pathlib's own of each, which raise for a name that is too long or whose ~user is nobody
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path):
         return _load_file(path, split)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
         return _load_saved(path, split)
-    if (path / "manifest.json").is_file():
+    if os.path.isfile(path / "manifest.json"):
         raise InputError(f"expected rows of text or token ids, got a scored store: {source}")
-    if path.is_dir():
+    if os.path.isdir(path):
         # a relative path may be the name of a reader (json), which takes all there is in this folder
         return _load_dataset(str(path.resolve()), config, split, source)
     if _looks_like_path(str(source)):

@@ -60,8 +60,10 @@ def run(args: argparse.Namespace) -> None:
         return
     is_folder = args.format == "png"
     path = Path(args.output or ("report" if is_folder else "report.html"))
-    if not is_folder and path.is_dir():
-        raise InputError(f"{path}: expected a file to write, got a folder")
+    if not is_folder and os.path.exists(path) and not os.path.isfile(path):
+        # a page takes the place of what is there: of a device that all programs use, too
+        found = "a folder" if os.path.isdir(path) else "a device or a pipe"
+        raise InputError(f"{path}: expected a file to write, got {found}")
     folder, owner = path if is_folder else path.parent, f"{OWNER}{os.getpid()}"
     with lock(folder, owner):  # before anything is read: it refuses what can't be written to
         temporaries = "*.png" if is_folder else glob.escape(path.name)

@@ -1,6 +1,7 @@
 """A training run's metrics.jsonl as columns."""
 
 import json
+import os
 from pathlib import Path
 
 from sepo.errors import InputError
@@ -18,7 +19,7 @@ def read_run(folder: Path, name: str) -> dict:
     not a JSON object with a step.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{name}: expected the folder of a training run, found no {FILE}")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
