@@ -40,7 +40,7 @@ def build(spans: tuple[Span, ...], terms: Terms) -> Attend:
     pairs = torch.tensor(spans, dtype=torch.int64)  # (P, 4)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return _Attention.apply(query, key, value, pairs, scale, terms.window or 0)[None]
 
