@@ -1,10 +1,6 @@
 """What transformers offers to train large models: it works here, and changes no result."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +18,6 @@ from sepo.errors import InputError
 from sepo.layers import compile_layers
 from sepo.model import prepare_model
 
-ROOT = Path(__file__).parents[1]
 # what torch says of itself while it compiles: Dynamo asks every input for its .grad and instantiates
 # an autograd.Function to ask for its class, Inductor imports torch.jit
 COMPILED = (
@@ -206,6 +201,21 @@ def test_packs_of_any_length_share_the_compiled_layers(checkpointing):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
+@compiled
+def test_no_part_falls_back_to_eager(tmp_path):
+    """Two kinds of layers, their training and evaluation, and a reference: more than Dynamo's 8."""
+    args = dict(arch="gemma2", method="dpo", pairs=bare(PAIRS), eval_pairs=bare(PAIRS[:4]))
+    limit = torch._dynamo.config.recompile_limit
+    reference = tiny_model("gemma2", seed=1, hidden_size=16)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        trainer = make_trainer(
+            tmp_path, **args, reference_model=reference, eval_strategy="epoch", torch_compile=True,
+            torch_compile_backend="aot_eager",
+        )  # fmt: skip
+        trainer.train()
+    assert torch._dynamo.config.recompile_limit == limit
+
+
 INDUCTOR = """
 import sys
 from pathlib import Path
@@ -246,32 +256,14 @@ def test_the_compiled_model_trains_the_same(tmp_path):
 
 
 def test_ligers_losses_are_off(monkeypatch):
+    """transformers' flag is another name of --fused_layers liger, for one model and not for all."""
     config = liger_config(monkeypatch)
-    assert config.use_liger_kernel
-    assert config.liger_kernel_config == dict(cross_entropy=False, fused_linear_cross_entropy=False)
+    assert config.fused_layers == "liger" and not config.use_liger_kernel
     config = liger_config(monkeypatch, dict(rope=False, cross_entropy=False))
-    assert config.liger_kernel_config["rope"] is False
+    assert config.liger_kernel_config == dict(rope=False, cross_entropy=False)
     message = "--liger_kernel_config fused_linear_cross_entropy: expected false, got true"
     with pytest.raises(InputError, match=message):
         liger_config(monkeypatch, dict(fused_linear_cross_entropy=True))
-
-
-LIGER = """
-from tiny import tiny_model
-from transformers.integrations.liger import apply_liger_kernel
-from sepo.model import prepare_model
-model = prepare_model(tiny_model())
-ours, norm = model.forward, type(model.model.norm).forward
-apply_liger_kernel(model, dict(cross_entropy=False, fused_linear_cross_entropy=False))
-assert model.forward == ours and model.model.norm.forward.__func__ is not norm
-"""
-
-
-def test_ligers_layers_leave_the_forward_alone():
-    """In a process of its own: Liger changes classes, for all models to come."""
-    pytest.importorskip("liger_kernel", reason="liger-kernel is for GPUs")
-    path = ":".join(map(str, (ROOT, ROOT / "python", ROOT / "tests")))
-    subprocess.run([sys.executable, "-c", LIGER], env=os.environ | {"PYTHONPATH": path}, check=True)
 
 
 def liger_config(monkeypatch, kernels: dict | None = None) -> SePOConfig:

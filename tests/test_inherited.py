@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.integrations import integration_utils
 
-from sepo import SePOConfig, packages, trainer
+from sepo import SePOConfig, fused, packages, trainer
 from sepo.arguments import parse
 from sepo.errors import InputError
 from sepo.inherited import FIELDS, Decided, Needs, Refused
@@ -124,7 +124,7 @@ MET = {  # of each Needs, values that meet it
     "eval_steps": dict(eval_strategy="steps"),
     "fsdp_config": dict(fsdp=True),
     "greater_is_better": dict(save_strategy="best"),
-    "liger_kernel_config": dict(use_liger_kernel=True),
+    "liger_kernel_config": dict(fused_layers="liger"),
     "logging_steps": dict(logging_strategy="steps"),
     "metric_for_best_model": dict(load_best_model_at_end=True),
     "optim_args": dict(optim="sgd"),
@@ -319,7 +319,7 @@ LAYERS = ("LlamaDecoderLayer",)
 @shows("torch_compile_backend", "torch_compile_mode")
 def _(run, monkeypatch):
     seen = []
-    monkeypatch.setattr(trainer, "compile_layers", lambda model, plugin: seen.append(plugin))
+    monkeypatch.setattr(fused, "compile_layers", lambda model, plugin: seen.append(plugin))
     run.make(torch_compile_backend="inductor", torch_compile_mode="reduce-overhead")
     assert [(p.backend.value, p.mode) for p in seen] == [("INDUCTOR", "reduce-overhead")]
 

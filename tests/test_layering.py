@@ -22,7 +22,8 @@ STEP = {
     f"sepo.{name}" for name in ("accepted", "methods", "metrics", "adapters", "layers", "prepared")
 }
 STEP |= {
-    f"sepo.{name}" for name in ("identity", "resumable", "reference", "tokens", "masked", "routers")
+    f"sepo.{name}"
+    for name in ("fused", "identity", "resumable", "reference", "tokens", "masked", "routers")
 }
 ALLOWED = {
     "sepo_kernels": set(),
@@ -54,7 +55,9 @@ ALLOWED = {
     "sepo.accepted": DATA | METHODS | {"sepo.methods", "sepo.metrics"},
     "sepo.metrics": METHODS | {"sepo.data", "sepo.methods"},
     "sepo.adapters": LEAVES | {"sepo.config"},
-    "sepo.layers": set(),
+    "sepo.budget": set(),
+    "sepo.layers": {"sepo.errors", "sepo_kernels"},
+    "sepo.fused": RESPONSE | {"sepo.budget", "sepo.config", "sepo.decoder", "sepo.layers"},
     "sepo.masks": RESPONSE,
     "sepo.routers": DATA,
     "sepo.tokens": RESPONSE

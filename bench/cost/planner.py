@@ -12,6 +12,7 @@ from bench.cost.decoder import Decoder, named
 from bench.cost.gpu import BANDWIDTH_SHARE, GPU, UTILISATION, find, hours, hours_at_full_rate
 from bench.cost.lengths import Lengths
 from bench.cost.work import Schedule, Work, forward_work, scaled, step_work
+from sepo.budget import OFF_A_GPU
 from sepo.config import MethodName, SePOConfig
 from sepo.errors import InputError
 from sepo.methods import METHODS
@@ -175,7 +176,7 @@ def plan(path: str | Path) -> str:
         fraction = (fraction + share("rejected_fraction")) / 2
     setting = Setting(
         find(keys.gpu), keys.gpus, keys.utilisation,
-        default("max_tokens_per_batch"), default("pairs_per_step"),
+        default("max_tokens_per_batch") or OFF_A_GPU, default("pairs_per_step"),
         bool(default("gradient_checkpointing")), default("recompute") == "cheap",
         keys.length_spread,
     )  # fmt: skip

@@ -82,7 +82,7 @@ def contender(
         output_dir=folder.name,
         method=objective,
         pairs_per_step=len(pairs),
-        max_tokens_per_batch=None,  # the step in one micro-batch, as TRL's
+        max_tokens_per_batch=1 << 30,  # the step in one micro-batch, as TRL's
         bf16=bf16,
         gradient_checkpointing=checkpointing or None,  # False is deprecated as well
         recompute=recompute,

@@ -17,7 +17,7 @@ from sepo.inherited import idle_inherited, refuse_inherited
 from sepo.options import say_idle
 from sepo.packages import check_compiler, check_packages
 from sepo.values import check_values, in_yaml
-from sepo_kernels.platform import fast_dtype
+from sepo_kernels.platform import INTERPRET, fast_dtype
 
 MethodName = Literal[
     "sft", "dpo", "ipo", "dpop", "tdpo1", "tdpo2", "sparsepo", "mapo", "simpo", "rrhf", "sepo",
@@ -30,6 +30,7 @@ Form = Literal["code", "paper"]
 MaskKind = Literal["learned", "binary", "random"]
 MaskNorm = Literal["minmax", "zscore"]
 Recompute = Literal["nothing", "cheap"]
+FusedLayers = Literal["auto", "liger", "compile", "none"]
 FirstToken = Literal["paper", "official"]
 DEFAULT_BETA = dict.fromkeys(("dpo", "ipo", "tdpo1", "tdpo2", "sparsepo", "mapo"), 0.1)
 DEFAULT_BETA |= {"dpop": 0.3, "simpo": 2.0}
@@ -44,6 +45,7 @@ CHOICES = {
     "mask_norm": MaskNorm,
     "first_token": FirstToken,
     "recompute": Recompute,
+    "fused_layers": FusedLayers,
 }
 POSITIVE = (
     "pairs_per_step", "max_tokens_per_batch", "max_length", "head_budget", "lora_r", "lora_alpha",
@@ -158,8 +160,7 @@ class SePOConfig(TrainingArguments):
     pairs_per_step: int = _help("Pairs of one optimiser step, over all ranks.", 128)
     max_tokens_per_batch: int | None = _help(
         "Token budget of one micro-batch, at least the longest pair. Changes speed and memory, "
-        "never the gradient.",
-        8192,
+        "never the gradient. Default: what a GPU's memory holds, up to 65536; 8192 elsewhere."
     )
     head_budget: int | None = _help("Bytes for logits or probabilities at once.")
     recompute: Recompute = _help(
@@ -167,6 +168,12 @@ class SePOConfig(TrainingArguments):
         "backward; about half the memory, nearly the same time. --gradient_checkpointing makes "
         "everything again.",
         "nothing",
+    )
+    fused_layers: FusedLayers = _help(
+        "Norms, activations and rotations of a layer in few kernels: liger (its kernels for layers, "
+        "never its losses), compile (each part of a layer compiled) or none. auto: on a GPU liger "
+        "where it is installed and knows the architecture, else compile; none on a CPU.",
+        "auto",
     )
     disable_dropout: bool = _help("Train without the model's own dropout.", True)
 
@@ -242,15 +249,6 @@ def _translate(args: SePOConfig) -> None:
         raise InputError(f"--bf16: expected true | false | auto, got {args.bf16}") from None
     if args.bf16 and accelerator is None:
         args.use_cpu = True  # transformers wants to be told, though nothing else is there
-    if args.use_liger_kernel:
-        asked = dict(args.liger_kernel_config or {})
-        for loss in LIGER_LOSSES:
-            if asked.get(loss):
-                raise InputError(
-                    f"--liger_kernel_config {loss}: expected false, got true: "
-                    "the loss needs the head at the selected rows only"
-                )
-        args.liger_kernel_config = asked | dict.fromkeys(LIGER_LOSSES, False)
 
 
 def _check(args: SePOConfig) -> None:
@@ -281,14 +279,39 @@ def _check(args: SePOConfig) -> None:
         raise InputError("--fp16: float16 is computed with on a GPU, got a CPU; see --bf16")
     if args.load_in_4bit and args.load_in_8bit:
         raise InputError("expected --load_in_4bit or --load_in_8bit, got both")
-    if args.use_liger_kernel and not _has_gpu(args):
-        raise InputError("--use_liger_kernel: its kernels need a GPU, got a CPU")
+    _check_fused(args)
     check_packages(args)
     if args.n_gpu > 1:
         raise InputError(
             f"{args.n_gpu} GPUs in one process: start with "
             f"torchrun --nproc-per-node {args.n_gpu} -m sepo.train"
         )
+
+
+def _check_fused(args: SePOConfig) -> None:
+    """--fused_layers beside transformers' own flags for the same: one of them decides."""
+    wish, liger = args.fused_layers, "--fused_layers liger"
+    for flag, given, agrees in (
+        ("--use_liger_kernel", args.use_liger_kernel, ("auto", "liger")),
+        ("--torch_compile", args.torch_compile, ("auto", "compile")),
+        ("--recompute cheap", args.recompute == "cheap", ("auto", "liger", "none")),
+    ):
+        if given and wish not in agrees:
+            expected = " or ".join(agrees)
+            raise InputError(f"{flag}: expected --fused_layers {expected} beside it, got {wish}")
+    if args.use_liger_kernel:
+        if args.torch_compile:
+            raise InputError("--use_liger_kernel: expected without --torch_compile, got both")
+        # Trainer would let Liger change classes, for every model to come
+        args.fused_layers, args.use_liger_kernel, liger = "liger", False, "--use_liger_kernel"
+    if args.fused_layers == "liger" and not (_has_gpu(args) or INTERPRET):
+        raise InputError(f"{liger}: its kernels need a GPU, got a CPU")
+    for loss in LIGER_LOSSES:
+        if (args.liger_kernel_config or {}).get(loss):
+            raise InputError(
+                f"--liger_kernel_config {loss}: expected false, got true: "
+                "the loss needs the head at the selected rows only"
+            )
 
 
 def _check_numbers(args: SePOConfig) -> None:

@@ -102,7 +102,7 @@ def describe_run(
         "adapters": _adapters(model),
         "trained": get_model_param_count(model, trainable_only=True),
         "weights": ", ".join(sorted({_name(p.dtype) for p in model.parameters()})),
-        "precision": {name: getattr(args, name) for name in PRECISION},
+        "precision": {name: getattr(args, name) for name in PRECISION} | _kernels(args),
         "model": _config(model),
     }
 
@@ -179,6 +179,14 @@ def _reference(reference: Reference | None, data: Any) -> str | None:
     if cached and isinstance(data, ScoredStore):
         return f"{data.manifest.get('reference')}"[:16]
     return None
+
+
+def _kernels(args: SePOConfig) -> dict:
+    """On a GPU, which kernels round between the products: `auto` depends on what is installed.
+
+    A CPU has not all of them, and a run may move there: that is said, as another device.
+    """
+    return {"fused_layers": args.fused_layers} if args.device.type != "cpu" else {}
 
 
 def _adapters(model: nn.Module) -> dict:

@@ -125,8 +125,8 @@ FIELDS = {
     "torch_compile": _SERVED,
     "torch_compile_backend": _COMPILED,
     "torch_compile_mode": _COMPILED,
-    "use_liger_kernel": _SERVED,
-    "liger_kernel_config": Needs("--use_liger_kernel", lambda a: a.use_liger_kernel),
+    "use_liger_kernel": _SERVED,  # another name of --fused_layers liger
+    "liger_kernel_config": Needs("--fused_layers liger", lambda a: a.fused_layers == "liger"),
     "use_cache": Refused("packed pairs are read without a cache"),
     "torch_empty_cache_steps": _SERVED,
     # log

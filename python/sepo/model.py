@@ -223,14 +223,7 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
         )
     expected = torch.cat(expected)
     error = (found - expected).abs().max().item()
-    # rounding of a random token's log-probability (about ln V) through the whole trunk; a head that
-    # is very sure of itself rounds larger numbers
-    # (models round some steps to float32 even in float64)
-    # (a quantised model computes in 16 bits or fewer, whatever its other weights are)
-    coarse = model.dtype.itemsize == 2 or getattr(model, "is_quantized", False)
-    coarse |= torch.is_autocast_enabled(device.type)
-    size = max(1, expected.abs().max().item() / 10)
-    allowed = 0.5 if coarse else 1e3 * torch.finfo(torch.float32).eps * size
+    allowed = rounding(model, expected)
     if not error <= allowed:
         raise InputError(
             f"{type(model).__name__} is not supported: packed log-probabilities differ from its own "
@@ -252,6 +245,18 @@ def probe_logprob(model: PreTrainedModel) -> Tensor | None:  # (M,) float32
         logp = logprob(model, batch, trunk(model, batch, attention.Layout(batch, name)))
     model.train(training)
     return logp
+
+
+def rounding(model: PreTrainedModel, logp: Tensor) -> float:
+    """Nats by which the same computation in another order may differ."""
+    # rounding of a random token's log-probability (about ln V) through the whole trunk; a head that
+    # is very sure of itself rounds larger numbers
+    # (models round some steps to float32 even in float64)
+    # (a quantised model computes in 16 bits or fewer, whatever its other weights are)
+    coarse = model.dtype.itemsize == 2 or getattr(model, "is_quantized", False)
+    coarse |= torch.is_autocast_enabled(model.device.type)
+    size = max(1, logp.abs().max().item() / 10)
+    return 0.5 if coarse else 1e3 * torch.finfo(torch.float32).eps * size
 
 
 def _probe(model: PreTrainedModel) -> tuple[list[tuple[np.ndarray, ...]], PackedBatch]:

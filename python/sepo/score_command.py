@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import string_to_bool
 
 from sepo.arithmetic import warn_if_slow
+from sepo.budget import scoring_budget
 from sepo.data.read import read_pairs
 from sepo.data.store import ScoredStore, is_store, tokenizer_hash
 from sepo.data.types import TokenPair
@@ -59,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         whose = f"of the {role[:-1]}" if role else "of both models"
         add(f"--{role}dtype", choices=DTYPES, help=f"arithmetic {whose}; float32 if not given")
         add(f"--{role}device", type=device, help=f"device {whose}; cuda if there is one, else cpu")
-    add("--max_tokens_per_batch", type=positive, default=8192)
+    add(
+        "--max_tokens_per_batch",
+        type=positive,
+        help="tokens of one batch; what a GPU's memory holds, up to 65536, if not given; 8192 elsewhere",
+    )
     add("--pairs_per_part", type=positive, default=128, help="what a killed run repeats at most")
     add("--shard", type=_shard, metavar="i/n", help="score every n-th part only; RANK/WORLD_SIZE")
     add(
@@ -112,6 +117,11 @@ def _score(args: argparse.Namespace) -> None:
     if args.oracle is None:
         given = [flag for flag in ("oracle_dtype", "oracle_device") if getattr(args, flag)]
         say_idle([f"--{flag} does nothing without --oracle" for flag in given])
+    tokens = args.max_tokens_per_batch
+    if tokens is None:
+        itemsize = max(dtypes[role].itemsize for role, model in models.items() if model is not None)
+        tokens, why = scoring_budget(models, itemsize)
+        say(f"batches: {why}")
     wants_score = args.oracle is not None or not args.keep
     score_dataset(
         data.pairs,
@@ -119,7 +129,7 @@ def _score(args: argparse.Namespace) -> None:
         **models,
         tokenizer=tokenizer,
         keep=["score"] * wants_score + args.keep,
-        max_tokens=args.max_tokens_per_batch,
+        max_tokens=tokens,
         pairs_per_part=args.pairs_per_part,
         shard=args.shard,
         precision_check=args.precision_check,

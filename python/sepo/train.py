@@ -80,6 +80,8 @@ def train(args: SePOConfig) -> None:
     )
     if args.should_log:
         print(f"attention: {explain_attention(trainer.model, dtype=compute_dtype(args))}")
+        for what, why in trainer.explained.items():
+            print(f"{what}: {why}")
     trainer.train(resume_from_checkpoint=resume_argument(args))
     trainer.save_model()
     trainer.save_state()

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object, parse_flag_from_env
+from accelerate.utils import TorchDynamoPlugin, gather_object, parse_flag_from_env
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError, one_line
+from sepo.fused import fuse_and_prepare, settle
 from sepo.identity import describe_run
-from sepo.layers import compile_layers, disable_dropout, recompute_cheap
+from sepo.layers import disable_dropout, recompute_cheap
 from sepo.masked import MaskedTrainer, add_mask
 from sepo.methods import METHODS, TokenValues, idle_settings, reduce_segments
 from sepo.metrics import (
@@ -92,6 +93,7 @@ class SePOTrainer(MaskedTrainer):
                 "ZeRO-3 shards every model that is loaded, but trains one: expected the reference's "
                 "log-probabilities in the data (`sepo score --keep logp`), got a live reference"
             )
+        self.explained = settle(args, model, reference_model)
         # all of it before Trainer makes the output directory: bad data leaves nothing behind
         self._attention = attention_share(model)
         self._router_loss = router_loss(model)
@@ -128,10 +130,11 @@ class SePOTrainer(MaskedTrainer):
         self._throughput = Throughput()
         if args.recompute == "cheap":
             recompute_cheap(model)
-        prepare_model(model)  # once more where it runs now
-        self._compile()
+        fuse_and_prepare(model, args, self.accelerator)
         if isinstance(reference_model, nn.Module):
-            prepare_model(reference_model.to(args.device))
+            fuse_and_prepare(reference_model.to(args.device), args, self.accelerator, policy=False)
+        # accelerate would compile the model whole: for every batch anew
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
     # One step
 
@@ -266,13 +269,6 @@ class SePOTrainer(MaskedTrainer):
         if data is None:
             return None
         return PreparedPairs(data, args, attention=self._attention, vocabularies=self._vocabularies)
-
-    def _compile(self) -> None:
-        """Layer by layer, where accelerate would compile the model whole: for every batch anew."""
-        plugin = self.accelerator.state.dynamo_plugin
-        if plugin.backend != DynamoBackend.NO:
-            compile_layers(self.model, plugin)
-            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
     def train(self, *args, **kwargs):
         """As ResumableTrainer's; afterwards the model answers any call, `generate` among them."""

@@ -1,10 +1,17 @@
-"""What the GPU tests ask of memory, compilation and autocast; functions of the device, too."""
+"""What the GPU tests ask of memory, compilation, autocast and layers; functions of the device, too."""
+
+from collections.abc import Callable
 
 import torch
 from gpu import head_checks as heads
+from numerics import assert_as_accurate
 from ops import kl_cases, logprob_cases
+from tiny import random_scored_pairs, tiny_model
 
 from bench.measure import peak_bytes
+from sepo.data import pack
+from sepo.data.segments import make_segments
+from sepo.model import prepare_model
 from sepo.ops import segment_mean, segment_topk, selected_logprob, selected_logprob_kl
 from sepo_kernels.selected_logprob_kl.chunked import TILE_BYTES
 
@@ -77,6 +84,37 @@ def autocast_changes_nothing(impl, device):
     with torch.autocast(device, torch.bfloat16):
         got = run()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def layers_agree(
+    arch: str,
+    fuse: Callable,  # of a prepared model
+    device: str,
+    dtype: torch.dtype | None = None,  # of autocast
+) -> None:
+    """Log-probabilities and gradients as near to float64's as those of the plain layers."""
+    exact = tiny_model(arch, dtype=torch.float64)
+    exact.load_state_dict(tiny_model(arch).state_dict())  # another dtype draws other weights
+    truth = layer_step(prepare_model(exact).train())
+    plain = layer_step(prepare_model(tiny_model(arch).to(device)).train(), dtype)
+    model = prepare_model(tiny_model(arch).to(device))
+    fuse(model)
+    ours = layer_step(prepare_model(model).train(), dtype)
+    assert any(not torch.equal(ours[name], value) for name, value in plain.items()), "not fused"
+    for name, value in truth.items():
+        assert_as_accurate(ours[name].cpu(), plain[name].cpu(), value, what=name, factor=3)
+
+
+def layer_step(model, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Log-probabilities of a small packed batch and their mean's gradients."""
+    device = model.device
+    batch = pack([make_segments(pair, "all") for pair in random_scored_pairs(3)]).to(device)
+    model.zero_grad()
+    enabled = dtype is not None
+    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=enabled):
+        logp = model(batch=batch)
+    logp.mean().backward()
+    return {"logp": logp.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
 def calls(impl, device):
