@@ -93,7 +93,9 @@ def layers_agree(
     dtype: torch.dtype | None = None,  # of autocast
 ) -> None:
     """Log-probabilities and gradients as near to float64's as those of the plain layers."""
-    truth = layer_step(prepare_model(tiny_model(arch, dtype=torch.float64)).train())
+    exact = tiny_model(arch, dtype=torch.float64)
+    exact.load_state_dict(tiny_model(arch).state_dict())  # another dtype draws other weights
+    truth = layer_step(prepare_model(exact).train())
     plain = layer_step(prepare_model(tiny_model(arch).to(device)).train(), dtype)
     model = prepare_model(tiny_model(arch).to(device))
     fuse(model)
