@@ -35,12 +35,18 @@ def test_only_a_device_leaves_the_host_time_to_work_ahead():
     )
 
 
+class Buffers(list):
+    def __init__(self):
+        self.made_by = set()  # threads
+
+
 @pytest.fixture
 def pinned(monkeypatch):
     """Every buffer that was asked for, pinned or not: this machine has nothing to pin for."""
-    buffers = []
+    buffers = Buffers()
 
     def buffer(size):
+        buffers.made_by.add(threading.current_thread().name)
         buffers.append(torch.zeros(size, dtype=torch.uint8))
         return buffers[-1]
 
@@ -93,7 +99,7 @@ def test_training_and_evaluation_ahead_give_the_same_bits(tmp_path, monkeypatch,
 def test_no_layer_makes_arrays_that_came_with_the_batch(tmp_path, monkeypatch, ahead):
     made = []
     arrays = lambda *given: made.append(threading.current_thread().name) or varlen.arrays(*given)
-    entry = replace(PLAIN_VARLEN, arrays=arrays)
+    entry = replace(PLAIN_VARLEN, arrays=arrays, by_window=True)  # gemma2 has two
     monkeypatch.setattr(layout, "IMPLS", (entry, *layout.IMPLS[1:]))
     trainer = make_trainer(tmp_path, arch="gemma2", attn_impl="varlen", method="sepo")
     made.clear()  # of the first look at the model
@@ -202,7 +208,7 @@ def test_a_step_copies_once_a_micro_batch(tmp_path, request, pinned, arch):
     with Copies() as copies:
         loss = trainer.training_step(trainer.model, {})
     trainer._feed.close()
-    assert loss.device == THERE
+    assert loss.device == THERE and pinned.made_by == {"sepo-next-batch_0"}
     assert_one_pinned_copy_each(copies, pinned, micro_batches)
 
 
