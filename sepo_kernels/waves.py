@@ -14,6 +14,8 @@ ENOUGH_ROWS = 1024  # of a product, which reads the weight once a chunk: more ta
 # FLOP of a product in the time of a byte of memory, of an H200 (790 TFLOP/s, 4.3 TB/s); what is
 # chosen hardly depends on it
 FLOP_PER_BYTE = 184
+# of a product that adds to a float32 sum, 8 bytes an entry: with fewer it waits for memory
+ADDING_ROWS = 4 * FLOP_PER_BYTE // TILE_ROWS * TILE_ROWS + TILE_ROWS
 # sizes whose work differs by less are equally quick, and a last wave need be no fuller than that
 ALIKE, FULL_ENOUGH = 1.03, 0.6
 

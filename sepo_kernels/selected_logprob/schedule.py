@@ -128,9 +128,9 @@ def saved_rows(
         return M
     if schedule != PARTIAL or layout.multiprocessors == 0:
         return 0
-    # the others need a chunk to work in: a full one, but at most half of the budget
+    # the others need a chunk to work in: a worthwhile one, but at most three quarters of the budget
     row = layout.row_bytes(gradient=True)
-    working = max(1, min(layout.working_rows, budget // 2 // row))
+    working = max(1, min(waves.ADDING_ROWS, budget * 3 // 4 // row))
     rows = (budget - working * row) // layout.kept
     return min(M, rows // waves.TILE_ROWS * waves.TILE_ROWS)
 

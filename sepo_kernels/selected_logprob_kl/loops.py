@@ -194,7 +194,7 @@ def bwd(
             buffer = new_slope(hidden, *gradient, layout.fused)
         else:
             if buffers is None:
-                buffer = None  # the saved rows', which is not to be alive beside these
+                buffer = dz = None  # the saved rows', which is not to be alive beside these
                 gradient = plan.made_gradient(M, layout, budget, schedule)
                 buffer = new_slope(hidden, *gradient, layout.fused)
                 buffers = _Buffers(hidden, gradient.rows, layout, kept=True, saved=False)

@@ -69,8 +69,14 @@ class Layout(NamedTuple):
     @property
     def widest_gradient(self) -> int:
         """And of the widest that a GPU makes use of."""
-        columns = min(self.V, self.multiprocessors * waves.TILE_ROWS)
-        return columns * self.dtype.itemsize
+        return min(self.V, self.most_columns) * self.dtype.itemsize
+
+    @property
+    def most_columns(self) -> int:
+        if self.multiprocessors == 0:
+            return MAX_COLUMNS
+        wave = self.multiprocessors * waves.TILE_ROWS
+        return -(-MIN_COLUMNS // wave) * wave
 
     @property
     def working_rows(self) -> int:
@@ -140,9 +146,9 @@ def saved_rows(
         return M
     if schedule != PARTIAL or layout.multiprocessors == 0:
         return 0
-    # the others need a chunk to work in: a full one, but at most half of the budget
+    # the others need a chunk to work in: a worthwhile one, but at most three quarters of the budget
     row = layout.row_bytes(gradient=True)
-    working = max(1, min(layout.working_rows, budget // 2 // row))
+    working = max(1, min(waves.ADDING_ROWS, budget * 3 // 4 // row))
     rows = (budget - working * row) // layout.kept
     rows = min(rows, budget // (layout.kept + layout.gradient))
     return min(M, rows // waves.TILE_ROWS * waves.TILE_ROWS)
@@ -179,11 +185,10 @@ def chunk_columns(
     room: int,  # bytes that the budget leaves beside blocks and logits
 ) -> int:
     """Columns of the buffer for the logits' gradient."""
-    gpu = layout.multiprocessors > 0
-    most = layout.multiprocessors * waves.TILE_ROWS if gpu else MAX_COLUMNS
+    most = layout.most_columns
     limit = room // max(1, rows) // layout.dtype.itemsize
-    limit = max(min(max(limit, MIN_COLUMNS), most) // 64 * 64, 64)
-    if gpu and limit == most:
+    limit = min(max(limit, MIN_COLUMNS), most) // 64 * 64
+    if layout.multiprocessors and limit == most:
         return min(layout.V, most)
     return min(layout.V, -(-even(layout.V, limit) // 64) * 64)
 

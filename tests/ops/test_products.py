@@ -65,3 +65,53 @@ def test_no_product_of_a_head_is_in_bfloat16(library_products):
     frozen = ops.selected_logprob(hidden, weight.detach(), rows, targets)
     frozen.sum().backward()
     assert library_products and set(library_products) == {torch.float32}
+
+
+def within(total, a, b):
+    """products.add_product as it is on a GPU in float32, on a CPU: the library adds to what is there."""
+    total.addmm_(a, b)
+
+
+@pytest.mark.parametrize("k", [7, 128, 256])  # of one block of the library: it adds once
+def test_a_sum_within_the_product_is_that_beside_it_to_one_unit_in_the_last_place(k):
+    total, a, b = torch.randn(61, 40), torch.randn(61, k), torch.randn(k, 40)
+    beside, inside = total.clone(), total.clone()
+    for _ in range(5):  # as many chunks
+        products.add_product(beside, a, b)
+        within(inside, a, b)
+        # of the largest number that is rounded on the way: the sum itself may cancel
+        largest = torch.maximum(beside.abs(), a.abs() @ b.abs() + total.abs())
+        unit = torch.nextafter(largest, torch.full_like(largest, torch.inf)) - largest
+        assert ((inside.double() - beside.double()).abs() <= unit.double()).all()
+        inside.copy_(beside)
+
+
+def test_gradients_summed_within_the_products_are_as_accurate(monkeypatch):
+    """Chunks of a recomputing head, both ways, against float64; the one way to one unit of the other."""
+    from sepo_kernels.selected_logprob import loops
+
+    hidden, weight = torch.randn(40, 24), torch.randn(300, 24)
+    rows, targets = torch.arange(40, dtype=torch.int32), torch.randint(300, (40,))
+
+    def gradients(dtype, budget):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        logp = ops.selected_logprob(*leaves, rows, targets, budget=budget, impl="chunked")
+        return torch.autograd.grad(logp.sum(), leaves)
+
+    beside, exact = gradients(torch.float32, 5 * 4 * 300), gradients(torch.float64, 1 << 30)
+    calls = []
+    monkeypatch.setattr(loops, "add_product", lambda *x: (calls.append(x), within(*x)))
+    inside = gradients(torch.float32, 5 * 4 * 300)
+    assert len(calls) == 7  # eight chunks, the first of which is written and not added
+    for one, other, true in zip(inside, beside, exact, strict=True):
+        unit = torch.finfo(torch.float32).eps * true.abs().max()
+        assert (one - other).abs().max() <= unit
+        assert (one - true).abs().max() <= (other - true).abs().max() + unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_written_in_either_dtype(dtype):
+    a, b = torch.randn(7, 20).to(dtype), torch.randn(20, 5).to(dtype)
+    out = torch.full((7, 5), torch.nan)
+    assert products.product(a, b, out=out) is out
+    assert torch.equal(out, products.product(a, b).float())
