@@ -163,7 +163,10 @@ class SePOConfig(TrainingArguments):
         "Token budget of one micro-batch, at least the longest pair. Changes speed and memory, "
         "never the gradient. Default: what a GPU's memory holds, up to 65536; 8192 elsewhere."
     )
-    head_budget: int | None = _help("Bytes for logits or probabilities at once.")
+    head_budget: int | None = _help(
+        "Bytes for logits or probabilities at once. Default: 1 GiB on a CPU; on a GPU what saving "
+        "them takes, at most an eighth of its memory."
+    )
     recompute: Recompute = _help(
         "cheap: keep what products and attention put out, and make the rest of a layer again in "
         "backward; about half the memory, nearly the same time. --gradient_checkpointing makes "
