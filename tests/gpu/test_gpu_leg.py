@@ -47,7 +47,7 @@ def test_the_leg_measures_everything_in_order(monkeypatch):
     # every GPU test is in one process, flex in one of its own
     tests = [s for s in stages if s.group == "tests"]
     gpu_files = {f"tests/gpu/{s.name}.py" for s in tests[:-1]}
-    marked = re.compile(r"^pytestmark = .*mark\.gpu", re.M)
+    marked = re.compile(r"^(pytestmark = |@).*mark\.gpu\b", re.M)
     assert gpu_files == {
         str(path.relative_to(ROOT))
         for path in ROOT.glob("tests/gpu/test_*.py")

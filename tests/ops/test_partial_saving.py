@@ -31,7 +31,7 @@ def a_small_gpu(monkeypatch):
     monkeypatch.setattr(platform, "multiprocessors", lambda device: MULTIPROCESSORS)
     monkeypatch.setattr(platform, "memory", lambda device: 1 << 40)
     monkeypatch.setattr(waves, "TILE_ROWS", TILE)
-    monkeypatch.setattr(waves, "RESIDENT", {1: 8, 2: 6})
+    monkeypatch.setattr(waves, "RESIDENT_ROWS", {1: 8, 2: 6})
     monkeypatch.setattr(waves, "ENOUGH_ROWS", 1)
     monkeypatch.setattr(waves, "ADDING_ROWS", 16)
     waves.chunk_rows.cache_clear()
