@@ -111,9 +111,8 @@ FORK = """
 import os, sys, time
 from sepo.lock import lock
 with lock(sys.argv[1]):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if not os.fork():  # the child speaks, when it has let go
+        print(os.getpid(), flush=True)
     time.sleep(30)
 """
 
