@@ -11,8 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join(
-        [*map(str, (ROOT, ROOT / "python", ROOT / "tests")), os.environ.get("PYTHONPATH", "")]
+    "PYTHONPATH": os.pathsep.join(  # an empty entry would be the current folder
+        filter(
+            None, [*map(str, (ROOT, ROOT / "python", ROOT / "tests")), os.environ.get("PYTHONPATH")]
+        )
     ),
     "OMP_NUM_THREADS": "1",  # the same sums in every process, and no more threads than cores
     "HF_HUB_OFFLINE": "1",

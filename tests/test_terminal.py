@@ -1,6 +1,7 @@
 """Text of the data reaches the terminal as text, whichever command prints it."""
 
 import io
+import logging
 import sys
 import warnings
 from collections import Counter
@@ -66,6 +67,25 @@ def test_warnings_of_others_are_no_second_line_of_a_refusal(capfd):
         raise InputError("an adapter on the head")
 
     assert shown(main, capfd) == (2, ["sepo: error: an adapter on the head"])
+
+
+def test_what_others_log_is_no_second_line_of_a_refusal(capfd):
+    logger, handler = logging.getLogger("another library"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    logger.propagate = False
+
+    def refused():
+        logger.warning("a number that is no token")
+        raise InputError("no model")
+
+    def goes_well():
+        logger.warning("a number that is no token")
+
+    try:
+        assert shown(refused, capfd) == (2, ["sepo: error: no model"])
+        assert shown(goes_well, capfd) == (0, ["a number that is no token"])
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_warnings_of_what_goes_well_are_shown(capfd):

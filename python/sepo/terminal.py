@@ -1,13 +1,15 @@
 """What a command prints: text of the data neither steers the terminal nor breaks on its encoding."""
 
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TextIO
 
-_held: list[tuple] | None = None  # what would be shown, as warnings.showwarning takes it; None: is
+_held: list[Callable] | None = None  # what would show what libraries say; None: they say it at once
 
 
 def escaped(text: str) -> str:
@@ -94,30 +96,28 @@ class _Stdout:
 
 @contextmanager
 def held_warnings() -> Iterator[None]:
-    """Python's warnings wait for `release_warnings`, or the end: a refusal is to be one line alone.
+    """Warnings, and what is logged, wait for `release_warnings`, or the end.
 
-    Other libraries warn of what they are about to fail at.
+    A refusal is to be one line alone, and other libraries warn of what they are about to fail at.
     """
     global _held
-    show = warnings.showwarning
+    show, emit = warnings.showwarning, logging.StreamHandler.emit
 
-    def hold(*warning) -> None:
-        if _held is None:
-            show(*warning)
-        else:
-            _held.append(warning)
+    def held(shown: Callable) -> Callable:
+        return lambda *what: shown(*what) if _held is None else _held.append(partial(shown, *what))
 
-    warnings.showwarning, _held = hold, []
+    warnings.showwarning, logging.StreamHandler.emit = held(show), held(emit)
+    _held = []
     try:
         yield
     finally:
         release_warnings()
-        warnings.showwarning = show
+        warnings.showwarning, logging.StreamHandler.emit = show, emit
 
 
 def release_warnings(*, shown: bool = True) -> None:
     """From here on warnings are shown at once; first those that were held, if they are to be."""
     global _held
     held, _held = _held or [], None
-    for warning in held if shown else ():
-        warnings.showwarning(*warning)
+    for show in held if shown else ():
+        show()
