@@ -52,3 +52,12 @@ def one_line(error: BaseException) -> str:
     if len(text) > 300:
         return str(error).strip().splitlines()[0]
     return text or type(error).__name__
+
+
+@contextmanager
+def in_their_words(flag: str = "") -> Iterator[None]:
+    """What transformers and accelerate say of arguments is the caller's to mend."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(f"{flag}{one_line(error)}") from error

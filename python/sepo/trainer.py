@@ -23,23 +23,18 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from sepo.accepted import check_best_metric, check_kinds, each, tokenised
 from sepo.adapters import add_adapters, check_adapters
 from sepo.config import SePOConfig
-from sepo.data.cost import attention_cost
+from sepo.data.cost import attention_share
 from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.types import PackedBatch, TokenPair
-from sepo.errors import InputError, one_line
+from sepo.errors import InputError, in_their_words
 from sepo.feed import StepFeed, feed
 from sepo.fused import fuse_and_prepare, settle
 from sepo.identity import describe_run
 from sepo.layers import disable_dropout, recompute_cheap
 from sepo.masked import MaskedTrainer, add_mask
 from sepo.methods import METHODS, TokenValues, idle_settings, reduce_segments
-from sepo.metrics import (
-    RunningMeans,
-    Throughput,
-    pair_metrics,
-    token_metrics,
-)
+from sepo.metrics import RunningMeans, Throughput, pair_metrics, token_metrics
 from sepo.model import prepare_model, restore_attention, vocabulary
 from sepo.options import say_idle
 from sepo.prepared import PreparedPairs, data_seed
@@ -307,7 +302,7 @@ class SePOTrainer(MaskedTrainer):
     # What Trainer asks its subclasses
 
     def create_accelerator_and_postprocess(self) -> None:
-        with _in_transformers_words():
+        with in_their_words():
             super().create_accelerator_and_postprocess()
         asked = parse_flag_from_env("ACCELERATE_USE_FSDP", bool(self.args.fsdp))
         if asked and self.args.world_size > 1 and not self.is_fsdp_enabled:
@@ -317,11 +312,11 @@ class SePOTrainer(MaskedTrainer):
             )
 
     def _validate_args(self) -> None:
-        with _in_transformers_words():
+        with in_their_words():
             super()._validate_args()
 
     def init_hf_repo(self, *args, **kwargs) -> None:
-        with _in_transformers_words("--push_to_hub: "):
+        with in_their_words("--push_to_hub: "):
             super().init_hf_repo(*args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: dict) -> None:
@@ -402,18 +397,3 @@ class SePOTrainer(MaskedTrainer):
             logs = {**logs, **means, **self._step_counts, **self._throughput.pop()}
             self.warn_of_shut_masks(means)
         super().log(logs, start_time)
-
-
-@contextmanager
-def _in_transformers_words(flag: str = "") -> Iterator[None]:
-    """What transformers and accelerate say of arguments is the caller's to mend."""
-    try:
-        yield
-    except (ValueError, ImportError, OSError) as error:
-        raise InputError(f"{flag}{one_line(error)}") from error
-
-
-def attention_share(model: PreTrainedModel) -> float:
-    """`attention_cost` of a model; 0, so that tokens alone count, where shards hide its size."""
-    parameters = model.get_decoder().num_parameters(exclude_embeddings=True)
-    return attention_cost(model.config, trunk_parameters=parameters) if parameters else 0.0

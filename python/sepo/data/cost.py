@@ -38,3 +38,9 @@ def attention_cost(
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return 4 * width * config.num_hidden_layers / (2 * trunk_parameters)
+
+
+def attention_share(model: Any) -> float:  # a transformers model
+    """`attention_cost` of a model; 0, so that tokens alone count, where shards hide its size."""
+    parameters = model.get_decoder().num_parameters(exclude_embeddings=True)
+    return attention_cost(model.config, trunk_parameters=parameters) if parameters else 0.0
