@@ -8,7 +8,7 @@ target, or its largest where the target is hopeless), A and B the sums of e^a an
 `kl_row` reads both rows once. In bfloat16 it keeps max(e^a, e^b) and, in float16, d, because A and
 B are known only at the end: of p and q the larger is exact to its rounding, the other is it times
 e^-|d|, and near the reference p - q comes from d, not from two rounded numbers. `kl_combine_ratios`
-makes the gradient of that. For float16 and float32 see triton_kl_slopes.py.
+makes the gradient of that. For float16 and float32 see triton_kl_dlogits.py.
 """
 
 import triton

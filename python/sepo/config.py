@@ -17,7 +17,7 @@ from sepo.inherited import idle_inherited, refuse_inherited
 from sepo.options import say_idle
 from sepo.packages import check_compiler, check_packages
 from sepo.values import check_values, in_yaml
-from sepo_kernels.platform import INTERPRET, fast_dtype
+from sepo_kernels.devices import INTERPRET, fast_dtype
 
 MethodName = Literal[
     "sft", "dpo", "ipo", "dpop", "tdpo1", "tdpo2", "sparsepo", "mapo", "simpo", "rrhf", "sepo",

@@ -7,7 +7,7 @@ precision when the slope is rounded to bfloat16.
 import torch
 from torch import Tensor
 
-from sepo_kernels import products
+from sepo_kernels import gemm
 from sepo_kernels.selected_logprob.loops import RowKernels
 
 
@@ -54,7 +54,7 @@ def again(
 
 
 def _logits(out, x, weight, bias, scale) -> Tensor:  # (chunk, V), before the soft cap
-    products.logits(out, x, weight)
+    gemm.logits(out, x, weight)
     if scale != 1.0:
         out *= scale
     if bias is not None:

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sepo_kernels import platform
-from sepo_kernels.platform import accumulator, row_stride
-from sepo_kernels.products import add_product, add_rows, add_targets, product
+from sepo_kernels import devices
+from sepo_kernels.devices import accumulator, row_stride
+from sepo_kernels.gemm import add_product, add_rows, add_targets, product
 from sepo_kernels.registry import Impl
 from sepo_kernels.selected_logprob import schedule as plan
 
@@ -50,7 +50,7 @@ def implementation(name: str, kernels: RowKernels, why_not: Callable) -> Impl:
 
 def layout(hidden: Tensor, weight: Tensor, softcap: float | None, fused: bool) -> plan.Layout:
     V, D = weight.shape
-    gpu = platform.multiprocessors(hidden.device)
+    gpu = devices.multiprocessors(hidden.device)
     return plan.Layout(V, hidden.dtype, softcap is not None, fused, gpu, D)
 
 
@@ -64,7 +64,7 @@ def new_slope(
     dtype = dtype or like.dtype
     if fused:
         return like.new_empty((V, rows), dtype=dtype).T
-    stride = row_stride(V, dtype, platform.multiprocessors(like.device) > 0)
+    stride = row_stride(V, dtype, devices.multiprocessors(like.device) > 0)
     block = like.new_empty((rows, stride), dtype=dtype)
     return block if stride == V else block.narrow(1, 0, V)
 

@@ -7,7 +7,7 @@ The other dtypes, and bfloat16 without the instructions: a library product, then
 import torch
 from torch import Tensor
 
-from sepo_kernels import extension, products
+from sepo_kernels import extension, gemm
 from sepo_kernels.selected_logprob.loops import RowKernels
 
 # asked once, at import: Dynamo traces why_not
@@ -27,7 +27,7 @@ def forward(
     ops = torch.ops.sepo
     if logits is None:
         return ops.native_logprob_fused(x, weight, bias, targets, scale, softcap, slope)
-    products.logits(logits, x, weight)
+    gemm.logits(logits, x, weight)
     return ops.native_logprob_rows(logits, bias, targets, scale, softcap, slope)
 
 

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from sepo_kernels import platform, products
+from sepo_kernels import devices, gemm
 from sepo_kernels.configs import one_pass
 from sepo_kernels.selected_logprob.loops import RowKernels
 
 
 def why_not(hidden: Tensor, *_) -> str | None:
-    return platform.why_not_triton(hidden)
+    return devices.why_not_triton(hidden)
 
 
 def forward(
@@ -24,7 +24,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, lse, unit, each (chunk,)
     from sepo_kernels import triton_logprob, triton_rows
 
-    products.logits(logits, x, weight)
+    gemm.logits(logits, x, weight)
     assert logits.stride(1) == 1
     (rows, V), targets = logits.shape, targets.contiguous()
     logp, lse, reference, unit = logits.new_empty((4, rows))
@@ -56,7 +56,7 @@ def again(
     logp: Tensor,  # (chunk,)
     lse: Tensor,  # (chunk,)
 ) -> Tensor:  # unit (chunk,)
-    products.logits(logits, x, weight)
+    gemm.logits(logits, x, weight)
     one = torch.ones_like(lse)
     _write_slope(slope, logits, bias, targets.contiguous(), scale, softcap, logp, lse, one)
     return one

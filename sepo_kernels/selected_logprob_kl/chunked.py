@@ -7,7 +7,7 @@ starts, their rounding would be most of it. So is the target's entry of p - oneh
 import torch
 from torch import Tensor
 
-from sepo_kernels import products
+from sepo_kernels import gemm
 from sepo_kernels.selected_logprob_kl.loops import RowKernels
 from sepo_kernels.selected_logprob_kl.schedule import REF_POLICY
 
@@ -31,8 +31,8 @@ def forward(
     logits: tuple[Tensor, Tensor],  # (chunk, V) each, accumulator dtype, scratch; may be kept
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 0)
     z, ref_z = logits
-    products.logits(z, x, weight)
-    products.logits(ref_z, ref_x, ref_weight)
+    gemm.logits(z, x, weight)
+    gemm.logits(ref_z, ref_x, ref_weight)
     logp, ref_logp, kl = (z.new_empty(targets.shape) for _ in range(3))
     for part in _tiles(z):
         blocks = None if kept is None else (kept[0][part], kept[1][part])

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sepo_kernels import platform
-from sepo_kernels.platform import accumulator
-from sepo_kernels.products import add_product, add_rows, add_targets, product
+from sepo_kernels import devices
+from sepo_kernels.devices import accumulator
+from sepo_kernels.gemm import add_product, add_rows, add_targets, product
 from sepo_kernels.registry import Impl
 from sepo_kernels.selected_logprob.loops import new_slope
 from sepo_kernels.selected_logprob.schedule import parts
@@ -68,7 +68,7 @@ class RowKernels(NamedTuple):
         )
 
     def layout_of(self, hidden: Tensor, weight: Tensor) -> plan.Layout:
-        (V, D), gpu = weight.shape, platform.multiprocessors(hidden.device)
+        (V, D), gpu = weight.shape, devices.multiprocessors(hidden.device)
         return self.layout(V, hidden.dtype, gpu, D)
 
 

@@ -7,7 +7,7 @@ the cache. The other dtypes, and bfloat16 without the instructions: library prod
 import torch
 from torch import Tensor
 
-from sepo_kernels import extension, products
+from sepo_kernels import extension, gemm
 from sepo_kernels.selected_logprob_kl.loops import RowKernels
 from sepo_kernels.selected_logprob_kl.schedule import DIRECTIONS
 
@@ -38,8 +38,8 @@ def forward(
             second,
         )  # fmt: skip
     z, ref_z = logits
-    products.logits(z, x, weight)
-    products.logits(ref_z, ref_x, ref_weight)
+    gemm.logits(z, x, weight)
+    gemm.logits(ref_z, ref_x, ref_weight)
     found = torch.ops.sepo.native_kl_rows(
         z, ref_z, bias, ref_bias, targets, scale, softcap, toward, first, second
     )

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from sepo_kernels import waves
-from sepo_kernels.platform import accumulator, row_stride
+from sepo_kernels.devices import accumulator, row_stride
 from sepo_kernels.selected_logprob.schedule import (
     DEFAULT_BUDGET,
     FROZEN_HEAD,

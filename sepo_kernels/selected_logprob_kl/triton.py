@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sepo_kernels import platform, products
+from sepo_kernels import devices, gemm
 from sepo_kernels.configs import one_pass
 from sepo_kernels.selected_logprob_kl.loops import RowKernels
 from sepo_kernels.selected_logprob_kl.schedule import POLICY_REF
@@ -12,7 +12,7 @@ NUM_STATE = 5  # as kl_row has it
 
 
 def why_not(hidden: Tensor, *_) -> str | None:
-    return platform.why_not_triton(hidden)
+    return devices.why_not_triton(hidden)
 
 
 def forward(
@@ -32,8 +32,8 @@ def forward(
     from sepo_kernels import triton_kl, triton_rows
 
     z, ref_z = logits
-    products.logits(z, x, weight)
-    products.logits(ref_z, ref_x, ref_weight)
+    gemm.logits(z, x, weight)
+    gemm.logits(ref_z, ref_x, ref_weight)
     (rows, V), targets = z.shape, targets.contiguous()
     logp, ref_logp, kl = z.new_empty((3, rows))
     state = z.new_empty((rows, NUM_STATE))
@@ -75,8 +75,8 @@ def again(
     kl: Tensor,  # (chunk,)
     state: Tensor,  # (chunk, 5)
 ) -> None:
-    products.logits(logits[0], x, weight)
-    products.logits(logits[1], ref_x, ref_weight)
+    gemm.logits(logits[0], x, weight)
+    gemm.logits(logits[1], ref_x, ref_weight)
     if one_pass(kept[0].dtype):
         _write_ratios(kept, logits, bias, ref_bias, scale, softcap, state)
     else:
@@ -99,7 +99,7 @@ def combine(
     direction: str,
     out: Tensor,  # (M, columns), written: dZ
 ) -> None:
-    from sepo_kernels import triton_kl, triton_kl_slopes, triton_rows
+    from sepo_kernels import triton_kl, triton_kl_dlogits, triton_rows
 
     assert first.stride(1) == second.stride(1) == out.stride(1) == 1
     rows, columns = out.shape
@@ -114,7 +114,7 @@ def combine(
         )  # fmt: skip
     else:
         triton_rows.launch(
-            triton_kl_slopes.kl_combine,
+            triton_kl_dlogits.kl_combine,
             rows,
             columns,
             first,
@@ -147,14 +147,14 @@ def _write_slopes(
     kept, logits, bias, ref_bias, targets, scale, softcap, direction,
     logp, kl, state,
 ) -> None:  # fmt: skip
-    from sepo_kernels import triton_kl_slopes, triton_rows
+    from sepo_kernels import triton_kl_dlogits, triton_rows
 
     (first, second), (z, ref_z) = kept, logits
     assert first.stride(1) == second.stride(1) == z.stride(1) == ref_z.stride(1) == 1
     assert state.is_contiguous()
     rows, V = z.shape
     triton_rows.launch(
-        triton_kl_slopes.kl_slopes, rows, V,
+        triton_kl_dlogits.kl_slopes, rows, V,
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         targets, logp, kl, state, first, second,
         z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from sepo_kernels.platform import row_stride
+from sepo_kernels.devices import row_stride
 from sepo_kernels.selected_logprob import schedule as one_head
 from sepo_kernels.selected_logprob.loops import new_slope
 from sepo_kernels.selected_logprob_kl import schedule as two_heads

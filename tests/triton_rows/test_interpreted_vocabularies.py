@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sepo_kernels import triton_kl, triton_kl_slopes, triton_logprob
+from sepo_kernels import triton_kl, triton_kl_dlogits, triton_logprob
 from sepo_kernels.triton_rows import launch
 
 # NumPy's, of rows that are done again: e^200 of a hopeless target, and what comes of it
@@ -288,7 +288,7 @@ def test_kl_in_two_passes(V, name, direction, dtype):
         arguments(ref_bias, z),
     )
     launch(
-        triton_kl_slopes.kl_slopes, 8, V,
+        triton_kl_dlogits.kl_slopes, 8, V,
         z, ref_z, b, ref_b, targets, logp, kl, state, *to, z.stride(0), ref_z.stride(0),
         to[0].stride(0), to[1].stride(0), V, has_bias, has_ref_bias, options["scale"],
         options["softcap"] or 0.0, CAPPED=options["softcap"] is not None,
@@ -305,7 +305,7 @@ def test_kl_in_two_passes(V, name, direction, dtype):
     grad_logp, grad_kl = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
     out = padded(8, V, dtype)
     launch(
-        triton_kl_slopes.kl_combine, 8, V,
+        triton_kl_dlogits.kl_combine, 8, V,
         *to, grad_logp, grad_kl, out, to[0].stride(0), to[1].stride(0), out.stride(0), V,
     )  # fmt: skip
     wanted = grad_kl[:, None] * to[1].float() - grad_logp[:, None] * to[0].float()

@@ -37,7 +37,7 @@ from sepo.options import positive, seed
 from sepo.score import score_dataset
 from sepo.smollm2 import save_smollm2
 from sepo.trainer import SePOTrainer
-from sepo_kernels.platform import fast_dtype
+from sepo_kernels.devices import fast_dtype
 
 FOLDERS = ("reference", "oracle", "scored", "sepo", "sepo_rand")
 SUMMARY = "summary.json"

@@ -19,9 +19,9 @@ from sepo.ops.checks import (
     check_reverse_mode,
     check_softcap,
 )
-from sepo_kernels import platform
-from sepo_kernels.platform import accumulator
-from sepo_kernels.products import remark
+from sepo_kernels import devices
+from sepo_kernels.devices import accumulator
+from sepo_kernels.gemm import remark
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob import IMPLS
 from sepo_kernels.selected_logprob import schedule as plan
@@ -138,9 +138,9 @@ def share(rows: int, M: int) -> float:
 def source_of(budget: int, given: int | None, device: torch.device) -> str:
     if given is not None:
         return f"budget {budget} bytes, as given"
-    if platform.multiprocessors(device) == 0:
+    if devices.multiprocessors(device) == 0:
         return f"budget {budget} bytes, the default of a CPU"
-    if budget < platform.memory(device) // plan.MEMORY_SHARE:
+    if budget < devices.memory(device) // plan.MEMORY_SHARE:
         return f"budget {budget} bytes, what the call makes use of"
     return f"budget {budget} bytes, 1/{plan.MEMORY_SHARE} of the memory of {device}"
 
@@ -148,7 +148,7 @@ def source_of(budget: int, given: int | None, device: torch.device) -> str:
 def check_budget(budget: int, row: int, device: torch.device) -> None:
     if budget < row:
         raise ValueError(f"expected a budget of at least one row, {row} bytes, got {budget}")
-    if platform.multiprocessors(device) and budget > (most := platform.memory(device)):
+    if devices.multiprocessors(device) and budget > (most := devices.memory(device)):
         raise ValueError(
             f"expected a budget of at most {most} bytes, the memory of {device}, got {budget}"
         )
@@ -165,7 +165,7 @@ def _schedule(chosen, hidden, weight, rows, bias, softcap, budget) -> tuple[str,
     need_head = need_weight or need_bias
     asked = rows.shape[0], sizes
     if budget is None:
-        memory = platform.memory(hidden.device)
+        memory = devices.memory(hidden.device)
         budget = plan.default_budget(*asked, memory, need_hidden, need_head)
     check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
     return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes

@@ -23,8 +23,8 @@ from sepo.ops.selected_logprob import (
     share,
     source_of,
 )
-from sepo_kernels import platform
-from sepo_kernels.products import remark
+from sepo_kernels import devices
+from sepo_kernels.gemm import remark
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob_kl import IMPLS
 from sepo_kernels.selected_logprob_kl import schedule as plan
@@ -136,7 +136,7 @@ def _schedule(chosen, hidden, weight, bias, rows, budget) -> tuple[str, int, pla
     need_head = need_weight or need_bias
     asked = rows.shape[0], sizes
     if budget is None:
-        memory = platform.memory(hidden.device)
+        memory = devices.memory(hidden.device)
         budget = plan.default_budget(*asked, memory, need_hidden, need_head)
     check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
     return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes

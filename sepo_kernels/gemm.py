@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from sepo_kernels import platform
-from sepo_kernels.platform import accumulator
+from sepo_kernels import devices
+from sepo_kernels.devices import accumulator
 
 WIDE_TILE_BYTES = 2 << 20  # of an operand that is widened at once: it is used while in cache
 
@@ -46,7 +46,7 @@ def product(
     Where a CPU multiplies 16 bits slowly the operands are widened, a tile at a time.
     """
     acc = accumulator(a.dtype)
-    if not a.is_cuda and a.dtype != acc and not platform.multiplies(a.dtype):
+    if not a.is_cuda and a.dtype != acc and not devices.multiplies(a.dtype):
         return _widened(
             a, b, a.new_empty((a.shape[0], b.shape[1]), dtype=acc) if out is None else out
         )
