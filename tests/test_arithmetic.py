@@ -26,7 +26,7 @@ def bfloat16_takes(monkeypatch):
 
     def pretend(ratio: float):
         of = {torch.float32: 1.0, torch.bfloat16: ratio}
-        monkeypatch.setattr(devices, "_seconds_of_product", lambda a: of[a.dtype])
+        monkeypatch.setattr(devices, "_gemm_seconds", lambda a: of[a.dtype])
         devices.bfloat16_speed.cache_clear()
 
     yield pretend

@@ -44,7 +44,7 @@ def test_a_cpu_without_bfloat16_products_is_found_out():
 )
 def test_the_dtype_that_takes_less_is_taken(monkeypatch, seconds, fast):
     of = dict(zip((torch.float32, torch.bfloat16), seconds, strict=True))
-    monkeypatch.setattr(devices, "_seconds_of_product", lambda a: of[a.dtype])
+    monkeypatch.setattr(devices, "_gemm_seconds", lambda a: of[a.dtype])
     devices.bfloat16_speed.cache_clear()
     try:
         assert devices.fast_dtype("cpu") == devices.fast_dtype(torch.device("cpu")) == fast

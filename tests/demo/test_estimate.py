@@ -19,7 +19,7 @@ def machine(monkeypatch):
     def pretend(float32: float, bfloat16: float, threads: int = 2):
         rate = {torch.float32: float32, torch.bfloat16: bfloat16}
         monkeypatch.setattr(estimate, "tflops", rate.__getitem__)
-        monkeypatch.setattr(devices, "_seconds_of_product", lambda a: 1 / rate[a.dtype])
+        monkeypatch.setattr(devices, "_gemm_seconds", lambda a: 1 / rate[a.dtype])
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         devices.bfloat16_speed.cache_clear()
 

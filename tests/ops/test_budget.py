@@ -84,7 +84,7 @@ def test_memory_that_does_not_suffice_is_one_line(monkeypatch):
             "CUDA out of memory. Tried to allocate 2.00 GiB.\nA page of advice"
         )
 
-    monkeypatch.setattr(loops, "new_slope", full)
+    monkeypatch.setattr(loops, "new_block", full)
     hidden, weight, _, rows, targets, _ = make_inputs(8, 5, 16, 31)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         selected_logprob(hidden.requires_grad_(), weight, rows, targets, budget=4096)

@@ -68,7 +68,7 @@ def test_every_option_by_itself(tile, variant):
 @pytest.mark.parametrize(("V", "dtype"), [(50257, torch.float16), (128256, torch.float32)])
 def test_vocabularies_that_end_within_a_tile(V, dtype):
     """And whose gradient of the logits is made in several chunks of columns."""
-    assert V % CONFIGS["kl_row"].BLOCK_V and V % CONFIGS["kl_slopes"].BLOCK_V
+    assert V % CONFIGS["kl_row"].BLOCK_V and V % CONFIGS["kl_dlogits"].BLOCK_V
     assert V > schedule.MAX_COLUMNS
     check((5, 2, 16, 8, V), "plain", "save", "policy||ref", dtype)
 
