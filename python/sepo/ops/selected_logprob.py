@@ -19,13 +19,12 @@ from sepo.ops.checks import (
     check_reverse_mode,
     check_softcap,
 )
-from sepo_kernels import devices
+from sepo_kernels import devices, schedules
 from sepo_kernels.devices import accumulator
 from sepo_kernels.gemm import dtype_note
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob import IMPLS
-from sepo_kernels.selected_logprob import schedule as plan
-from sepo_kernels.selected_logprob.loops import layout, new_saved
+from sepo_kernels.selected_logprob.loops import layout_of, new_saved
 
 
 def selected_logprob(
@@ -61,9 +60,11 @@ def selected_logprob(
     _check(hidden, weight, rows, targets, bias, softcap)
     check_reverse_mode("selected_logprob", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
-    schedule, budget, _ = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
+    layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
+    need = needs_grad(hidden, weight, bias)
+    schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
     args = (hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, chosen.name)
-    if schedule == plan.NO_GRAD:
+    if schedule == schedules.NO_GRAD:
         return _fwd(*args)[0]
     return _SelectedLogprob.apply(*args)
 
@@ -75,11 +76,16 @@ class Explanation(NamedTuple):
     schedule: str  # "save" | "partial" | "recompute" | "frozen_head" | "no_grad"
     fwd_chunk: int  # rows
     bwd_chunk: int  # rows, 0 where the backward makes no logits
-    bytes: int  # of all (rows, V) buffers alive at once, the larger of both directions
+    peak_bytes: int  # of all (rows, V) buffers alive at once, the larger of both directions
     gemms: float  # matrix products of 2 M D V FLOP, both directions together
     saved: int  # rows whose dlogits the forward saves
     budget: int  # bytes
     reasons: tuple[str, ...]  # of the schedule, and where the budget comes from
+
+    @property
+    def bytes(self) -> int:
+        """Return `peak_bytes`, by its old name."""
+        return self.peak_bytes
 
 
 def explain_selected_logprob(
@@ -100,33 +106,41 @@ def explain_selected_logprob(
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
-    given, M, dtype = budget, len(rows), hidden.dtype
-    schedule, budget, layout = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
-    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
+    layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
+    need = needs_grad(hidden, weight, bias)
+    return explanation(chosen.name, layout, hidden, len(rows), budget, need)
 
-    saved = plan.saved_rows(M, layout, budget, schedule)
-    fwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=False)
-    bwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=True)
-    if schedule not in (plan.PARTIAL, plan.RECOMPUTE):
-        bwd_chunk = 0
-    too_large = f"saving takes {plan.save_bytes(M, layout)} bytes, budget {budget}: the logits"
-    why = {
-        plan.SAVE: f"(M, V) = ({M}, {layout.V}) in {dtype} takes {M * layout.kept} bytes, "
-        f"budget {budget}",
-        plan.PARTIAL: f"{too_large} of {M - saved} of {M} rows are made twice",
-        plan.RECOMPUTE: f"{too_large} are made twice",
-        plan.FROZEN_HEAD: "the head needs no gradient",
-        plan.NO_GRAD: "nothing needs a gradient, or no_grad",
-    }
-    reasons = (why[schedule],)
-    if not need_hidden and (need_weight or need_bias):
-        reasons += ("hidden needs no gradient: its product is left out",)
+
+def explanation(
+    impl: str,
+    layout: schedules.Layout,
+    hidden: Tensor,
+    M: int,
+    given: int | None,  # the user's budget, bytes
+    need: list[bool],  # a gradient of hidden, weight and bias
+) -> Explanation:
+    """Explain the schedule that M rows take: its chunks, bytes, GEMMs and reasons."""
+    schedule, budget = schedule_within(given, M, layout, hidden.device, need)
+    need_hidden, need_weight, need_bias = need
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
+    chunks = [
+        schedules.chunk_rows(M, layout, budget, schedule, backward) for backward in (False, True)
+    ]
+    recomputes = schedule in (schedules.PARTIAL, schedules.RECOMPUTE)
+    rows = sum(layout.bwd_rows(M, num_saved, schedule, need_hidden, need_weight))
+    reasons = schedules.reasons(M, layout, budget, schedule, need_hidden, need_weight or need_bias)
     reasons += (*dtype_note(hidden, layout.fused), source_of(budget, given, hidden.device))
-    rows_again = plan.bwd_rows(M, saved, schedule, need_hidden, need_weight)
     return Explanation(
-        chosen.name, schedule, fwd_chunk, bwd_chunk, plan.bytes_alive(M, layout, budget, schedule),
-        plan.fwd_gemms(schedule) + share(rows_again, M), saved, budget, reasons,
-    )  # fmt: skip
+        impl=impl,
+        schedule=schedule,
+        fwd_chunk=chunks[0],
+        bwd_chunk=chunks[1] if recomputes else 0,
+        peak_bytes=layout.peak_bytes(M, budget, schedule),
+        gemms=sum(layout.fwd_gemms(schedule)) + share(rows, M),
+        saved=num_saved,
+        budget=budget,
+        reasons=reasons,
+    )
 
 
 def share(rows: int, M: int) -> float:
@@ -140,9 +154,9 @@ def source_of(budget: int, given: int | None, device: torch.device) -> str:
         return f"budget {budget} bytes, as given"
     if devices.multiprocessors(device) == 0:
         return f"budget {budget} bytes, the default of a CPU"
-    if budget < devices.memory(device) // plan.MEMORY_SHARE:
+    if budget < devices.memory(device) // schedules.MEMORY_SHARE:
         return f"budget {budget} bytes, what the call makes use of"
-    return f"budget {budget} bytes, 1/{plan.MEMORY_SHARE} of the memory of {device}"
+    return f"budget {budget} bytes, 1/{schedules.MEMORY_SHARE} of the memory of {device}"
 
 
 def check_budget(budget: int, row: int, device: torch.device) -> None:
@@ -159,16 +173,23 @@ def needs_grad(*tensors: Tensor | None) -> list[bool]:
     return [enabled and x is not None and x.requires_grad for x in tensors]
 
 
-def _schedule(chosen, hidden, weight, rows, bias, softcap, budget) -> tuple[str, int, plan.Layout]:
-    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
-    sizes = layout(hidden, weight, softcap, chosen.fused(hidden.dtype))
-    need_head = need_weight or need_bias
-    asked = rows.shape[0], sizes
+def schedule_within(
+    budget: int | None,  # bytes; None: by device
+    M: int,
+    layout: schedules.Layout,
+    device: torch.device,
+    need: list[bool],  # a gradient of hidden, weight and bias
+) -> tuple[str, int]:
+    """Return the schedule of M rows and its budget in bytes.
+
+    Raises ValueError for a budget that holds not even one row, or more than the GPU's memory.
+    """
+    need_hidden, need_head = need[0], need[1] or need[2]
     if budget is None:
-        memory = devices.memory(hidden.device)
-        budget = plan.default_budget(*asked, memory, need_hidden, need_head)
-    check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
-    return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes
+        memory = devices.memory(device)
+        budget = schedules.default_budget(M, layout, memory, need_hidden, need_head)
+    check_budget(budget, layout.row_bytes(gradient=need_hidden or need_head), device)
+    return schedules.choose(M, layout, budget, need_hidden, need_head), budget
 
 
 @contextmanager
@@ -241,8 +262,10 @@ def _run_bwd(*args):
 
 def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
     logp = hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
-    M, sizes = rows.shape[0], layout(hidden, weight, softcap, _BY_NAME[impl].fused(hidden.dtype))
-    saved = new_saved(hidden, schedule, M, plan.saved_rows(M, sizes, budget, schedule), sizes)
+    M = rows.shape[0]
+    layout = layout_of(hidden, weight, softcap, _BY_NAME[impl].fused(hidden.dtype))
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
+    saved = new_saved(hidden, schedule, M, num_saved, layout)
     return logp, torch.empty_like(logp), torch.empty_like(logp), saved
 
 

@@ -17,17 +17,15 @@ from sepo.ops.checks import (
 )
 from sepo.ops.selected_logprob import (
     Explanation,
-    check_budget,
+    explanation,
     needs_grad,
     out_of_memory,
-    share,
-    source_of,
+    schedule_within,
 )
-from sepo_kernels import devices
-from sepo_kernels.gemm import dtype_note
+from sepo_kernels import schedules
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob_kl import IMPLS
-from sepo_kernels.selected_logprob_kl import schedule as plan
+from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS
 from sepo_kernels.selected_logprob_kl.loops import outputs
 
 
@@ -66,11 +64,12 @@ def selected_logprob_kl(
     _check(*heads, rows, targets, direction, scale, softcap)
     check_reverse_mode("selected_logprob_kl", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
-    schedule, budget, _ = _schedule(chosen, hidden, weight, bias, rows, budget)
+    layout, need = chosen.kernels.layout_of(hidden, weight), needs_grad(hidden, weight, bias)
+    schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
     args = (
         *heads, rows, targets, scale, softcap, direction, schedule, budget, chosen.name,
     )  # fmt: skip
-    if schedule == plan.NO_GRAD:
+    if schedule == schedules.NO_GRAD:
         return _fwd(*args)[:3]
     return _SelectedLogprobKL.apply(*args)
 
@@ -99,47 +98,9 @@ def explain_selected_logprob_kl(
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     _check(*heads, rows, targets, direction, scale, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
-    given, M = budget, len(rows)
-    schedule, budget, layout = _schedule(chosen, hidden, weight, bias, rows, budget)
-    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
-
-    saved = plan.saved_rows(M, layout, budget, schedule)
-    fwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=False)
-    bwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=True)
-    if schedule not in (plan.PARTIAL, plan.RECOMPUTE):
-        bwd_chunk = 0
-    too_large = f"saving takes {plan.save_bytes(M, layout)} bytes, budget {budget}: "
-    why = {
-        plan.SAVE: f"two (M, V) = ({M}, {layout.V}) blocks take {M * layout.kept} bytes, "
-        f"budget {budget}",
-        plan.PARTIAL: f"{too_large}the logits of {M - saved} of {M} rows are made twice",
-        plan.RECOMPUTE: too_large + "the logits are made twice",
-        plan.FROZEN_HEAD: too_large + "both directions of grad_hidden are kept",
-        plan.NO_GRAD: "nothing needs a gradient, or no_grad",
-    }
-    reasons = (why[schedule],)
-    if need_hidden and not (need_weight or need_bias):
-        reasons += ("the head needs no gradient",)
-    if not need_hidden and (need_weight or need_bias):
-        reasons += ("hidden needs no gradient: its product is left out",)
-    reasons += (*dtype_note(hidden, layout.fused), source_of(budget, given, hidden.device))
-    rows_again = sum(plan.bwd_rows(M, saved, schedule, need_hidden, need_weight))
-    return Explanation(
-        chosen.name, schedule, fwd_chunk, bwd_chunk, plan.bytes_alive(M, layout, budget, schedule),
-        sum(plan.fwd_gemms(schedule)) + share(rows_again, M), saved, budget, reasons,
-    )  # fmt: skip
-
-
-def _schedule(chosen, hidden, weight, bias, rows, budget) -> tuple[str, int, plan.Layout]:
-    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
-    sizes = chosen.kernels.layout_of(hidden, weight)
-    need_head = need_weight or need_bias
-    asked = rows.shape[0], sizes
-    if budget is None:
-        memory = devices.memory(hidden.device)
-        budget = plan.default_budget(*asked, memory, need_hidden, need_head)
-    check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
-    return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes
+    layout = chosen.kernels.layout_of(hidden, weight)
+    need = needs_grad(hidden, weight, bias)
+    return explanation(chosen.name, layout, hidden, len(rows), budget, need)
 
 
 def _check(
@@ -160,7 +121,7 @@ def _check(
     check_softcap(softcap)
     if scale == 0:  # the bias gradient is found by dividing by it
         raise ValueError(f"expected a scale other than 0, got {scale}")
-    if direction not in plan.DIRECTIONS:
+    if direction not in DIRECTIONS:
         raise ValueError(f'expected direction "ref||policy" or "policy||ref", got "{direction}"')
 
 
@@ -174,10 +135,8 @@ class _SelectedLogprobKL(torch.autograd.Function):
         settings = (scale, softcap, direction, schedule, budget)
         found = _fwd(hidden, weight, bias, *ref, rows, targets, *settings, impl)
         logp, ref_logp, kl = found[:3]
-        if schedule not in (
-            plan.PARTIAL,
-            plan.RECOMPUTE,
-        ):  # a reference's hidden states are not kept for nothing
+        # the reference's hidden states are held only where they are multiplied again
+        if schedule not in (schedules.PARTIAL, schedules.RECOMPUTE):
             ref = (None, None, None)
         ctx.save_for_backward(hidden, weight, bias, *ref, rows, targets, *found)
         ctx.mark_non_differentiable(ref_logp)
@@ -231,8 +190,8 @@ def _fake_fwd(
     direction, schedule, budget, impl,
 ):  # fmt: skip
     kernels, M = _BY_NAME[impl].kernels, rows.shape[0]
-    saved = plan.saved_rows(M, kernels.layout_of(hidden, weight), budget, schedule)
-    return outputs(kernels, hidden, weight, rows, schedule, saved)
+    num_saved = schedules.saved_rows(M, kernels.layout_of(hidden, weight), budget, schedule)
+    return outputs(kernels, hidden, weight, rows, schedule, num_saved)
 
 
 def _fake_bwd(grad_logp, grad_kl, hidden, weight, *args):
