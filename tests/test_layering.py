@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # module: what it may import of this project (itself is always allowed); a module of sepo that is
 # not named here may import all but bench and tests, and nothing named here may import it
 LEAVES = {"sepo.errors", "sepo.folder", "sepo.fingerprint", "sepo.lock", "sepo.terminal"}
-FLAGS = {f"sepo.{name}" for name in ("inherited", "options", "packages", "values")}
+FLAGS = {"sepo.inherited", "sepo.options", "sepo.packages", "sepo.values"}
 DATA = {"sepo.data", *LEAVES}
 MODEL = DATA | {"sepo.ops", "sepo.attention"}
 RESPONSE = MODEL | {"sepo.model"}
@@ -19,11 +19,19 @@ SCORE = RESPONSE | {"sepo.feed", "sepo.response_logp", "sepo.precision"}
 METHODS = {"sepo.losses", "sepo.ops", "sepo.config", *LEAVES, *FLAGS}
 TRAINER = SCORE | METHODS | {"sepo_kernels", "sepo.score", "sepo.checkpoints"}
 STEP = {
-    f"sepo.{name}" for name in ("accepted", "methods", "metrics", "adapters", "layers", "prepared")
-}
-STEP |= {
-    f"sepo.{name}"
-    for name in ("fused", "identity", "resumable", "reference", "tokens", "masked", "routers")
+    "sepo.accepted",
+    "sepo.adapters",
+    "sepo.fused",
+    "sepo.identity",
+    "sepo.layers",
+    "sepo.masked",
+    "sepo.methods",
+    "sepo.metrics",
+    "sepo.prepared",
+    "sepo.reference",
+    "sepo.resumable",
+    "sepo.routers",
+    "sepo.tokens",
 }
 ALLOWED = {
     "sepo_kernels": set(),
@@ -74,12 +82,15 @@ OUTSIDE = {"bench", "tests"}
 
 
 def owner(module: str) -> str | None:
-    """The row of the table a module belongs to, or the first two parts of a name in sepo."""
+    """The row of the table a module belongs to, the longest that fits, or its own name."""
     parts = module.split(".")
     if parts[0] in OUTSIDE | {"sepo_kernels"}:
         return parts[0]
+    if parts[0] != "sepo":
+        return None
     # "import sepo" alone is __init__, which loads the trainer when it is named
-    return ".".join(parts[:2]) if parts[0] == "sepo" else None
+    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((name for name in names if name in ALLOWED), ".".join(parts[:2]))
 
 
 def imports(path: Path) -> set[str]:

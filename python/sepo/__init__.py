@@ -5,6 +5,8 @@
 
 import importlib
 
+from sepo import _moved
+
 __version__ = "0.1.0"
 __all__ = ["SePOConfig", "SePOTrainer"]
 
@@ -15,3 +17,6 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'sepo' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+_moved.install()
