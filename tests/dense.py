@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sepo.data import random_positions
-from sepo.data.select import random_mask
+from sepo.data.selection import random_mask
 
 # of the architectures whose masks are compared: layers, and in each feed-forward and attention
 PARTS = {

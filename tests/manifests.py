@@ -1,6 +1,6 @@
 """The manifest of a store that no model scored."""
 
-from sepo.data.store import FORMAT
+from sepo.data.store.store import FORMAT
 
 
 def manifest(**entries) -> dict:

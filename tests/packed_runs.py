@@ -9,7 +9,7 @@ from dense import dense_token_logprob, random_triples
 from tiny import V, tiny_model
 
 from sepo.data import all_positions, pack, truncate
-from sepo.model import prepare_model
+from sepo.model.prepare import prepare_model
 
 TRIPLES = random_triples(np.random.default_rng(7), pairs=5, vocab_size=V)
 # projections of every architecture, their names a pattern of peft's

@@ -7,8 +7,8 @@ from tokenizers_for_tests import one, plain
 from vocabularies import ALL, NASTY, TRAINED, table
 
 from sepo.data import transfer_scores, transfer_selection
-from sepo.data.formats import Drop
-from sepo.data.render import spans
+from sepo.data.read.formats import Drop
+from sepo.data.read.render import spans
 
 
 def read(name, preference, **options):

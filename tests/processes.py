@@ -83,15 +83,15 @@ def exit_line(*arguments: str) -> str:
     return lines[0]
 
 
-def cut_short(size: int, *command: str, at: str = "sepo.cli.run") -> str:
+def cut_short(size: int, *command: str, at: str = "sepo.commands.main.run") -> str:
     """The line that a command ends with, if from the call of `at` no file may be any longer."""
     module, name = at.rsplit(".", 1)
     code = f"""if True:
-        import resource, {module}, sepo.cli
+        import resource, {module}, sepo.commands.main
         call = {at}
         def cut(*arguments, **options):
             resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
             return call(*arguments, **options)
         {at} = cut
-        sepo.cli.main()"""
+        sepo.commands.main.main()"""
     return exit_line("-c", code, *command)

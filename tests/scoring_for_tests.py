@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sepo.data.types import TokenPair
-from sepo.model import prepare_model
+from sepo.model.prepare import prepare_model
 
 
 def make_tokenizer(offset=0):

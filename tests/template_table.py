@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tokenizers_for_tests import chatml_tokenizer
 
-from sepo.data.formats import find_format, read_row
-from sepo.data.reasons import Drop, Note, Why
-from sepo.data.render import spans
-from sepo.data.tokenise import tokenise
+from sepo.data.read.formats import find_format, read_row
+from sepo.data.read.reasons import Drop, Note, Why
+from sepo.data.read.render import spans
+from sepo.data.read.tokenise import tokenise
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "templates.md"

@@ -8,8 +8,8 @@ from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 from sepo import SePOConfig, SePOTrainer
 from sepo.errors import InputError
 from sepo.masks import load_into
-from sepo.methods import METHODS
-from sepo.metrics import metric_names
+from sepo.trainer.methods import METHODS
+from sepo.trainer.metrics import metric_names
 
 datasets = pytest.importorskip("datasets")
 Dataset, DatasetDict = datasets.Dataset, datasets.DatasetDict

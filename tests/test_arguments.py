@@ -6,9 +6,9 @@ import pytest
 import yaml
 from training_run import make_run, read_log
 
-from sepo.arguments import parse
 from sepo.errors import InputError
 from sepo.train import main as train
+from sepo.trainer.arguments import parse
 
 NEEDED = "model_name_or_path: M\ndataset_name: D\noutput_dir: O\nuse_cpu: true\n"
 
@@ -175,7 +175,7 @@ def test_false_does_not_open_a_folder_that_is_in_use(tmp_path):
     ],
 )
 def test_flags_that_do_nothing_are_said(tmp_path, text, note, caplog):
-    from sepo.methods import idle_settings
+    from sepo.trainer.methods import idle_settings
 
     notes = [*idle_settings(read(tmp_path, text)), *caplog.messages]
     assert (notes == []) if note is None else any(note in line for line in notes)
@@ -185,10 +185,10 @@ def test_flags_that_a_store_has_no_use_for_are_said(tmp_path, caplog):
     base = make_run(tmp_path)
     flags = ["--max_length", "64", "--dataset_split", "test", "--lora_r", "4", "--gamma", "2.5"]
     flags += ["--eval_dataset_split", "train"]
-    with caplog.at_level(logging.WARNING, "sepo.options"):
+    with caplog.at_level(logging.WARNING, "sepo.flags.options"):
         train([*base, *flags, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"])
     store = f"{tmp_path / 'store'} is a scored store, whose pairs are taken as they are"
-    assert [m for n, _, m in caplog.record_tuples if n == "sepo.options"] == [
+    assert [m for n, _, m in caplog.record_tuples if n == "sepo.flags.options"] == [
         f"--dataset_split does nothing: {store}",
         f"--max_length does nothing: {store}",
         "--eval_dataset_split does nothing without --eval_dataset_name",

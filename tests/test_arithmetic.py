@@ -12,7 +12,8 @@ from scoring_for_tests import save_models
 from test_platform import AVX2_ALONE
 from training_run import make_run
 
-from sepo import SePOConfig, score_command
+from sepo import SePOConfig
+from sepo.commands import score as score_command
 from sepo.errors import InputError
 from sepo.train import parse
 from sepo_kernels import platform

@@ -23,8 +23,8 @@ from sepo.attention import (
     sdpa,
     varlen,
 )
-from sepo.config import AttnImpl
 from sepo.errors import InputError
+from sepo.trainer.config import AttnImpl
 
 _, FLEX, _, SDPA = IMPLS
 SERVED = {"sdpa": SDPA, "varlen": PLAIN_VARLEN}

@@ -14,7 +14,7 @@ from tiny import tiny_model
 from torch.nn.attention.bias import causal_lower_right
 
 from sepo.attention import explain, layout, varlen
-from sepo.model import prepare_model
+from sepo.model.prepare import prepare_model
 
 __all__ = ["gpu"]  # a fixture
 

@@ -16,9 +16,9 @@ from tiny import random_scored_pairs, tiny_model
 from training_run import make_run, read_log, write_store
 
 from sepo import SePOConfig, SePOTrainer, train
-from sepo.checkpoints import MARK, last_checkpoint, remove, rotate, write_mark
 from sepo.errors import InputError
-from sepo.methods import METHODS, Segments
+from sepo.trainer.checkpoints import MARK, last_checkpoint, remove, rotate, write_mark
+from sepo.trainer.methods import METHODS, Segments
 
 PAIRS = random_scored_pairs(12)
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
@@ -314,7 +314,7 @@ def test_two_trainers_of_one_folder(tmp_path, trained):
     shutil.copytree(old, tmp_path / "out")
     before = content(tmp_path)
     where = ["--output_dir", str(tmp_path / "out")]
-    holder = "import sys, time; from sepo.lock import lock\nwith lock(sys.argv[1]):\n"
+    holder = "import sys, time; from sepo.system.lock import lock\nwith lock(sys.argv[1]):\n"
     holder += "    print('held', flush=True); time.sleep(60)"
     first = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path / "out")],

@@ -14,7 +14,7 @@ from processes import ENVIRONMENT, run
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import make_run, write_store
 
-from sepo import cli
+from sepo.commands import main as cli
 from sepo.errors import exit_with_one_line
 
 TEXT_ROW = dict(prompt="w3 w4", chosen="w5 w6", rejected="w7")
@@ -268,10 +268,10 @@ def test_a_fraction_is_a_number_or_mass(tmp_path, values, argv, expected):
 
 @pytest.mark.slow
 def test_the_three_ways_to_start_are_one_program(home, tmp_path):
-    for way in (["-m", "sepo.train"], ["-m", "sepo.cli", "train"]):
+    for way in (["-m", "sepo.train"], ["-m", "sepo.commands.main", "train"]):
         out = tmp_path / way[1]
         run(*way, "--config", home / "run.yaml", "--output_dir", out, "--max_steps", 2)
-    a, b = (tmp_path / n / "model.safetensors" for n in ("sepo.train", "sepo.cli"))
+    a, b = (tmp_path / n / "model.safetensors" for n in ("sepo.train", "sepo.commands.main"))
     assert a.read_bytes() == b.read_bytes()
 
 
@@ -339,7 +339,7 @@ def ended(*arguments, **environment) -> subprocess.CompletedProcess:
         ("LOCAL_RANK", "0x", "LOCAL_RANK: expected a whole number"),
     ],
 )
-@pytest.mark.parametrize("start", [["sepo.train"], ["sepo.cli", "score"]])
+@pytest.mark.parametrize("start", [["sepo.train"], ["sepo.commands.main", "score"]])
 def test_a_wrong_environment_in_one_line(variable, value, message, start):
     done = ended("-m", *start, **{variable: value})
     (line,) = done.stderr.decode().splitlines()
@@ -349,7 +349,7 @@ def test_a_wrong_environment_in_one_line(variable, value, message, start):
 def inspected(home, tmp_path, text="w5 w6") -> list:
     rows = [dict(TEXT_ROW, chosen=text, id=f"é{i}") for i in range(3000)]
     data = write_rows(tmp_path / "pairs.jsonl", rows)
-    return ["-m", "sepo.cli", "inspect", data, "--model_name_or_path", home / "model"]
+    return ["-m", "sepo.commands.main", "inspect", data, "--model_name_or_path", home / "model"]
 
 
 def test_a_reader_that_has_seen_enough(home, tmp_path):
@@ -371,7 +371,7 @@ def test_a_stdout_of_another_encoding_gets_escapes(home, tmp_path):
     assert done.stdout.startswith(rb"row \xe90: 1 prompt")
     store = home / "store"
     report = ["report", store, "--model_name_or_path", home / "model", "--json"]
-    done = ended("-m", "sepo.cli", *report, PYTHONIOENCODING="latin-1")
+    done = ended("-m", "sepo.commands.main", *report, PYTHONIOENCODING="latin-1")
     assert done.returncode == 0, done.stderr
-    utf8 = ended("-m", "sepo.cli", *report, PYTHONIOENCODING="utf-8")
+    utf8 = ended("-m", "sepo.commands.main", *report, PYTHONIOENCODING="utf-8")
     assert json.loads(done.stdout) == json.loads(utf8.stdout)

@@ -15,7 +15,7 @@ from tiny import V, random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import write_store
 
 from bench.hours import plan
-from sepo import cli
+from sepo.commands import main as cli
 from sepo.masks import SparseMask
 from sepo.masks.files import save_mask
 

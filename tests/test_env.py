@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import sepo
-from sepo import cli
+from sepo.commands import main as cli
 from sepo.ops import explain_selected_logprob
 from sepo_kernels import extension, platform
 

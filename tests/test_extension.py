@@ -37,7 +37,7 @@ def test_sepo_cpu_names_what_is_not_here(monkeypatch, asked, said):
 @pytest.mark.parametrize("command", ["env", "train"])
 def test_a_command_says_a_wrong_sepo_cpu_in_one_line(command):
     done = subprocess.run(
-        [sys.executable, "-m", "sepo.cli", command],
+        [sys.executable, "-m", "sepo.commands.main", command],
         env=ENVIRONMENT | {"SEPO_CPU": "AVX3"}, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")

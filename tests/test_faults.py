@@ -18,7 +18,7 @@ from test_trainer import PAIRS, bare, make_trainer, weights
 from tiny import random_scored_pairs
 
 from sepo.data import ScoredPair, TokenPair
-from sepo.methods import METHODS
+from sepo.trainer.methods import METHODS
 
 MASKED = sorted(name for name, method in METHODS.items() if method.mask)
 WITH_KL = sorted(name for name, method in METHODS.items() if method.direction)

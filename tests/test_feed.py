@@ -13,16 +13,16 @@ from test_trainer import PAIRS, make_trainer, weights
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sepo.feed
-import sepo.response_logp
+import sepo.model.feed
+import sepo.score.logp
 from sepo import SePOConfig
 from sepo.attention import layout, varlen
 from sepo.data import all_positions, move, pack, truncate
 from sepo.data.hidden import HiddenRows
 from sepo.errors import InputError
-from sepo.feed import StepFeed, works_ahead
-from sepo.model import prepare_model
-from sepo.response_logp import response_logp
+from sepo.model.feed import StepFeed, works_ahead
+from sepo.model.prepare import prepare_model
+from sepo.score.logp import response_logp
 
 THERE = torch.device("meta")  # stands for a GPU
 
@@ -58,14 +58,14 @@ def pinned(monkeypatch):
 def ahead(monkeypatch, pinned):
     """On the CPU as on a GPU, in all but the copy; the threads that packed something."""
     threads = set()
-    real = sepo.feed.with_arrays
+    real = sepo.model.feed.with_arrays
 
     def with_arrays(batch, needs):
         threads.add(threading.current_thread().name)
         return real(batch, needs)
 
-    monkeypatch.setattr(sepo.feed, "works_ahead", lambda device: True)
-    monkeypatch.setattr(sepo.feed, "with_arrays", with_arrays)
+    monkeypatch.setattr(sepo.model.feed, "works_ahead", lambda device: True)
+    monkeypatch.setattr(sepo.model.feed, "with_arrays", with_arrays)
     return threads
 
 
@@ -120,7 +120,7 @@ class Broken(list):
 
 @pytest.mark.parametrize("works", [False, True])
 def test_an_error_stops_the_same_step_with_the_same_words(tmp_path, monkeypatch, pinned, works):
-    monkeypatch.setattr(sepo.feed, "works_ahead", lambda device: works)
+    monkeypatch.setattr(sepo.model.feed, "works_ahead", lambda device: works)
     pairs = Broken(PAIRS)
     trainer = make_trainer(tmp_path, pairs=pairs, method="sepo", pairs_per_step=2)
     pairs.bad = int(trainer._train_plan(3).pairs[0])
@@ -221,7 +221,7 @@ def test_scoring_copies_once_a_batch(monkeypatch, request, pinned):
         assert states.device == rows.device == targets.device == THERE
         return torch.zeros(len(rows))
 
-    monkeypatch.setattr(sepo.response_logp, "selected_logprob", zeros)
+    monkeypatch.setattr(sepo.score.logp, "selected_logprob", zeros)
     batches = []
     with Copies() as copies:
         found = response_logp(model, pairs, "oracle", 40, batches.append)

@@ -8,9 +8,9 @@ from tiny import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sepo import fingerprint
 from sepo.errors import InputError
-from sepo.fingerprint import UNREAD, checkpoint_hash, quick_hash, weights_hash
+from sepo.model import fingerprint
+from sepo.model.fingerprint import UNREAD, checkpoint_hash, quick_hash, weights_hash
 
 
 def reload(path, dtype):

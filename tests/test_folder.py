@@ -13,10 +13,10 @@ from training_run import make_run
 from transformers import AutoModelForCausalLM
 
 from sepo.errors import InputError
-from sepo.fingerprint import checkpoint_hash, quick_hash, weights_hash
-from sepo.folder import find_folder, values_of
-from sepo.model import load_model, load_tokenizer, prepare_model
-from sepo.score import score_dataset
+from sepo.model.fingerprint import checkpoint_hash, quick_hash, weights_hash
+from sepo.model.folder import find_folder, values_of
+from sepo.model.prepare import load_model, load_tokenizer, prepare_model
+from sepo.score.score import score_dataset
 
 # peft 0.21 asks transformers 5.23 by an old name
 pytestmark = [
@@ -156,7 +156,7 @@ def test_a_model_that_is_not_whole_is_refused(base, tear, message, capfd):
 @pytest.mark.parametrize("role", ["reference", "oracle"])
 @pytest.mark.parametrize("fault", ["missing", "compiled", "a layer fewer", "cut off"])
 def test_nothing_is_scored_by_a_model_that_is_not_whole(base, tmp_path, role, fault):
-    from sepo.cli import run
+    from sepo.commands.main import run
 
     other = tmp_path / "other"
     untied(seed=1).save_pretrained(other)
@@ -441,7 +441,7 @@ def chosen_nll(model, row):
     ],
 )
 def test_quantised_weights_are_not_trained(tmp_path, flags, message, monkeypatch):
-    monkeypatch.setattr("sepo.config._has_gpu", lambda args: True)
+    monkeypatch.setattr("sepo.trainer.config._has_gpu", lambda args: True)
     monkeypatch.setattr("sepo.train.quantization_config", lambda args: None)
     make_run(tmp_path)
     edit_json(

@@ -15,8 +15,8 @@ from sepo import SePOConfig
 from sepo.data import pack
 from sepo.data.segments import make_segments
 from sepo.errors import InputError
-from sepo.layers import compile_layers
-from sepo.model import prepare_model
+from sepo.model.prepare import prepare_model
+from sepo.trainer.layers import compile_layers
 
 # what torch says of itself while it compiles: Dynamo asks every input for its .grad and instantiates
 # an autograd.Function to ask for its class, Inductor imports torch.jit
@@ -268,7 +268,7 @@ def test_ligers_losses_are_off(monkeypatch):
 
 def liger_config(monkeypatch, kernels: dict | None = None) -> SePOConfig:
     """As on a machine with a GPU."""
-    monkeypatch.setattr("sepo.config._has_gpu", lambda args: True)
+    monkeypatch.setattr("sepo.trainer.config._has_gpu", lambda args: True)
     return SePOConfig(
         output_dir="-", use_cpu=True, use_liger_kernel=True, liger_kernel_config=kernels
     )

@@ -13,12 +13,13 @@ from test_trainer import make_trainer
 from tiny import random_scored_pairs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sepo import SePOConfig, fused, identity, layers
+from sepo import SePOConfig
 from sepo.data import pack
 from sepo.data.segments import make_segments
 from sepo.errors import InputError
-from sepo.layers import choose_fused, fused_names, use_liger, why_not_liger
-from sepo.model import prepare_model
+from sepo.model.prepare import prepare_model
+from sepo.trainer import fused, identity, layers
+from sepo.trainer.layers import choose_fused, fused_names, use_liger, why_not_liger
 from sepo_kernels import extension
 
 ROOT = Path(__file__).parents[1]

@@ -22,15 +22,15 @@ from test_pipeline import (
 )
 from tiny import tiny_model
 
-from sepo import reference as reference_module
 from sepo.data import pack
 from sepo.masks import readers
-from sepo.methods import METHODS, TokenValues, reduce_segments
-from sepo.model import hidden_states, prepare_model
+from sepo.model import reference as reference_module
+from sepo.model.prepare import hidden_states, prepare_model
+from sepo.model.reference import LiveReference
 from sepo.ops import selected_logprob_kl
-from sepo.prepared import PreparedPairs
-from sepo.reference import LiveReference
-from sepo.tokens import TokenStep
+from sepo.trainer.methods import METHODS, TokenValues, reduce_segments
+from sepo.trainer.pairs import PreparedPairs
+from sepo.trainer.step import TokenStep
 
 CU_ROWS = torch.tensor([0, 3, 7, 8, 10, 15, 16], dtype=torch.int32)  # three pairs
 M, V, D = 16, 11, 6
@@ -257,7 +257,7 @@ def test_noise_in_rows_that_predict_nothing(name, monkeypatch):
         noisy.append(int(unread.sum()))
         return hidden + unread * 1e3 * draw(*hidden.shape, seed=8)
 
-    for module in ("sepo.decoder", reference_module.__name__, readers.__name__):
+    for module in ("sepo.model.forward", reference_module.__name__, readers.__name__):
         monkeypatch.setattr(f"{module}.hidden_states", with_noise)
     found = per_pair(name, "llama", pairs)
     assert_close(found, expected)

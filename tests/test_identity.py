@@ -12,16 +12,16 @@ import torch
 from peft import LoraConfig
 from tiny import V, random_scored_pairs, tiny_model, tiny_tokenizer
 
-import sepo.identity
+import sepo.trainer.identity
 from sepo import SePOConfig, SePOTrainer
-from sepo.checkpoints import MARK
-from sepo.data.part import TOKENS
-from sepo.data.store import ScoredStore
+from sepo.data.store.part import TOKENS
+from sepo.data.store.store import ScoredStore
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
-from sepo.methods import METHODS
-from sepo.model import prepare_model
-from sepo.score import score_dataset
+from sepo.model.prepare import prepare_model
+from sepo.score.score import score_dataset
+from sepo.trainer.checkpoints import MARK
+from sepo.trainer.methods import METHODS
 
 # peft calls transformers by a name of before
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -355,16 +355,16 @@ READ_OF_A_MODEL = {  # what the loss or its gradient takes beside the weights, e
 def test_every_number_that_is_read_of_a_configuration(name):
     """A resume with another would train another function: each is compared."""
     model = experts()
-    before = sepo.identity._config(model)
+    before = sepo.trainer.identity._config(model)
     setattr(model.config, name, READ_OF_A_MODEL[name])
-    after = sepo.identity._config(model)
+    after = sepo.trainer.identity._config(model)
     assert {key for key in after if before.get(key) != after[key]} >= {name}
 
 
 def test_every_flag_that_is_read_is_compared_or_said():
     """Of those that the sources of a step name, each is in the run's identity or among its flags."""
-    from sepo.identity import NO_CHANGE, describe_flags, describe_run
-    from sepo.prepared import PreparedPairs
+    from sepo.trainer.identity import NO_CHANGE, describe_flags, describe_run
+    from sepo.trainer.pairs import PreparedPairs
 
     sources = [
         "losses",
@@ -376,7 +376,7 @@ def test_every_flag_that_is_read_is_compared_or_said():
         "reference",
         "routers",
     ]
-    folder = Path(sepo.identity.__file__).parent
+    folder = Path(sepo.trainer.identity.__file__).parent
     files = [folder / f"{name}.py" for name in sources] + [*(folder / "masks").glob("*.py")]
     read = {
         name
@@ -405,8 +405,8 @@ def test_every_flag_that_is_read_is_compared_or_said():
 
 def test_every_setting_of_a_method_is_in_one_place():
     """A flag is of the identity or may change: never both, and none is forgotten."""
-    from sepo.identity import describe_flags, describe_run
-    from sepo.prepared import PreparedPairs
+    from sepo.trainer.identity import describe_flags, describe_run
+    from sepo.trainer.pairs import PreparedPairs
 
     for name in METHODS:
         args = SePOConfig(output_dir="unused", method=name, use_cpu=True)

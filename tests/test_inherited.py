@@ -23,11 +23,12 @@ from transformers import (
 )
 from transformers.integrations import integration_utils
 
-from sepo import SePOConfig, fused, packages, trainer
-from sepo.arguments import parse
+from sepo import SePOConfig
 from sepo.errors import InputError
-from sepo.inherited import FIELDS, Decided, Needs, Refused
-from sepo.trainer import SePOTrainer
+from sepo.flags import packages
+from sepo.trainer.arguments import parse
+from sepo.trainer.inherited import FIELDS, Decided, Needs, Refused
+from sepo.trainer.trainer import SePOTrainer, fused, trainer
 
 THEIRS = {field.name: field for field in fields(TrainingArguments) if field.init}
 TESTS = Path(__file__).parent

@@ -12,9 +12,9 @@ from test_trainer import make_trainer
 from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_tokenizer
 from whole_stores import flip
 
-from sepo import inspect
+from sepo.commands import inspect
 from sepo.data import ScoredPair
-from sepo.data.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
+from sepo.data.store.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
 from sepo.errors import InputError
 
 

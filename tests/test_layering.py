@@ -1,125 +1,58 @@
 """Who may import whom. A new arrow is a design decision: change this table in its own commit."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tools.rooms import arrows, circles, imported, modules
+
 ROOT = Path(__file__).parents[1]
-# module: what it may import of this project (itself is always allowed); a module of sepo that is
-# not named here may import all but bench and tests, and nothing named here may import it
-LEAVES = {"sepo.errors", "sepo.folder", "sepo.fingerprint", "sepo.lock", "sepo.terminal"}
-FLAGS = {"sepo.inherited", "sepo.options", "sepo.packages", "sepo.values"}
-DATA = {"sepo.data", *LEAVES}
-MODEL = DATA | {"sepo.ops", "sepo.attention"}
-RESPONSE = MODEL | {"sepo.model"}
-SCORE = RESPONSE | {"sepo.feed", "sepo.response_logp", "sepo.precision"}
-METHODS = {"sepo.losses", "sepo.ops", "sepo.config", *LEAVES, *FLAGS}
-TRAINER = SCORE | METHODS | {"sepo_kernels", "sepo.score", "sepo.checkpoints"}
-STEP = {
-    "sepo.accepted",
-    "sepo.adapters",
-    "sepo.fused",
-    "sepo.identity",
-    "sepo.layers",
-    "sepo.masked",
-    "sepo.methods",
-    "sepo.metrics",
-    "sepo.prepared",
-    "sepo.reference",
-    "sepo.resumable",
-    "sepo.routers",
-    "sepo.tokens",
-}
+# room: the rooms that it may import, from the bottom up
+BASE = {"sepo.errors", "sepo.terminal", "sepo.system"}
+READ = BASE | {"sepo.data"}
+RUN = READ | {"sepo.attention", "sepo.ops", "sepo.model"}
+WORK = RUN | {"sepo.flags", "sepo_kernels"}
 ALLOWED = {
     "sepo_kernels": set(),
-    "sepo.losses": set(),
+    "sepo._moved": set(),
     "sepo.terminal": set(),
+    "sepo.losses": set(),
     "sepo.errors": {"sepo.terminal"},
-    "sepo.folder": {"sepo.errors"},
-    "sepo.fingerprint": {"sepo.errors", "sepo.folder"},
-    "sepo.lock": {"sepo.errors"},
-    "sepo.arithmetic": {"sepo_kernels"},
-    "sepo.settings": {"sepo.errors", "sepo_kernels"},
-    **dict.fromkeys(FLAGS, {"sepo.errors"}),
-    "sepo.ops": {"sepo_kernels", "sepo.losses"},
-    "sepo.data": LEAVES,
-    "sepo.attention": DATA | {"sepo_kernels"},
-    "sepo.decoder": MODEL,
-    "sepo.model": MODEL | {"sepo.decoder"},
-    "sepo.feed": RESPONSE,
-    "sepo.response_logp": RESPONSE | {"sepo.feed"},
-    "sepo.precision": RESPONSE | {"sepo.response_logp"},
-    "sepo.score": SCORE,
-    "sepo.reference": RESPONSE,
-    "sepo.config": LEAVES | FLAGS | {"sepo.arithmetic", "sepo_kernels"},
-    "sepo.checkpoints": DATA,
-    "sepo.identity": DATA
-    | METHODS
-    | {"sepo.checkpoints", "sepo.methods", "sepo.prepared", "sepo.reference", "sepo.routers"},
-    "sepo.resumable": {"sepo.checkpoints", "sepo.config", "sepo.identity", "sepo.metrics", *LEAVES},
-    "sepo.methods": METHODS,
-    "sepo.accepted": DATA | METHODS | {"sepo.methods", "sepo.metrics"},
-    "sepo.metrics": METHODS | {"sepo.data", "sepo.methods"},
-    "sepo.adapters": LEAVES | {"sepo.config"},
-    "sepo.budget": set(),
-    "sepo.layers": {"sepo.errors", "sepo_kernels"},
-    "sepo.fused": RESPONSE | {"sepo.budget", "sepo.config", "sepo.decoder", "sepo.layers"},
-    "sepo.masks": RESPONSE,
-    "sepo.routers": DATA,
-    "sepo.tokens": RESPONSE
-    | METHODS
-    | {"sepo.adapters", "sepo.masks", "sepo.methods", "sepo.routers"}
-    | {"sepo.reference"},
-    "sepo.masked": {"sepo.config", "sepo.masks", "sepo.resumable", "sepo.tokens"},
-    "sepo.prepared": DATA | METHODS | {"sepo.methods"},
-    "sepo.report": RESPONSE | {"sepo.options"},
-    "sepo.trainer": TRAINER | STEP,
+    "sepo.system": {"sepo.errors", "sepo_kernels"},
+    "sepo.flags": {"sepo.errors", "sepo_kernels"},
+    "sepo.ops": {"sepo.losses", "sepo_kernels"},
+    "sepo.data": BASE,
+    "sepo.attention": READ | {"sepo_kernels"},
+    "sepo.model": READ | {"sepo.attention", "sepo.ops"},
+    "sepo.masks": RUN,
+    "sepo.score": RUN,
+    "sepo.trainer": WORK | {"sepo.losses", "sepo.masks"},
+    "sepo.transfer": RUN | {"sepo.flags"},
+    "sepo.report": READ,
+    "sepo.demo": WORK | {"sepo.score", "sepo.trainer"},
+    "sepo.train": WORK | {"sepo.trainer"},
 }
-OUTSIDE = {"bench", "tests"}
+LAST = {"sepo.commands"}  # may import all; nothing imports it
 
 
-def owner(module: str) -> str | None:
-    """The row of the table a module belongs to, the longest that fits, or its own name."""
-    parts = module.split(".")
-    if parts[0] in OUTSIDE | {"sepo_kernels"}:
-        return parts[0]
-    if parts[0] != "sepo":
-        return None
-    # "import sepo" alone is __init__, which loads the trainer when it is named
-    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-    return next((name for name in names if name in ALLOWED), ".".join(parts[:2]))
+def test_rooms_import_what_they_may():
+    found = arrows(ROOT)
+    assert set(found) == set(ALLOWED) | LAST
+    for room, used in found.items():
+        if room not in LAST:
+            assert used <= ALLOWED[room], f"{room} may not import {used - ALLOWED[room]}"
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute names of everything imported, inside functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            # "from sepo import data" imports sepo.data
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+def test_no_module_needs_itself():
+    assert circles(ROOT) == []
 
 
-def modules():
-    for root in (ROOT / "sepo_kernels", ROOT / "python" / "sepo"):
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root.parent).with_suffix("").parts
-            yield ".".join(p for p in parts if p != "__init__"), path
-
-
-def test_imports_follow_the_layers():
-    for module, path in modules():
-        me = owner(module)
-        used = {owner(name) for name in imports(path)} - {None, me, "sepo"}
-        assert not used & OUTSIDE, f"{path}: nothing imports {used & OUTSIDE}"
-        if me in ALLOWED:
-            assert used <= ALLOWED[me], f"{path}: {me} may not import {used - ALLOWED[me]}"
+def test_nothing_imports_bench_or_tests():
+    for path in modules(ROOT).values():
+        used = {name.split(".")[0] for name in imported(path)}
+        assert not used & {"bench", "tests", "tools"}, path
 
 
 def test_implementations_do_not_import_each_other_or_the_reference():
@@ -130,7 +63,7 @@ def test_implementations_do_not_import_each_other_or_the_reference():
         assert "reference" in names, f"{op}: no definition"
         for path in op.glob("*.py"):
             prefix = f"sepo_kernels.{op.name}."
-            used = {n.removeprefix(prefix).split(".")[0] for n in imports(path) if prefix in n}
+            used = {n.removeprefix(prefix).split(".")[0] for n in imported(path) if prefix in n}
             used &= names - {path.stem}
             if path.stem == "__init__":
                 used &= {"reference"}
@@ -138,7 +71,7 @@ def test_implementations_do_not_import_each_other_or_the_reference():
 
 
 def test_losses_need_torch_only():
-    roots = {name.split(".")[0] for name in imports(ROOT / "python" / "sepo" / "losses.py")}
+    roots = {name.split(".")[0] for name in imported(ROOT / "python" / "sepo" / "losses.py")}
     assert roots - sys.stdlib_module_names == {"torch"}
 
 
@@ -151,3 +84,9 @@ def test_import_is_cheap(module):
         check=True,
     )  # fmt: skip
     assert done.stdout.split() == []
+
+
+def test_no_file_shadows_the_standard_library():
+    """`python python/sepo/train.py` puts this folder first on the path."""
+    named = {path.stem for path in (ROOT / "python" / "sepo").glob("*")}
+    assert not named & sys.stdlib_module_names

@@ -10,11 +10,11 @@ import pytest
 from processes import ENVIRONMENT, exit_line
 
 from sepo.errors import InputError
-from sepo.lock import contents, lock
+from sepo.system.lock import contents, lock
 
 HOLD = """
 import sys, time
-from sepo.lock import lock
+from sepo.system.lock import lock
 with lock(sys.argv[1], *sys.argv[2:]):
     print("held", flush=True)
     time.sleep(30)
@@ -22,7 +22,7 @@ with lock(sys.argv[1], *sys.argv[2:]):
 TAKE = """
 import sys
 from sepo.errors import exit_with_one_line
-from sepo.lock import lock
+from sepo.system.lock import lock
 def main():
     with lock(sys.argv[1]):
         pass
@@ -109,7 +109,7 @@ def test_another_thread_is_another_holder(tmp_path):
 
 FORK = """
 import os, sys, time
-from sepo.lock import lock
+from sepo.system.lock import lock
 with lock(sys.argv[1]):
     if not os.fork():  # the child speaks, when it has let go
         print(os.getpid(), flush=True)

@@ -11,10 +11,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from training_run import make_run
 from transformers import AutoModelForCausalLM
 
-from sepo import SePOConfig, tokens, train
+from sepo import SePOConfig, train
 from sepo.data import pack
 from sepo.errors import InputError
 from sepo.masks import layer_states, load_mask
+from sepo.trainer import step as tokens
 
 ADAM = dict(method="sparsepo", optim="adamw_torch", warmup_steps=0, learning_rate=0.01)
 

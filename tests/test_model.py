@@ -13,7 +13,7 @@ from sepo import attention
 from sepo.attention import layout
 from sepo.data import all_positions, pack, truncate
 from sepo.errors import InputError
-from sepo.model import explain_attention, head, load_model, prepare_model, token_logprob
+from sepo.model.prepare import explain_attention, head, load_model, prepare_model, token_logprob
 
 # peft 0.21 asks transformers 5.23 in words of before
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

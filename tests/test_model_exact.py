@@ -8,7 +8,7 @@ from tiny import CONFIGS, tiny_model
 
 from sepo import attention
 from sepo.attention import native
-from sepo.model import prepare_model
+from sepo.model.prepare import prepare_model
 
 # peft 0.21 asks transformers 5.23 in words of before
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -14,11 +14,11 @@ from test_trainer import LONGEST, PAIRS, make_trainer
 from tiny import V, random_scored_pairs
 from training_run import make_run, write_store
 
-from sepo.checkpoints import last_checkpoint
 from sepo.errors import InputError
-from sepo.lock import lock
-from sepo.methods import METHODS
-from sepo.metrics import MetricsFile
+from sepo.system.lock import lock
+from sepo.trainer.checkpoints import last_checkpoint
+from sepo.trainer.methods import METHODS
+from sepo.trainer.metrics import MetricsFile
 
 STEPS = dict(save_strategy="steps", save_steps=1, optim="adamw_torch", max_grad_norm=1.0)
 SIDES = ("chosen", "rejected")

@@ -27,7 +27,7 @@ print("trained")
 """
 READ = """
 import sys
-from sepo.data.load import is_rows, load_rows
+from sepo.data.read.load import is_rows, load_rows
 from sepo.errors import InputError
 print(len(load_rows(sys.argv[2])), is_rows(list(load_rows(sys.argv[2]))))
 for source, split in ((sys.argv[3], None), ("owner/name", None), (sys.argv[2], "train[:1]")):

@@ -146,11 +146,11 @@ import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import sepo.ops
-import torch, sepo.cli
+import torch, sepo.commands.main
 print(sepo.ops.__file__)
 print(len([w for w in caught if issubclass(w.category, RuntimeWarning)]), "warnings")
 print(sepo.ops.segment_sum(torch.ones(3), torch.tensor([0, 3])).tolist())
-sepo.cli.run(["env"])
+sepo.commands.main.run(["env"])
 """
     none_at_hand, none_wanted = {"CXX": "/nowhere/c++"}, {"SEPO_EXT": "none", "CXX": "true"}
     for warnings, extra in ((1, {"CXX": "true"}), (0, none_at_hand), (0, none_wanted)):

@@ -18,11 +18,11 @@ from sepo import SePOConfig
 from sepo.data import ScoredPair, pack
 from sepo.data.segments import make_segments
 from sepo.masks import SparseMask
-from sepo.methods import METHODS, reduce_segments
-from sepo.model import prepare_model, token_logprob
-from sepo.prepared import PreparedPairs
-from sepo.reference import LiveReference
-from sepo.tokens import TokenStep
+from sepo.model.prepare import prepare_model, token_logprob
+from sepo.model.reference import LiveReference
+from sepo.trainer.methods import METHODS, reduce_segments
+from sepo.trainer.pairs import PreparedPairs
+from sepo.trainer.step import TokenStep
 
 F64 = dict(dtype=torch.float64)
 # of another architecture and width than the policy

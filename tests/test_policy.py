@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from sepo.data import TokenPair
 from sepo.errors import InputError
-from sepo.model import load_model, prepare_model
-from sepo.reference import LiveReference
-from sepo.score import score_pairs
+from sepo.model.prepare import load_model, prepare_model
+from sepo.model.reference import LiveReference
+from sepo.score.score import score_pairs
 
 pytestmark = [
     # peft 0.21 asks transformers 5.23 by an old name

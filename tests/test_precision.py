@@ -6,11 +6,11 @@ import torch
 from scoring_for_tests import QUIET, make_pairs, save_models, tiny_in
 from tiny import random_scored_pairs, tiny_model
 
-from sepo.data.store import ScoredStore
-from sepo.model import load_model, prepare_model
-from sepo.precision import compare_scores, describe
-from sepo.response_logp import response_logp
-from sepo.score import score_dataset, score_pairs
+from sepo.data.store.store import ScoredStore
+from sepo.model.prepare import load_model, prepare_model
+from sepo.score.logp import response_logp
+from sepo.score.precision import compare_scores, describe
+from sepo.score.score import score_dataset, score_pairs
 
 
 def test_lower_precision_is_checked_unasked(tmp_path, capsys):

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from examples.precision import overlap, report, study
 from examples.precision.arithmetic import Float64Only, RoundedProducts, tf32, to_tf32
 from sepo.errors import InputError
-from sepo.model import prepare_model
-from sepo.response_logp import response_logp
+from sepo.model.prepare import prepare_model
+from sepo.score.logp import response_logp
 
 PAIRS = make_pairs()
 

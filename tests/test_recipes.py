@@ -12,10 +12,10 @@ import yaml
 from tiny import random_scored_pairs
 from training_run import make_run
 
-from sepo.cli import COMMANDS
-from sepo.methods import METHODS
+from sepo.commands.main import COMMANDS
 from sepo.train import main as train
 from sepo.train import parse
+from sepo.trainer.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))

@@ -12,17 +12,17 @@ from transformers import AutoModelForCausalLM
 from sepo.data import pack
 from sepo.data.hidden import StoredHead
 from sepo.data.segments import make_segments
-from sepo.data.store import ScoredStore
+from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
-from sepo.model import head, hidden_states, prepare_model, token_logprob
-from sepo.reference import (
+from sepo.model.prepare import head, hidden_states, prepare_model, token_logprob
+from sepo.model.reference import (
     CachedReference,
     LiveReference,
     cached_reference,
     load_reference,
     token_logprob_kl,
 )
-from sepo.score import score_dataset
+from sepo.score.score import score_dataset
 
 WIDE = dict(seed=7, hidden_size=48, intermediate_size=40, tie_word_embeddings=False)
 

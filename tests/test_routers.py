@@ -8,9 +8,9 @@ import torch
 from test_trainer import LONGEST, PAIRS, bare, make_trainer, weights
 from tiny import random_scored_pairs, tiny_model
 
-from sepo import routers
 from sepo.errors import InputError
-from sepo.prepared import PreparedPairs
+from sepo.model import routers
+from sepo.trainer.pairs import PreparedPairs
 
 # peft 0.21 asks transformers 5.23 by an old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -18,12 +18,12 @@ from scoring_for_tests import (
 )
 from tiny import V, tiny_model
 
-from sepo.data.store import ScoredStore
+from sepo.data.store.store import ScoredStore
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
-from sepo.model import prepare_model
-from sepo.response_logp import _batches
-from sepo.score import score_dataset, score_pairs
+from sepo.model.prepare import prepare_model
+from sepo.score.logp import _batches
+from sepo.score.score import score_dataset, score_pairs
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import torch
 from processes import cut_short
 from scoring_for_tests import QUIET, REFERENCE, make_pairs, make_tokenizer, parts, save_models
 
-from sepo import score_command
-from sepo.data.store import ScoredStore
+from sepo.commands import score as score_command
+from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
-from sepo.lock import lock
-from sepo.model import load_model, load_tokenizer
-from sepo.score import score_dataset, score_pairs, shard_name
+from sepo.model.prepare import load_model, load_tokenizer
+from sepo.score.score import score_dataset, score_pairs, shard_name
+from sepo.system.lock import lock
 
 
 def parse(*words):
@@ -195,7 +195,7 @@ def test_a_shard_that_is_no_number(tmp_path, job, monkeypatch, variable, text):
 def test_a_full_disk(tmp_path, job, size, file):
     """One line, no half of a file; what is there is gone on with when there is room."""
     out, whole = tmp_path / "out", tmp_path / "whole"
-    error = cut_short(size, "score", *job(out), at="sepo.score_command.score_dataset")
+    error = cut_short(size, "score", *job(out), at="sepo.commands.score.score_dataset")
     assert re.search(f"{out}/{file}.*: can't be written: .*File too large", error), error
     if size == 100:  # found out before anything was scored
         assert not out.exists()

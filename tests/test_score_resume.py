@@ -17,13 +17,12 @@ from scoring_for_tests import ORACLE, QUIET, REFERENCE, make_pairs, make_tokeniz
 from tiny import tiny_model
 from tqdm import tqdm
 
-from sepo import score
-from sepo.data import part, store
-from sepo.data.manifest import hash_json
-from sepo.data.store import ScoredStore
+from sepo.data.store.manifest import hash_json
+from sepo.data.store.store import ScoredStore, part, store
 from sepo.errors import InputError
-from sepo.model import prepare_model
-from sepo.score import score_dataset, score_pairs
+from sepo.model.prepare import prepare_model
+from sepo.score import score
+from sepo.score.score import score_dataset, score_pairs
 
 KEPT = {"scores": ("score",), "states": ("score", "logp", "hidden")}
 MODELS = dict(reference=REFERENCE, oracle=ORACLE)

@@ -9,13 +9,13 @@ import torch
 from tiny import random_scored_pairs
 from torch import nn
 
-from sepo.config import SePOConfig
 from sepo.data import TokenPair, pack
 from sepo.data.segments import make_segments
-from sepo.identity import describe_run
-from sepo.methods import METHODS, TokenValues, reduce_segments
-from sepo.prepared import PreparedPairs
 from sepo.train import parse
+from sepo.trainer.config import SePOConfig
+from sepo.trainer.identity import describe_run
+from sepo.trainer.methods import METHODS, TokenValues, reduce_segments
+from sepo.trainer.pairs import PreparedPairs
 
 PAIRS = random_scored_pairs(20)
 

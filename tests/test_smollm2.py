@@ -2,7 +2,7 @@ import pytest
 from demo.characters import character_tokenizer
 from tiny import tiny_model
 
-from sepo import smollm2
+from sepo.demo import smollm2
 from sepo.errors import InputError
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from tokenizers_for_tests import plain_tokenizer
 
-from sepo import inspect
-from sepo.data.carry import Coverage, LeftOut
-from sepo.data.read import Report
+from sepo.commands import inspect
+from sepo.data.read.read import Report
 from sepo.data.types import TokenPair
 from sepo.errors import InputError, exit_with_one_line
 from sepo.terminal import escaped, release_warnings, say
+from sepo.transfer.row import Coverage, LeftOut
 
 ID = "a\x1b[2J\x1b]0;owned\x07b\r\x9b31m\u202ec"  # clears the screen, sets the title, goes back
 SHOWN = r"a\x1b[2J\x1b]0;owned\x07b\r\x9b31m\u202ec"

@@ -10,12 +10,20 @@ from test_identity import make as make_run
 from test_trainer import make_trainer
 from tiny import random_scored_pairs, tiny_model
 
-from sepo import SePOConfig, budget
-from sepo.budget import Sizes, default_budget, held_bytes, layer_bytes, token_budget, token_bytes
+from sepo import SePOConfig
 from sepo.data import pack
 from sepo.data.segments import make_segments
-from sepo.layers import use_liger
-from sepo.model import prepare_model
+from sepo.model import budget
+from sepo.model.budget import (
+    Sizes,
+    default_budget,
+    held_bytes,
+    layer_bytes,
+    token_budget,
+    token_bytes,
+)
+from sepo.model.prepare import prepare_model
+from sepo.trainer.layers import use_liger
 from sepo_kernels import extension
 
 GIB = 2**30

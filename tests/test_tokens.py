@@ -8,13 +8,13 @@ from tiny import V, tiny_model
 
 from sepo import SePOConfig, SePOTrainer
 from sepo.data.hidden import StoredHead
-from sepo.data.store import ScoredStore
+from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
-from sepo.methods import METHODS
-from sepo.model import prepare_model
-from sepo.reference import CachedReference, LiveReference
-from sepo.score import score_dataset
-from sepo.tokens import find_reference
+from sepo.model.prepare import prepare_model
+from sepo.model.reference import CachedReference, LiveReference
+from sepo.score.score import score_dataset
+from sepo.trainer.methods import METHODS
+from sepo.trainer.step import find_reference
 
 # peft 0.21 asks transformers 5.23 by an old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -7,12 +7,13 @@ import torch
 from test_pipeline import dense_loss, scored_pairs
 from tiny import V, random_scored_pairs, tiny_model, tiny_tokenizer
 
-from sepo import SePOConfig, SePOTrainer, metrics
-from sepo.checkpoints import last_checkpoint
+from sepo import SePOConfig, SePOTrainer
 from sepo.data import Segment, TokenPair, attention_cost, pair_costs
 from sepo.errors import InputError
-from sepo.methods import METHODS
-from sepo.prepared import PreparedPairs
+from sepo.trainer import metrics
+from sepo.trainer.checkpoints import last_checkpoint
+from sepo.trainer.methods import METHODS
+from sepo.trainer.pairs import PreparedPairs
 
 PAIRS = random_scored_pairs(13)
 LONGEST = max(map(len, PAIRS))  # the least budget that serves every method
@@ -92,8 +93,8 @@ def test_a_step_descends_the_dense_loss(tmp_path, method):
 
 
 def test_a_live_reference_equals_the_cached_one(tmp_path):
-    from sepo.model import prepare_model
-    from sepo.score import score_pairs
+    from sepo.model.prepare import prepare_model
+    from sepo.score.score import score_pairs
 
     reference = prepare_model(tiny_model(seed=1))
     cached = make_trainer(

@@ -11,14 +11,13 @@ from test_score_resume import of_before
 from tokenizers_for_tests import CHATML, chatml_tokenizer, plain_tokenizer
 from vocabularies import TRAINED
 
-from sepo import transfer
-from sepo.cli import run
-from sepo.data.crossvocab import TokenBytes
-from sepo.data.read import read_pairs
-from sepo.data.render import spans
+from sepo.commands.main import run
+from sepo.data.align import TokenBytes
+from sepo.data.read.read import read_pairs
+from sepo.data.read.render import spans
 from sepo.data.segments import make_segments
-from sepo.data.select import select_positions
-from sepo.data.store import (
+from sepo.data.selection import select_positions
+from sepo.data.store.store import (
     ScoredStore,
     StoreWriter,
     pairs_hash,
@@ -27,8 +26,9 @@ from sepo.data.store import (
 )
 from sepo.data.types import ScoredPair
 from sepo.errors import InputError
-from sepo.lock import lock
-from sepo.transfer import read_preferences, transfer_store
+from sepo.system.lock import lock
+from sepo.transfer import store as transfer
+from sepo.transfer.store import read_preferences, transfer_store
 
 ROWS = [
     {"prompt": "Say:", "chosen": " the river is wide", "rejected": " the world 🧑🏽‍🔬"},

@@ -8,11 +8,11 @@ from placing import any_text, check_nasty, check_pair
 from test_transfer import scored
 from vocabularies import NASTY, REAL, table
 
-from sepo.data.carry import Carry
-from sepo.data.read import read_pairs
-from sepo.data.render import spans
-from sepo.data.select import select_positions
-from sepo.transfer import read_preferences
+from sepo.data.read.read import read_pairs
+from sepo.data.read.render import spans
+from sepo.data.selection import select_positions
+from sepo.transfer.row import Carry
+from sepo.transfer.store import read_preferences
 
 PAIRS = Path(__file__).parents[1] / "python/sepo/demo/data/pairs.jsonl"
 

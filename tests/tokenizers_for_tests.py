@@ -15,8 +15,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sepo.data.formats import Preference
-from sepo.data.tokenise import tokenise
+from sepo.data.read.formats import Preference
+from sepo.data.read.tokenise import tokenise
 
 CORPUS = [
     "<|im_start|>user\nWhat is the name of the river?<|im_end|>\n<|im_start|>assistant\nThe Rhine.",

@@ -7,7 +7,7 @@ import yaml
 from manifests import manifest
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 
-from sepo.data.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
+from sepo.data.store.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
 
 
 def make_run(

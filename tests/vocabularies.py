@@ -14,8 +14,8 @@ from tokenizers_for_tests import CHATML, CORPUS, chatml_tokenizer, llama2_tokeni
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from sepo import smollm2
-from sepo.data.crossvocab import TokenBytes
+from sepo.data.align import TokenBytes
+from sepo.demo import smollm2
 
 NASTY = {
     "plain": "It was a fine film, wasn't it?",

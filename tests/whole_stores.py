@@ -7,7 +7,7 @@ import torch
 from manifests import manifest
 
 from sepo.data.hidden import HiddenRows, StoredHead
-from sepo.data.store import ScoredStore, StoreWriter, pairs_hash
+from sepo.data.store.store import ScoredStore, StoreWriter, pairs_hash
 from sepo.data.types import ScoredPair
 
 WIDTH, VOCABULARY = 3, 5

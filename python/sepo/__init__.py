@@ -10,7 +10,7 @@ from sepo import _moved
 __version__ = "0.1.0"
 __all__ = ["SePOConfig", "SePOTrainer"]
 
-_HOME = {"SePOConfig": "sepo.config", "SePOTrainer": "sepo.trainer"}
+_HOME = {"SePOConfig": "sepo.trainer.config", "SePOTrainer": "sepo.trainer"}
 
 
 def __getattr__(name: str):

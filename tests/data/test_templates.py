@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from template_table import BEGIN, END, PAGE, ROWS, TEMPLATES, outcome, table, template
 
-from sepo.data.reasons import Drop, Note, Why
+from sepo.data.read.reasons import Drop, Note, Why
 
 NOTHING, REASONED = (), ("\nIt is long.\n", "\nIt is short.\n")
 # template -> of a plain row: the prompt, what ends a response

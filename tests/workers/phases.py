@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from sepo import metrics, resumable, trainer
+from sepo.trainer import metrics, trainer
+from sepo.trainer import resume as resumable
 
 
 @dataclass(frozen=True)
