@@ -28,7 +28,8 @@ from sepo.errors import InputError
 from sepo.flags import packages
 from sepo.trainer.arguments import parse
 from sepo.trainer.inherited import FIELDS, Decided, Needs, Refused
-from sepo.trainer.trainer import SePOTrainer, fused, trainer
+from sepo.trainer import fused, trainer
+from sepo.trainer.trainer import SePOTrainer
 
 THEIRS = {field.name: field for field in fields(TrainingArguments) if field.init}
 TESTS = Path(__file__).parent

@@ -18,7 +18,8 @@ from tiny import tiny_model
 from tqdm import tqdm
 
 from sepo.data.store.manifest import hash_json
-from sepo.data.store.store import ScoredStore, part, store
+from sepo.data.store import part, store
+from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
 from sepo.model.prepare import prepare_model
 from sepo.score import score
