@@ -144,7 +144,7 @@ def test_tools_that_a_template_does_not_know(name):
 
 def test_the_page_is_as_the_script_writes_it():
     found = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    assert found.strip() == table(), "python tests/template_table.py writes it"
+    assert found.strip() == table(), "python tests/helpers/template_table.py writes it"
 
 
 TRLS = {  # template -> the file in which TRL carries the model's own

@@ -126,7 +126,7 @@ def test_a_run_is_another_one_with_another_selection():
 
 
 def test_the_commands_of_the_page_parse():
-    page = (Path(__file__).parents[1] / "docs" / "selection.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "selection.md").read_text()
     commands = [line.split()[2:] for line in page.splitlines() if line.startswith("sepo train ")]
     assert len(commands) == 9
     for command in commands:

@@ -6,15 +6,16 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+PYTEST = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+FOLDERS = [ROOT / folder for folder in PYTEST["pythonpath"]]
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join(  # an empty entry would be the current folder
-        filter(
-            None, [*map(str, (ROOT, ROOT / "python", ROOT / "tests")), os.environ.get("PYTHONPATH")]
-        )
+        filter(None, [*map(str, FOLDERS), os.environ.get("PYTHONPATH")])
     ),
     "OMP_NUM_THREADS": "1",  # the same sums in every process, and no more threads than cores
     "HF_HUB_OFFLINE": "1",

@@ -9,13 +9,13 @@ import subprocess
 import sys
 
 import pytest
-from processes import ENVIRONMENT, ROOT
+from processes import ENVIRONMENT, FOLDERS, ROOT
 
 pytestmark = pytest.mark.slow
 
 LOGPROB = "sepo_kernels/selected_logprob/chunked.py"
 OPERATION = "tests/ops/test_selected_logprob.py"
-STEPS = "tests/test_pipeline.py::test_a_step_equals_the_formula"
+STEPS = "tests/trainer/test_pipeline.py::test_a_step_equals_the_formula"
 MUTANTS = {
     "assign instead of add for repeated rows": (
         "sepo_kernels/products.py",
@@ -40,7 +40,7 @@ MUTANTS = {
         "python/sepo/data/truncate.py",
         "last = int(positions[-1]) if len(positions) else 0",
         "last = max(0, int(positions[-1]) - 1) if len(positions) else 0",
-        "tests/test_pipeline.py",
+        "tests/trainer/test_pipeline.py",
     ),
     "needs_input_grad ignored": (
         "python/sepo/ops/selected_logprob.py",
@@ -64,13 +64,13 @@ MUTANTS = {
         "python/sepo/attention/sdpa.py",
         "tril(self.shift)",
         "tril(self.shift - 1)",
-        "tests/test_pipeline.py",
+        "tests/trainer/test_pipeline.py",
     ),
     "the second copy of a prompt without a gradient": (
         "python/sepo/attention/varlen.py",
         'total.index_add_(0, places["shared"], grad.index_select(0, places["second"]))',
         "pass",
-        "tests/test_attention.py::test_values_and_gradients_are_the_definition",
+        "tests/attention/test_attention.py::test_values_and_gradients_are_the_definition",
     ),
     "what inference renders is not looked at": (
         "python/sepo/data/read/render.py",
@@ -119,13 +119,13 @@ MUTANTS = {
         "python/sepo/trainer/methods.py",
         '_FORWARD if a.form == "code" else _REVERSE',
         "_FORWARD",
-        "tests/test_golden_steps.py",
+        "tests/trainer/test_golden_steps.py",
     ),
     "the reward's mask on the divergence": (
         "python/sepo/trainer/methods.py",
         "kl=total(tokens.kl, tokens.kl_mask)",
         "kl=total(tokens.kl, tokens.reward_mask)",
-        "tests/test_golden_steps.py",
+        "tests/trainer/test_golden_steps.py",
     ),
     "another value in a part of a store": (
         "python/sepo/data/store/part.py",
@@ -149,25 +149,25 @@ MUTANTS = {
         "python/sepo/trainer/checkpoints.py",
         "if digest != files[name][1]:",
         "if False:",
-        "tests/test_checkpoints.py",
+        "tests/trainer/test_checkpoints.py",
     ),
     "a run known by its lengths": (
         "python/sepo/trainer/pairs.py",
         "one.add(pair)",
         "pass",
-        "tests/test_identity.py::test_another_run_is_refused_by_name",
+        "tests/trainer/test_identity.py::test_another_run_is_refused_by_name",
     ),
     "a step that is not finite and goes on": (
         "python/sepo/trainer/trainer.py",
         "self._refuse_step(*(value.item() for value in values))",
         "pass",
-        "tests/test_not_finite.py::test_step_and_rows_are_named",
+        "tests/trainer/test_not_finite.py::test_step_and_rows_are_named",
     ),
     "the newest checkpoint deleted": (
         "python/sepo/trainer/checkpoints.py",
         "kept = {newest} |",
         "kept = set() |",
-        "tests/test_checkpoints.py::test_which_checkpoints_are_kept",
+        "tests/trainer/test_checkpoints.py::test_which_checkpoints_are_kept",
     ),
 }
 
@@ -181,7 +181,7 @@ def test_a_test_catches(name, tmp_path):
     source = (tmp_path / file).read_text()
     assert source.count(old) == 1, f"{file} no longer holds once: {old}"
     (tmp_path / file).write_text(source.replace(old, new))
-    paths = [tmp_path, tmp_path / "python", tmp_path / "tests"]
+    paths = [tmp_path / folder.relative_to(ROOT) for folder in FOLDERS]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", tests],
         cwd=tmp_path,

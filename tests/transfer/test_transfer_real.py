@@ -14,7 +14,7 @@ from sepo.data.selection import select_positions
 from sepo.transfer.row import Carry
 from sepo.transfer.store import read_preferences
 
-PAIRS = Path(__file__).parents[1] / "python/sepo/demo/data/pairs.jsonl"
+PAIRS = Path(__file__).parents[2] / "python/sepo/demo/data/pairs.jsonl"
 
 
 @pytest.mark.parametrize("name", REAL)

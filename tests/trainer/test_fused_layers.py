@@ -22,7 +22,7 @@ from sepo.trainer import fused, identity, layers
 from sepo.trainer.layers import choose_fused, fused_names, use_liger, why_not_liger
 from sepo_kernels import extension
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 

@@ -4,11 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import FOLDERS
 
-ROOT = Path(__file__).parents[1]
 OPTIONAL = (
     "datasets", "triton", "peft", "bitsandbytes", "liger_kernel", "flash_attn", "trl", "deepspeed",
     "cut_cross_entropy", "gguf", "vaderSentiment", "sentencepiece",
@@ -39,7 +38,7 @@ for source, split in ((sys.argv[3], None), ("owner/name", None), (sys.argv[2], "
 
 
 def without(packages, code: str, *args) -> list[str]:
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "python", ROOT / "tests")))
+    path = os.pathsep.join(map(str, FOLDERS))
     command = [sys.executable, "-W", "ignore", "-c", BLOCKED + code, ",".join(packages)]
     done = subprocess.run(
         [*command, *map(str, args)], capture_output=True, text=True,

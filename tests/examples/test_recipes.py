@@ -17,7 +17,7 @@ from sepo.train import main as train
 from sepo.train import parse
 from sepo.trainer.methods import METHODS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("README.md")]

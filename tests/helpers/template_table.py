@@ -1,7 +1,7 @@
 """What chat templates of the day do to a row, and what `sepo inspect` says of it: docs/templates.md.
 
 tests/templates has the templates, written anew from what their models' documentation and packages
-show that they do. `python tests/template_table.py` writes the table into the page.
+show that they do. `python tests/helpers/template_table.py` writes the table into the page.
 """
 
 from copy import deepcopy
@@ -14,8 +14,8 @@ from sepo.data.read.reasons import Drop, Note, Why
 from sepo.data.read.render import spans
 from sepo.data.read.tokenise import tokenise
 
-HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "templates.md"
+TESTS = Path(__file__).parents[1]
+PAGE = TESTS.parent / "docs" / "templates.md"
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
 # template -> how the page calls it, its bos and its special tokens
 TEMPLATES = {
@@ -61,7 +61,7 @@ SHORT = {
 def template(name: str) -> str:
     """A template's text; Tekken's is the older one without its blanks."""
     file = "mistral_v3" if name == "mistral_tekken" else name
-    text = (HERE / "templates" / f"{file}.jinja").read_text(encoding="utf-8")
+    text = (TESTS / "templates" / f"{file}.jinja").read_text(encoding="utf-8")
     return text.replace("set space = ' '", "set space = ''") if file != name else text
 
 

@@ -26,9 +26,9 @@ from transformers.integrations import integration_utils
 from sepo import SePOConfig
 from sepo.errors import InputError
 from sepo.flags import packages
+from sepo.trainer import fused, trainer
 from sepo.trainer.arguments import parse
 from sepo.trainer.inherited import FIELDS, Decided, Needs, Refused
-from sepo.trainer import fused, trainer
 from sepo.trainer.trainer import SePOTrainer
 
 THEIRS = {field.name: field for field in fields(TrainingArguments) if field.init}

@@ -17,8 +17,8 @@ from scoring_for_tests import ORACLE, QUIET, REFERENCE, make_pairs, make_tokeniz
 from tiny import tiny_model
 from tqdm import tqdm
 
-from sepo.data.store.manifest import hash_json
 from sepo.data.store import part, store
+from sepo.data.store.manifest import hash_json
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
 from sepo.model.prepare import prepare_model
