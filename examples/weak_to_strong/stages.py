@@ -25,7 +25,7 @@ from sepo.demo.evaluate import clustered_mean, kl_per_token, response_logp
 from sepo.demo.judge import sentiment
 from sepo.demo.lexicon import in_lexicon
 from sepo.demo.sample import sample
-from sepo_kernels.platform import fast_dtype
+from sepo_kernels.devices import fast_dtype
 
 FRACTION, SEED = 0.3, 0
 FILMS_PER_TEMPLATE = 12  # consecutive openings that differ by their film alone

@@ -141,7 +141,7 @@ def _extension(device: str) -> str:
 def _fast_dtype(device: str) -> str:
     """What `--bf16 auto` goes by."""
     _torch()
-    from sepo_kernels.platform import bfloat16_speed, fast_dtype
+    from sepo_kernels.devices import bfloat16_speed, fast_dtype
 
     speed = bfloat16_speed(device)
     found = str(fast_dtype(device)).removeprefix("torch.")

@@ -37,7 +37,7 @@ from sepo.score.score import score_dataset
 from sepo.system.lock import contents, lock
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.trainer import SePOTrainer
-from sepo_kernels.platform import fast_dtype
+from sepo_kernels.devices import fast_dtype
 
 FOLDERS = ("reference", "oracle", "scored", "sepo", "sepo_rand")
 SUMMARY = "summary.json"

@@ -17,11 +17,11 @@ def _fwd_flops(hidden, weight, bias, rows, targets, scale, softcap, schedule, *_
 
 @register_flop_formula(torch.ops.sepo.selected_logprob_bwd)
 def _bwd_flops(
-    grad_logp, hidden, weight, bias, rows, targets, logp, lse, unit, kept, scale, softcap, schedule,
+    grad_logp, hidden, weight, bias, rows, targets, logp, lse, row_scale, saved, scale, softcap, schedule,
     budget, need_hidden, need_weight, *_, **__,
 ) -> int:  # fmt: skip
     (V, D), (M,) = weight, rows
-    return 2 * D * V * plan.bwd_rows(M, _saved(kept, schedule), schedule, need_hidden, need_weight)
+    return 2 * D * V * plan.bwd_rows(M, _saved(saved, schedule), schedule, need_hidden, need_weight)
 
 
 @register_flop_formula(torch.ops.sepo.selected_logprob_kl_fwd)
@@ -44,8 +44,8 @@ def _kl_bwd_flops(
     return _two_heads(weight, ref_weight, *products)
 
 
-def _saved(kept, schedule: str) -> int:  # rows
-    return kept[0] if schedule in (plan.SAVE, plan.PARTIAL) else 0
+def _saved(saved, schedule: str) -> int:  # rows
+    return saved[0] if schedule in (plan.SAVE, plan.PARTIAL) else 0
 
 
 def _two_heads(weight, ref_weight, policy: int, reference: int) -> int:  # rows of products

@@ -19,13 +19,13 @@ from sepo.ops._checks import (
     check_reverse_mode,
     check_softcap,
 )
-from sepo_kernels import platform
-from sepo_kernels.platform import accumulator
-from sepo_kernels.products import remark
+from sepo_kernels import devices
+from sepo_kernels.devices import accumulator
+from sepo_kernels.gemm import dtype_note
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob import IMPLS
 from sepo_kernels.selected_logprob import schedule as plan
-from sepo_kernels.selected_logprob.loops import layout, new_kept
+from sepo_kernels.selected_logprob.loops import layout, new_saved
 
 
 def selected_logprob(
@@ -47,7 +47,7 @@ def selected_logprob(
 
     The work is scheduled by `budget` and by which inputs need a gradient, as told by
     `explain_selected_logprob`. The result is the same up to the rounding of chunk sums: bit for bit
-    where budget, sizes and device are. By default it is 1 GiB on a CPU, on a GPU what keeping a slope
+    where budget, sizes and device are. By default it is 1 GiB on a CPU, on a GPU what saving dlogits
     of every row takes (3 products), at most an eighth of its whole memory: what is free at the moment
     is not asked, so a run that is resumed rounds as before. Under autocast the inputs are used in
     the dtype they come in. The backward may run more than once (`retain_graph`); it cannot be
@@ -77,7 +77,7 @@ class Explanation(NamedTuple):
     bwd_chunk: int  # rows, 0 where the backward makes no logits
     bytes: int  # of all (rows, V) buffers alive at once, the larger of both directions
     gemms: float  # matrix products of 2 M D V FLOP, both directions together
-    saved: int  # rows whose slopes the forward keeps
+    saved: int  # rows whose dlogits the forward saves
     budget: int  # bytes
     reasons: tuple[str, ...]  # of the schedule, and where the budget comes from
 
@@ -121,7 +121,7 @@ def explain_selected_logprob(
     reasons = (why[schedule],)
     if not need_hidden and (need_weight or need_bias):
         reasons += ("hidden needs no gradient: its product is left out",)
-    reasons += (*remark(hidden, layout.fused), source_of(budget, given, hidden.device))
+    reasons += (*dtype_note(hidden, layout.fused), source_of(budget, given, hidden.device))
     rows_again = plan.bwd_rows(M, saved, schedule, need_hidden, need_weight)
     return Explanation(
         chosen.name, schedule, fwd_chunk, bwd_chunk, plan.bytes_alive(M, layout, budget, schedule),
@@ -138,9 +138,9 @@ def share(rows: int, M: int) -> float:
 def source_of(budget: int, given: int | None, device: torch.device) -> str:
     if given is not None:
         return f"budget {budget} bytes, as given"
-    if platform.multiprocessors(device) == 0:
+    if devices.multiprocessors(device) == 0:
         return f"budget {budget} bytes, the default of a CPU"
-    if budget < platform.memory(device) // plan.MEMORY_SHARE:
+    if budget < devices.memory(device) // plan.MEMORY_SHARE:
         return f"budget {budget} bytes, what the call makes use of"
     return f"budget {budget} bytes, 1/{plan.MEMORY_SHARE} of the memory of {device}"
 
@@ -148,7 +148,7 @@ def source_of(budget: int, given: int | None, device: torch.device) -> str:
 def check_budget(budget: int, row: int, device: torch.device) -> None:
     if budget < row:
         raise ValueError(f"expected a budget of at least one row, {row} bytes, got {budget}")
-    if platform.multiprocessors(device) and budget > (most := platform.memory(device)):
+    if devices.multiprocessors(device) and budget > (most := devices.memory(device)):
         raise ValueError(
             f"expected a budget of at most {most} bytes, the memory of {device}, got {budget}"
         )
@@ -165,7 +165,7 @@ def _schedule(chosen, hidden, weight, rows, bias, softcap, budget) -> tuple[str,
     need_head = need_weight or need_bias
     asked = rows.shape[0], sizes
     if budget is None:
-        memory = platform.memory(hidden.device)
+        memory = devices.memory(hidden.device)
         budget = plan.default_budget(*asked, memory, need_hidden, need_head)
     check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
     return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes
@@ -193,10 +193,10 @@ def _check(hidden, weight, rows, targets, bias, softcap) -> None:
 class _SelectedLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
-        logp, lse, unit, kept = _fwd(
+        logp, lse, row_scale, saved = _fwd(
             hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl
         )
-        ctx.save_for_backward(hidden, weight, bias, rows, targets, logp, lse, unit, kept)
+        ctx.save_for_backward(hidden, weight, bias, rows, targets, logp, lse, row_scale, saved)
         ctx.settings = (scale, softcap, schedule, budget)
         ctx.impl = impl
         return logp
@@ -220,7 +220,7 @@ torch.library.define(
 torch.library.define(
     "sepo::selected_logprob_bwd",
     "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets,"
-    " Tensor logp, Tensor lse, Tensor unit, Tensor kept, float scale, float? softcap, str schedule,"
+    " Tensor logp, Tensor lse, Tensor row_scale, Tensor saved, float scale, float? softcap, str schedule,"
     " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl)"
     " -> (Tensor, Tensor, Tensor)",
 )
@@ -242,12 +242,12 @@ def _run_bwd(*args):
 def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
     logp = hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
     M, sizes = rows.shape[0], layout(hidden, weight, softcap, _BY_NAME[impl].fused(hidden.dtype))
-    kept = new_kept(hidden, schedule, M, plan.saved_rows(M, sizes, budget, schedule), sizes)
-    return logp, torch.empty_like(logp), torch.empty_like(logp), kept
+    saved = new_saved(hidden, schedule, M, plan.saved_rows(M, sizes, budget, schedule), sizes)
+    return logp, torch.empty_like(logp), torch.empty_like(logp), saved
 
 
 def _fake_bwd(
-    grad_logp, hidden, weight, bias, rows, targets, logp, lse, unit, kept, scale, softcap,
+    grad_logp, hidden, weight, bias, rows, targets, logp, lse, row_scale, saved, scale, softcap,
     schedule, budget, need_hidden, need_weight, need_bias, impl,
 ):  # fmt: skip
     return (

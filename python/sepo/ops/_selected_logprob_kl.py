@@ -23,8 +23,8 @@ from sepo.ops._selected_logprob import (
     share,
     source_of,
 )
-from sepo_kernels import platform
-from sepo_kernels.products import remark
+from sepo_kernels import devices
+from sepo_kernels.gemm import dtype_note
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob_kl import IMPLS
 from sepo_kernels.selected_logprob_kl import schedule as plan
@@ -122,7 +122,7 @@ def explain_selected_logprob_kl(
         reasons += ("the head needs no gradient",)
     if not need_hidden and (need_weight or need_bias):
         reasons += ("hidden needs no gradient: its product is left out",)
-    reasons += (*remark(hidden, layout.fused), source_of(budget, given, hidden.device))
+    reasons += (*dtype_note(hidden, layout.fused), source_of(budget, given, hidden.device))
     rows_again = sum(plan.bwd_rows(M, saved, schedule, need_hidden, need_weight))
     return Explanation(
         chosen.name, schedule, fwd_chunk, bwd_chunk, plan.bytes_alive(M, layout, budget, schedule),
@@ -136,7 +136,7 @@ def _schedule(chosen, hidden, weight, bias, rows, budget) -> tuple[str, int, pla
     need_head = need_weight or need_bias
     asked = rows.shape[0], sizes
     if budget is None:
-        memory = platform.memory(hidden.device)
+        memory = devices.memory(hidden.device)
         budget = plan.default_budget(*asked, memory, need_hidden, need_head)
     check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
     return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes

@@ -17,7 +17,7 @@ from sepo.flags.options import say_idle
 from sepo.flags.packages import check_compiler, check_packages
 from sepo.flags.values import check_values, in_yaml
 from sepo.trainer.inherited import idle_inherited, refuse_inherited
-from sepo_kernels.platform import INTERPRET, fast_dtype
+from sepo_kernels.devices import INTERPRET, fast_dtype
 
 MethodName = Literal[
     "sft", "dpo", "ipo", "dpop", "tdpo1", "tdpo2", "sparsepo", "mapo", "simpo", "rrhf", "sepo",

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sepo.errors import InputError, one_line
-from sepo_kernels.platform import INTERPRET
+from sepo_kernels.devices import INTERPRET
 
 DEAR = {  # by namespace: matrix products, and every attention that a packed batch may take
     "aten": (

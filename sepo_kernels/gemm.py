@@ -1,12 +1,14 @@
-"""Products of the heads, and sums over repeated rows and targets."""
+"""GEMMs of the heads, and sums over repeated rows and targets."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from sepo_kernels import platform
-from sepo_kernels.platform import accumulator
+from sepo_kernels import devices
+from sepo_kernels.devices import accumulator
 
-WIDE_TILE_BYTES = 2 << 20  # of an operand that is widened at once: it is used while in cache
+WIDE_TILE_BYTES = 2 << 20  # of the part of an operand that is widened at once, to stay in cache
 
 
 def logits(
@@ -14,7 +16,7 @@ def logits(
     x: Tensor,  # (chunk, D)
     weight: Tensor,  # (V, D), x's dtype
 ) -> None:
-    """out = x @ weight.T, summed and kept in out's dtype: bfloat16 logits cost 1e-2 nats."""
+    """Write x @ weight.T, summed and stored in out's dtype: bfloat16 logits would cost 1e-2 nats."""
     V, D = weight.shape
     if x.dtype == out.dtype:
         torch.mm(x, weight.T, out=out)
@@ -26,27 +28,27 @@ def logits(
             torch.mm(wide, weight[v].to(out.dtype).T, out=out[:, v])
 
 
-def remark(x: Tensor, fused: bool) -> tuple[str, ...]:
-    """What a user may want to know of how `x`'s logits are made: no line, or one."""
+def dtype_note(x: Tensor, fused: bool) -> tuple[str, ...]:
+    """Say in one line, or none, how the dtype of `x` decides the way its logits are made."""
     if fused:
-        return ("the logits stay in cache: only what is kept is written",)
+        return ("the logits stay in cache: only what is saved is written",)
     if x.is_cuda or x.dtype == accumulator(x.dtype):
         return ()
     return (f"no {x.dtype} tiles with float32 sums here: operands are widened to float32",)
 
 
-def product(
+def gemm(
     a: Tensor,  # (m, k)
     b: Tensor,  # (k, n), a's dtype
     *,
     out: Tensor | None = None,  # (m, n), written, in a's dtype or in the accumulator's
 ) -> Tensor:  # (m, n), out or a new one, in the accumulator's dtype where the library can
-    """a @ b, with sums in the accumulator's dtype: what is summed on is not rounded.
+    """Return a @ b, summed in the accumulator's dtype: partial sums are not rounded.
 
     Where a CPU multiplies 16 bits slowly the operands are widened, a tile at a time.
     """
     acc = accumulator(a.dtype)
-    if not a.is_cuda and a.dtype != acc and not platform.multiplies(a.dtype):
+    if not a.is_cuda and a.dtype != acc and not devices.multiplies(a.dtype):
         return _widened(
             a, b, a.new_empty((a.shape[0], b.shape[1]), dtype=acc) if out is None else out
         )
@@ -57,14 +59,14 @@ def product(
     return torch.mm(a, b, out_dtype=acc, out=out) if a.is_cuda else out.copy_(torch.mm(a, b))
 
 
-def add_product(
+def add_gemm(
     total: Tensor,  # (m, n) in the accumulator's dtype, added to
     a: Tensor,  # (m, k)
     b: Tensor,  # (k, n), a's dtype
 ) -> None:
-    """total += a @ b; on a GPU within the product, which saves two passes over both."""
+    """Add a @ b to `total`; on a GPU within the GEMM, which saves two passes over both."""
     if not total.is_cuda:
-        total += product(a, b)
+        total += gemm(a, b)
     elif a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
@@ -72,7 +74,7 @@ def add_product(
 
 
 def _widened(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Along the longer of a's sides, which is the vocabulary where there is one."""
+    """Write a @ b by tiles of a's longer side, which is the vocabulary where there is one."""
     acc = accumulator(a.dtype)
     (m, k), n = a.shape, b.shape[1]
     if m > k:
@@ -87,7 +89,8 @@ def _widened(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out if total is out else out.copy_(total)
 
 
-def _tiles(count: int, bytes_each: int):  # slices of as many as are widened at once
+def _tiles(count: int, bytes_each: int) -> Iterator[slice]:
+    """Cut `count` rows of `bytes_each` widened bytes into slices of WIDE_TILE_BYTES."""
     step = max(1, WIDE_TILE_BYTES // max(1, bytes_each))
     for start in range(0, count, step):
         yield slice(start, start + step)
@@ -98,6 +101,7 @@ def add_rows(
     rows: Tensor,  # (M,) may repeat: their terms are added, in a fixed order
     values: Tensor,  # (M, D)
 ) -> None:
+    """Add values[m] to total[rows[m]]."""
     if total.is_cuda:
         # sorts the indices; index_add_ would use float atomics, in another order every time
         total.index_put_((rows.long(),), values, accumulate=True)
@@ -110,6 +114,7 @@ def add_targets(
     targets: Tensor,  # (M,) may repeat: their terms are summed before the dtype rounds the sum
     values: Tensor,  # (M, D) accumulator dtype
 ) -> None:
-    some, place = targets.unique(return_inverse=True)
-    total = grad_weight.index_select(0, some).to(values.dtype).index_add_(0, place, values)
-    grad_weight.index_copy_(0, some, total.to(grad_weight.dtype))
+    """Add values[m] to grad_weight[targets[m]], in the values' dtype."""
+    distinct, place = targets.unique(return_inverse=True)
+    total = grad_weight.index_select(0, distinct).to(values.dtype).index_add_(0, place, values)
+    grad_weight.index_copy_(0, distinct, total.to(grad_weight.dtype))

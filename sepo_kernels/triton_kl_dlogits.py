@@ -1,16 +1,16 @@
-"""The Triton kernels that keep -dlogp/dz and dKL/dz of two heads' rows, and combine them.
+"""The Triton kernels that write -dlogp/dz and dKL/dz of two heads' rows, and combine them.
 
-For float16 and float32, after `kl_row` found the sums: see configs.one_pass.
+For float16 and float32 inputs, after `kl_row` has summed: see configs.one_pass.
 """
 
 import triton
 import triton.language as tl
 
-from sepo_kernels.triton_rows import UNSPECIALISED, expm1, first_slope, load, load_logits, store
+from sepo_kernels.triton_rows import UNSPECIALISED, expm1, load, load_logits, logp_dlogits, store
 
 
 @triton.jit(**UNSPECIALISED)
-def kl_slopes(
+def kl_dlogits(
     logits_ptr,  # (rows, V) float32
     ref_logits_ptr,  # (rows, V) float32
     bias_ptr,  # (V,) float32
@@ -45,13 +45,13 @@ def kl_slopes(
     kl = tl.load(kl_ptr + row)
     state_ptr += row * 5
     if start + BLOCK_V <= V:
-        _slopes_tile(
+        _dlogits_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, state_ptr,
             target, logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
             POLICY_FIRST, True, BLOCK_V,
         )  # fmt: skip
     else:
-        _slopes_tile(
+        _dlogits_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, state_ptr,
             target, logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
             POLICY_FIRST, False, BLOCK_V,
@@ -89,7 +89,7 @@ def kl_combine(
 
 
 @triton.jit
-def _slopes_tile(
+def _dlogits_tile(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, state_ptr, target,
     logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr,
     POLICY_FIRST: tl.constexpr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -101,17 +101,17 @@ def _slopes_tile(
     )
     reference = tl.load(state_ptr)
     ref_reference = tl.load(state_ptr + 1)
-    unit = tl.load(state_ptr + 2)
+    row_scale = tl.load(state_ptr + 2)
     shift = tl.load(state_ptr + 3)
-    p = tl.exp(a - reference) * unit
+    p = tl.exp(a - reference) * row_scale
     ratio = ((b - a) - (ref_reference - reference)) - shift  # log q - log p
     if POLICY_FIRST:
         second = tl.where(p > 0, -p * (ratio + kl), 0.0)
     else:
         # p - q, whose digits cancel where the policy is still near the reference
-        q = tl.exp(b - ref_reference) * (unit * tl.exp(-shift))
+        q = tl.exp(b - ref_reference) * (row_scale * tl.exp(-shift))
         second = tl.where(tl.abs(ratio) < 0.5, -p * expm1(tl.minimum(ratio, 0.5)), p - q)
-    store(first_ptr, first_slope(p, derivative, v, target, logp), v, V, WHOLE)
+    store(first_ptr, logp_dlogits(p, derivative, v, target, logp), v, V, WHOLE)
     store(second_ptr, second * derivative, v, V, WHOLE)
 
 
