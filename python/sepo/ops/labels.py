@@ -32,7 +32,7 @@ def rows_from_labels(
 
 
 def labels_from_rows(
-    rows: Tensor,  # (M,) int32 into the flattened (B * T, D) states
+    rows: Tensor,  # (M,) int32 or int64 into the flattened (B * T, D) states
     targets: Tensor,  # (M,) int64
     *,
     shape: tuple[int, int],  # (B, T)

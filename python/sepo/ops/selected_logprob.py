@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sepo.ops.checks import (
+    as_int32,
     check_head,
     check_index_values,
     check_indices,
@@ -31,7 +32,7 @@ from sepo_kernels.selected_logprob.loops import layout, new_kept
 def selected_logprob(
     hidden: Tensor,  # (N, D) after the final norm
     weight: Tensor,  # (V, D), same dtype as hidden
-    rows: Tensor,  # (M,) int32, 0 <= rows < N, may repeat
+    rows: Tensor,  # (M,) int32 or int64, 0 <= rows < N, may repeat
     targets: Tensor,  # (M,) int64, 0 <= targets < V
     *,
     bias: Tensor | None = None,  # (V,), same dtype as hidden
@@ -85,7 +86,7 @@ class Explanation(NamedTuple):
 def explain_selected_logprob(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    rows: Tensor,  # (M,) int32
+    rows: Tensor,  # (M,) int32 or int64
     targets: Tensor,  # (M,) int64
     *,
     bias: Tensor | None = None,  # (V,)
@@ -231,12 +232,13 @@ def _run_fwd(hidden, weight, bias, rows, targets, *args):
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
-        return _BY_NAME[args[-1]].fwd(hidden, weight, bias, rows, targets, *args[:-1])
+        return _BY_NAME[args[-1]].fwd(hidden, weight, bias, as_int32(rows), targets, *args[:-1])
 
 
-def _run_bwd(*args):
-    with torch.autocast(args[0].device.type, enabled=False), out_of_memory(args[-5]):
-        return _BY_NAME[args[-1]].bwd(*args[:-1])
+def _run_bwd(grad_logp, hidden, weight, bias, rows, *args):
+    head = (hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
+        return _BY_NAME[args[-1]].bwd(grad_logp, *head, as_int32(rows), *args[:-1])
 
 
 def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sepo.ops.checks import (
+    as_int32,
     check_head,
     check_index_values,
     check_indices,
@@ -36,7 +37,7 @@ def selected_logprob_kl(
     weight: Tensor,  # (V, D), same dtype as hidden
     ref_hidden: Tensor,  # (N, D_ref), same dtype; D_ref may differ from D
     ref_weight: Tensor,  # (V, D_ref), same dtype
-    rows: Tensor,  # (M,) int32, 0 <= rows < N, may repeat
+    rows: Tensor,  # (M,) int32 or int64, 0 <= rows < N, may repeat
     targets: Tensor,  # (M,) int64, 0 <= targets < V
     *,
     direction: str = "ref||policy",  # or "policy||ref"
@@ -80,7 +81,7 @@ def explain_selected_logprob_kl(
     weight: Tensor,  # (V, D)
     ref_hidden: Tensor,  # (N, D_ref)
     ref_weight: Tensor,  # (V, D_ref)
-    rows: Tensor,  # (M,) int32
+    rows: Tensor,  # (M,) int32 or int64
     targets: Tensor,  # (M,) int64
     *,
     direction: str = "ref||policy",
@@ -218,12 +219,16 @@ def _run_fwd(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targe
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
-        return _BY_NAME[args[-1]].fwd(*heads, rows, targets, *args[:-1])
+        return _BY_NAME[args[-1]].fwd(*heads, as_int32(rows), targets, *args[:-1])
 
 
-def _run_bwd(*args):
-    with torch.autocast(args[0].device.type, enabled=False), out_of_memory(args[-5]):
-        return _BY_NAME[args[-1]].bwd(*args[:-1])
+def _run_bwd(
+    grad_logp, grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, *args
+):
+    upstream = (grad_logp, grad_kl)
+    heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
+        return _BY_NAME[args[-1]].bwd(*upstream, *heads, as_int32(rows), *args[:-1])
 
 
 def _fake_fwd(
