@@ -1,5 +1,7 @@
 """Between (B, T) labels, where -100 means "not in the loss", and the rows of `selected_logprob`."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,9 +11,19 @@ from sepo.ops.checks import check_index_values, check_indices
 UNUSED = -100  # what transformers' losses leave out
 
 
+class LabelRows(NamedTuple):
+    """What `selected_logprob` and the segment operations take."""
+
+    rows: Tensor  # (M,) int32 into the flattened (B * T, D) states
+    targets: Tensor  # (M,) int64
+    cu_rows: Tensor  # (B + 1,) int32, from 0 to M: sequence b is segment b
+
+
 def rows_from_labels(
-    labels: Tensor,  # (B, T) int64 token ids, -100 where the loss looks away
-) -> tuple[Tensor, Tensor, Tensor]:  # rows (M,) int32, targets (M,) int64, cu_rows (B + 1,) int32
+    labels: Tensor,  # (B, T) int64 token ids, ignore_index where the loss looks away
+    *,
+    ignore_index: int = UNUSED,
+) -> LabelRows:  # rows (M,) int32, targets (M,) int64, cu_rows (B + 1,) int32
     """What `selected_logprob` takes, for states (B, T, D) flattened to (B * T, D); sequence b is
     segment b.
 
@@ -24,11 +36,11 @@ def rows_from_labels(
         raise ValueError(f"expected labels (B, T) int64, got {tuple(labels.shape)} {labels.dtype}")
     _check_size(*labels.shape)
     predicted = labels[:, 1:]  # (B, T - 1)
-    used = predicted != UNUSED
+    used = predicted != ignore_index
     sequence, position = used.nonzero(as_tuple=True)  # in order, so segments are contiguous
     rows = (sequence * labels.shape[1] + position).int()
     cu_rows = F.pad(used.sum(1).cumsum(0), (1, 0)).int()
-    return rows, predicted[sequence, position], cu_rows
+    return LabelRows(rows, predicted[sequence, position], cu_rows)
 
 
 def labels_from_rows(
@@ -36,7 +48,8 @@ def labels_from_rows(
     targets: Tensor,  # (M,) int64
     *,
     shape: tuple[int, int],  # (B, T)
-) -> Tensor:  # (B, T) int64, -100 where nothing is predicted
+    ignore_index: int = UNUSED,
+) -> Tensor:  # (B, T) int64, ignore_index where nothing is predicted
     """The labels that `rows_from_labels` turns into these rows and targets.
 
     Raises ValueError for shapes and dtypes that do not fit and, on the CPU, for a row out of range,
@@ -55,7 +68,7 @@ def labels_from_rows(
         if len(found) < len(rows):
             row = found[times > 1][0]
             raise ValueError(f"expected one target a row, got {times.max()} at row {row}")
-    labels = targets.new_full((B * T,), UNUSED)
+    labels = targets.new_full((B * T,), ignore_index)
     labels[rows.long() + 1] = targets
     return labels.view(B, T)
 

@@ -1,5 +1,7 @@
 """segment_topk: the k % of each segment with the highest or lowest scores."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,13 @@ from sepo_kernels.segment_topk import IMPLS
 SIDES = ("highest", "lowest", "alternate")
 
 
+class SegmentTopk(NamedTuple):
+    """What is selected of all segments, and where each one's begins."""
+
+    indices: Tensor  # (M,) int32 into the score, ascending
+    cu_rows: Tensor  # (S + 1,) int32, from 0 to M: where each segment's indices begin
+
+
 def segment_topk(
     score: Tensor,  # (T_all,) floating point, the responses end to end
     cu_tokens: Tensor,  # (S + 1,) int32 or int64, from 0 to T_all; on the CPU or with score
@@ -18,7 +27,7 @@ def segment_topk(
     *,
     min_tokens: int = 1,  # selected at least, where the segment has as many
     impl: str = "auto",
-) -> tuple[Tensor, Tensor]:  # index (M,) int32 into score, ascending; cu_rows (S + 1,) int32
+) -> SegmentTopk:  # indices (M,) int32 into score, ascending; cu_rows (S + 1,) int32
     """Select K = max(min_tokens, floor(fraction * T + 1e-9)) of each segment's T tokens, at most T.
 
     SePO section 3.2: the highest scores of a chosen response, the lowest of a rejected one. Ties
@@ -31,7 +40,7 @@ def segment_topk(
     """
     _check(score, cu_tokens, fraction, side, min_tokens)
     chosen = pick(IMPLS, impl, score, cu_tokens)
-    return _fwd(score.detach(), cu_tokens, fraction, side, min_tokens, chosen.name)
+    return SegmentTopk(*_fwd(score.detach(), cu_tokens, fraction, side, min_tokens, chosen.name))
 
 
 def _check(score, cu_tokens, fraction, side, min_tokens) -> None:

@@ -3,6 +3,8 @@
 Reading order: the public functions, their checks, the autograd Function, the operator boundary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -32,6 +34,14 @@ from sepo_kernels.selected_logprob_kl import schedule as plan
 from sepo_kernels.selected_logprob_kl.loops import outputs
 
 
+class LogprobKL(NamedTuple):
+    """Of each row, in nats: float32, or float64 for float64 inputs."""
+
+    logp: Tensor  # (M,) log-probability of the target under the policy
+    ref_logp: Tensor  # (M,) under the reference, without a gradient
+    kl: Tensor  # (M,) divergence of the two distributions, in the direction that was asked for
+
+
 def selected_logprob_kl(
     hidden: Tensor,  # (N, D) after the final norm
     weight: Tensor,  # (V, D), same dtype as hidden
@@ -47,7 +57,7 @@ def selected_logprob_kl(
     softcap: float | None = None,  # of both heads: logits = softcap * tanh(logits / softcap)
     budget: int | None = None,  # bytes of logits or probabilities alive at once; None: by device
     impl: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, each (M,) float32 nats, or float64
+) -> LogprobKL:  # logp, ref_logp, kl, each (M,) float32 nats, or float64
     """Return both heads' log p(targets[m]) and their KL divergence at each row, and no (N, V) tensor.
 
     With p the policy's distribution over the vocabulary and q the reference's, "ref||policy" is
@@ -72,8 +82,8 @@ def selected_logprob_kl(
         *heads, rows, targets, scale, softcap, direction, schedule, budget, chosen.name,
     )  # fmt: skip
     if schedule == plan.NO_GRAD:
-        return _fwd(*args)[:3]
-    return _SelectedLogprobKL.apply(*args)
+        return LogprobKL(*_fwd(*args)[:3])
+    return LogprobKL(*_SelectedLogprobKL.apply(*args))
 
 
 def explain_selected_logprob_kl(
