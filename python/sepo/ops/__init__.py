@@ -14,6 +14,7 @@ from sepo.ops import flops  # noqa: F401  registers the FLOP formulas
 from sepo.ops.labels import (
     LabelRows,
     labels_from_rows,
+    logprob_from_labels,
     rows_from_labels,
 )
 from sepo.ops.segment_reduce import segment_mean, segment_sum
@@ -36,6 +37,7 @@ __all__ = [
     "explain_selected_logprob_kl",
     "ipo_loss",
     "labels_from_rows",
+    "logprob_from_labels",
     "rows_from_labels",
     "rrhf_loss",
     "segment_mean",

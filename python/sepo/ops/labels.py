@@ -7,8 +7,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sepo.ops.checks import check_index_values, check_indices
+from sepo.ops.selected_logprob import selected_logprob
 
 UNUSED = -100  # what transformers' losses leave out
+
+
+def logprob_from_labels(
+    hidden: Tensor,  # (B, T, D) after the final norm
+    weight: Tensor,  # (V, D), same dtype as hidden
+    labels: Tensor,  # (B, T) int64 token ids, ignore_index where the loss looks away
+    *,
+    ignore_index: int = UNUSED,
+    bias: Tensor | None = None,  # (V,), same dtype as hidden
+    scale: float = 1.0,  # multiplies the logits before the bias
+    softcap: float | None = None,  # logits = softcap * tanh(logits / softcap), as in Gemma 2
+    budget: int | None = None,  # bytes of logits or probabilities alive at once
+    impl: str = "auto",
+) -> Tensor:  # (B, T) float32 nats, or float64 for float64 inputs
+    """Return the log-probability of every label, where the label is, and no (B, T, V) tensor.
+
+    The result at (b, t) is log p(labels[b, t] | hidden[b, t - 1]): the shift is made here. It is 0,
+    and has no gradient, where the label is `ignore_index`, and at t = 0, which no state predicts.
+    So `logp.sum(1)` are the sequences' log-probabilities, and masks of the labels' shape multiply
+    it as they are. Only the rows that predict a label go through the head.
+    """
+    if hidden.ndim != 3 or hidden.shape[:2] != labels.shape:
+        raise ValueError(
+            "expected hidden (B, T, D) and labels (B, T), "
+            f"got {tuple(hidden.shape)} and {tuple(labels.shape)}"
+        )
+    rows, targets, _ = rows_from_labels(labels, ignore_index=ignore_index)
+    logp = selected_logprob(
+        hidden.flatten(0, 1), weight, rows, targets, bias=bias, scale=scale, softcap=softcap,
+        budget=budget, impl=impl,
+    )  # fmt: skip
+    everywhere = logp.new_zeros(labels.numel())
+    return everywhere.index_copy(0, rows.long() + 1, logp).view(labels.shape)
 
 
 class LabelRows(NamedTuple):
