@@ -54,10 +54,27 @@ def selected_logprob(
     the dtype they come in. The backward may run more than once (`retain_graph`); it cannot be
     differentiated again.
 
-    Raises ValueError for shapes, strides, dtypes or devices that do not fit, for indices on the CPU
-    out of range, for a budget that holds not even one row or is more than the GPU's memory, and for
-    an `impl` that is unknown or cannot run; torch.OutOfMemoryError, in one line, where the memory
-    that is left does not suffice.
+    Args:
+        hidden: (N, D) floating point with contiguous rows, the states after the final norm.
+        weight: (V, D) with contiguous rows, the head, in the dtype of hidden.
+        rows: (M,) int32 or int64, 0 <= rows < N, may repeat: the states that predict.
+        targets: (M,) int64, 0 <= targets < V: the token ids that they predict.
+        bias: (V,) of the head, in the dtype of hidden.
+        scale: multiplies the logits before the bias.
+        softcap: logits = softcap * tanh(logits / softcap), as in Gemma 2; None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device, see above.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        Tensor: (M,) float32, or float64 for float64 inputs, natural logarithms; differentiable in
+        hidden, weight and bias.
+
+    Raises:
+        ValueError: for shapes, strides, dtypes or devices that do not fit, for indices on the CPU
+            out of range, for a budget that holds not even one row or is more than the GPU's memory,
+            and for an `impl` that is unknown or cannot run.
+        torch.OutOfMemoryError: in one line, where the memory that is left does not suffice.
+        NotImplementedError: for an input with a tangent (jvp): there is no forward mode.
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     check_reverse_mode("selected_logprob", hidden, weight, bias)
@@ -70,7 +87,19 @@ def selected_logprob(
 
 
 class Explanation(NamedTuple):
-    """What `selected_logprob` would do, and why."""
+    """Name what a head operation would do, and why.
+
+    Attributes:
+        impl: the implementation's name.
+        schedule: "save", "partial", "recompute", "frozen_head" or "no_grad".
+        fwd_chunk: rows at once in the forward.
+        bwd_chunk: rows at once in the backward, 0 where it makes no logits.
+        bytes: of all (rows, V) buffers alive at once, the larger of both directions.
+        gemms: matrix products of 2 M D V FLOP, both directions together.
+        saved: rows of which the forward keeps (V,) numbers for the backward.
+        budget: bytes.
+        reasons: of the schedule, and where the budget comes from, a sentence each.
+    """
 
     impl: str
     schedule: str  # "save" | "partial" | "recompute" | "frozen_head" | "no_grad"
@@ -97,7 +126,24 @@ def explain_selected_logprob(
 ) -> Explanation:
     """Return the schedule that `selected_logprob` takes for the same arguments; computes nothing.
 
-    Takes and raises what `selected_logprob` does; grad mode and `requires_grad` are read now.
+    Grad mode and `requires_grad` are read now.
+
+    Args:
+        hidden: (N, D) floating point, the states after the final norm.
+        weight: (V, D), the head, in the dtype of hidden.
+        rows: (M,) int32 or int64, the states that predict.
+        targets: (M,) int64, the token ids that they predict.
+        bias: (V,) of the head, in the dtype of hidden.
+        scale: multiplies the logits before the bias.
+        softcap: of the logits; None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        Explanation: implementation, schedule, sizes in rows and bytes, GEMMs, and reasons.
+
+    Raises:
+        ValueError: as `selected_logprob`, but for index values, which are not read.
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
