@@ -4,6 +4,11 @@
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what a type checker and an editor see; `__getattr__` gives the same
+    from sepo.config import SePOConfig
+    from sepo.trainer import SePOTrainer
 
 __version__ = "0.1.0"
 __all__ = ["SePOConfig", "SePOTrainer"]
@@ -15,3 +20,7 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'sepo' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME} - {"TYPE_CHECKING", "importlib"})
