@@ -104,7 +104,7 @@ MUTANTS = {
     ),
     "DPOP's penalty outside beta": (
         "python/sepo/losses.py",
-        "-F.logsigmoid(beta * _chosen_minus_rejected(positive(logratio, penalty)))",
+        "-F.logsigmoid(beta * _chosen_minus_rejected(dpop_logratio(logratio, penalty)))",
         "-F.logsigmoid(beta * _chosen_minus_rejected(logratio) "
         "- penalty * F.relu(-logratio[0::2]))",
         "tests/test_losses.py",

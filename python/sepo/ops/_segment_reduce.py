@@ -14,10 +14,22 @@ def segment_sum(
     values: Tensor,  # (M,) float32 or float64, segments contiguous
     cu_rows: Tensor,  # (S + 1,) int32 or int64, from 0 to M
 ) -> Tensor:  # (S,)
-    """Sum of each segment, in the unit of `values`; an empty segment gives 0 and no gradient.
+    """Sum each segment, in the unit of `values`; an empty segment gives 0 and no gradient.
 
-    A NaN stays in its own segment. Raises ValueError for shapes and dtypes that do not fit, or
-    offsets on the CPU that do not rise from 0 to M.
+    A NaN stays in its own segment. The result is the same bit for bit each time, on a GPU too.
+
+    Args:
+        values: (M,) float32 or float64, one number a token, the segments end to end.
+        cu_rows: (S + 1,) int32 or int64, on the same device: segment s is
+            values[cu_rows[s] : cu_rows[s + 1]]; from 0 to M.
+
+    Returns:
+        Tensor: (S,) in the dtype of values, differentiable in values.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, or offsets on the CPU that do not
+            rise from 0 to M.
+        NotImplementedError: for values with a tangent (jvp): there is no forward mode.
     """
     _check(values, cu_rows)
     check_reverse_mode("segment_sum", values)
@@ -28,10 +40,21 @@ def segment_mean(
     values: Tensor,  # (M,) float32 or float64, segments contiguous
     cu_rows: Tensor,  # (S + 1,) int32 or int64, from 0 to M
 ) -> Tensor:  # (S,)
-    """Mean of each segment, in the unit of `values`; an empty segment gives 0 and no gradient.
+    """Average each segment, in the unit of `values`; an empty segment gives 0 and no gradient.
 
-    The u / gamma of SePO eq. 11: the divisor is the number of selected tokens. Raises ValueError
-    as segment_sum does.
+    The u / gamma of SePO (arXiv 2408.13518) eq. 11: the divisor is the number of selected tokens.
+
+    Args:
+        values: (M,) float32 or float64, one number a token, the segments end to end.
+        cu_rows: (S + 1,) int32 or int64, on the same device: segment s is
+            values[cu_rows[s] : cu_rows[s + 1]]; from 0 to M.
+
+    Returns:
+        Tensor: (S,) in the dtype of values, differentiable in values.
+
+    Raises:
+        ValueError: as `segment_sum`.
+        NotImplementedError: as `segment_sum`.
     """
     return segment_sum(values, cu_rows) / cu_rows.diff().clamp(min=1)
 

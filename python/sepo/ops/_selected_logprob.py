@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sepo.ops._checks import (
+    as_int32,
     check_head,
     check_index_values,
     check_indices,
@@ -31,7 +32,7 @@ from sepo_kernels.selected_logprob.loops import layout, new_saved
 def selected_logprob(
     hidden: Tensor,  # (N, D) after the final norm
     weight: Tensor,  # (V, D), same dtype as hidden
-    rows: Tensor,  # (M,) int32, 0 <= rows < N, may repeat
+    rows: Tensor,  # (M,) int32 or int64, 0 <= rows < N, may repeat
     targets: Tensor,  # (M,) int64, 0 <= targets < V
     *,
     bias: Tensor | None = None,  # (V,), same dtype as hidden
@@ -53,10 +54,27 @@ def selected_logprob(
     the dtype they come in. The backward may run more than once (`retain_graph`); it cannot be
     differentiated again.
 
-    Raises ValueError for shapes, strides, dtypes or devices that do not fit, for indices on the CPU
-    out of range, for a budget that holds not even one row or is more than the GPU's memory, and for
-    an `impl` that is unknown or cannot run; torch.OutOfMemoryError, in one line, where the memory
-    that is left does not suffice.
+    Args:
+        hidden: (N, D) floating point with contiguous rows, the states after the final norm.
+        weight: (V, D) with contiguous rows, the head, in the dtype of hidden.
+        rows: (M,) int32 or int64, 0 <= rows < N, may repeat: the states that predict.
+        targets: (M,) int64, 0 <= targets < V: the token ids that they predict.
+        bias: (V,) of the head, in the dtype of hidden.
+        scale: multiplies the logits before the bias.
+        softcap: logits = softcap * tanh(logits / softcap), as in Gemma 2; None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device, see above.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        Tensor: (M,) float32, or float64 for float64 inputs, natural logarithms; differentiable in
+        hidden, weight and bias.
+
+    Raises:
+        ValueError: for shapes, strides, dtypes or devices that do not fit, for indices on the CPU
+            out of range, for a budget that holds not even one row or is more than the GPU's memory,
+            and for an `impl` that is unknown or cannot run.
+        torch.OutOfMemoryError: in one line, where the memory that is left does not suffice.
+        NotImplementedError: for an input with a tangent (jvp): there is no forward mode.
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     check_reverse_mode("selected_logprob", hidden, weight, bias)
@@ -69,7 +87,19 @@ def selected_logprob(
 
 
 class Explanation(NamedTuple):
-    """What `selected_logprob` would do, and why."""
+    """Name what a head operation would do, and why.
+
+    Attributes:
+        impl: the implementation's name.
+        schedule: "save", "partial", "recompute", "frozen_head" or "no_grad".
+        fwd_chunk: rows at once in the forward.
+        bwd_chunk: rows at once in the backward, 0 where it makes no logits.
+        bytes: of all (rows, V) buffers alive at once, the larger of both directions.
+        gemms: matrix products of 2 M D V FLOP, both directions together.
+        saved: rows of which the forward keeps (V,) numbers for the backward.
+        budget: bytes.
+        reasons: of the schedule, and where the budget comes from, a sentence each.
+    """
 
     impl: str
     schedule: str  # "save" | "partial" | "recompute" | "frozen_head" | "no_grad"
@@ -85,7 +115,7 @@ class Explanation(NamedTuple):
 def explain_selected_logprob(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    rows: Tensor,  # (M,) int32
+    rows: Tensor,  # (M,) int32 or int64
     targets: Tensor,  # (M,) int64
     *,
     bias: Tensor | None = None,  # (V,)
@@ -96,7 +126,24 @@ def explain_selected_logprob(
 ) -> Explanation:
     """Return the schedule that `selected_logprob` takes for the same arguments; computes nothing.
 
-    Takes and raises what `selected_logprob` does; grad mode and `requires_grad` are read now.
+    Grad mode and `requires_grad` are read now.
+
+    Args:
+        hidden: (N, D) floating point, the states after the final norm.
+        weight: (V, D), the head, in the dtype of hidden.
+        rows: (M,) int32 or int64, the states that predict.
+        targets: (M,) int64, the token ids that they predict.
+        bias: (V,) of the head, in the dtype of hidden.
+        scale: multiplies the logits before the bias.
+        softcap: of the logits; None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        Explanation: implementation, schedule, sizes in rows and bytes, GEMMs, and reasons.
+
+    Raises:
+        ValueError: as `selected_logprob`, but for index values, which are not read.
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
@@ -231,12 +278,13 @@ def _run_fwd(hidden, weight, bias, rows, targets, *args):
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
-        return _BY_NAME[args[-1]].fwd(hidden, weight, bias, rows, targets, *args[:-1])
+        return _BY_NAME[args[-1]].fwd(hidden, weight, bias, as_int32(rows), targets, *args[:-1])
 
 
-def _run_bwd(*args):
-    with torch.autocast(args[0].device.type, enabled=False), out_of_memory(args[-5]):
-        return _BY_NAME[args[-1]].bwd(*args[:-1])
+def _run_bwd(grad_logp, hidden, weight, bias, rows, *args):
+    head = (hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
+        return _BY_NAME[args[-1]].bwd(grad_logp, *head, as_int32(rows), *args[:-1])
 
 
 def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):

@@ -3,11 +3,14 @@
 Reading order: the public functions, their checks, the autograd Function, the operator boundary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sepo.ops._checks import (
+    as_int32,
     check_head,
     check_index_values,
     check_indices,
@@ -31,12 +34,26 @@ from sepo_kernels.selected_logprob_kl import schedule as plan
 from sepo_kernels.selected_logprob_kl.loops import outputs
 
 
+class LogprobKL(NamedTuple):
+    """Name the results of `selected_logprob_kl`, each (M,) float32 nats, or float64.
+
+    Attributes:
+        logp: log-probability of the target under the policy.
+        ref_logp: the same under the reference, without a gradient.
+        kl: divergence of the two distributions, in the direction that was asked for.
+    """
+
+    logp: Tensor  # (M,)
+    ref_logp: Tensor  # (M,)
+    kl: Tensor  # (M,)
+
+
 def selected_logprob_kl(
     hidden: Tensor,  # (N, D) after the final norm
     weight: Tensor,  # (V, D), same dtype as hidden
     ref_hidden: Tensor,  # (N, D_ref), same dtype; D_ref may differ from D
     ref_weight: Tensor,  # (V, D_ref), same dtype
-    rows: Tensor,  # (M,) int32, 0 <= rows < N, may repeat
+    rows: Tensor,  # (M,) int32 or int64, 0 <= rows < N, may repeat
     targets: Tensor,  # (M,) int64, 0 <= targets < V
     *,
     direction: str = "ref||policy",  # or "policy||ref"
@@ -46,19 +63,39 @@ def selected_logprob_kl(
     softcap: float | None = None,  # of both heads: logits = softcap * tanh(logits / softcap)
     budget: int | None = None,  # bytes of logits or probabilities alive at once; None: by device
     impl: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, each (M,) float32 nats, or float64
+) -> LogprobKL:  # logp, ref_logp, kl, each (M,) float32 nats, or float64
     """Return both heads' log p(targets[m]) and their KL divergence at each row, and no (N, V) tensor.
 
     With p the policy's distribution over the vocabulary and q the reference's, "ref||policy" is
-    sum q (log q - log p), the sequence KL of TDPO eq. 8 token by token, "policy||ref" is
-    sum p (log p - log q). Gradients reach hidden, weight and bias, through logp and kl; ref_logp
-    carries none. Index values, schedules, budget, autocast, precision and `retain_graph` are as for
-    `selected_logprob`; what runs is told by `explain_selected_logprob_kl`.
+    sum q (log q - log p), the sequence KL of TDPO (arXiv 2404.11999) eq. 8 token by token,
+    "policy||ref" is sum p (log p - log q). Gradients reach hidden, weight and bias, through logp
+    and kl; ref_logp carries none. Index values, schedules, budget, autocast, precision and
+    `retain_graph` are as for `selected_logprob`; `explain_selected_logprob_kl` tells what runs.
 
-    Raises ValueError for shapes, strides, dtypes or devices that do not fit, an unknown direction,
-    a scale of 0, indices on the CPU out of range, a budget that holds not even one row or is more
-    than the GPU's memory, and an `impl` that is unknown or cannot run; torch.OutOfMemoryError as
-    `selected_logprob` does.
+    Args:
+        hidden: (N, D) floating point with contiguous rows, the policy's states after its norm.
+        weight: (V, D) with contiguous rows, the policy's head, in the dtype of hidden.
+        ref_hidden: (N, D_ref), the reference's states, in the dtype of hidden.
+        ref_weight: (V, D_ref), the reference's head, in the dtype of hidden.
+        rows: (M,) int32 or int64, 0 <= rows < N, may repeat: the states that predict.
+        targets: (M,) int64, 0 <= targets < V: the token ids that they predict.
+        direction: "ref||policy" or "policy||ref".
+        bias: (V,) of the policy's head, in the dtype of hidden.
+        ref_bias: (V,) of the reference's head, in the dtype of hidden.
+        scale: multiplies both heads' logits before the bias; not 0.
+        softcap: of both heads: logits = softcap * tanh(logits / softcap); None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        LogprobKL: logp, ref_logp, kl, each (M,) float32 nats, or float64 for float64 inputs.
+
+    Raises:
+        ValueError: for shapes, strides, dtypes or devices that do not fit, an unknown direction, a
+            scale of 0, indices on the CPU out of range, a budget that holds not even one row or is
+            more than the GPU's memory, and an `impl` that is unknown or cannot run.
+        torch.OutOfMemoryError: as `selected_logprob`.
+        NotImplementedError: as `selected_logprob`.
     """
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
@@ -71,8 +108,8 @@ def selected_logprob_kl(
         *heads, rows, targets, scale, softcap, direction, schedule, budget, chosen.name,
     )  # fmt: skip
     if schedule == plan.NO_GRAD:
-        return _fwd(*args)[:3]
-    return _SelectedLogprobKL.apply(*args)
+        return LogprobKL(*_fwd(*args)[:3])
+    return LogprobKL(*_SelectedLogprobKL.apply(*args))
 
 
 def explain_selected_logprob_kl(
@@ -80,7 +117,7 @@ def explain_selected_logprob_kl(
     weight: Tensor,  # (V, D)
     ref_hidden: Tensor,  # (N, D_ref)
     ref_weight: Tensor,  # (V, D_ref)
-    rows: Tensor,  # (M,) int32
+    rows: Tensor,  # (M,) int32 or int64
     targets: Tensor,  # (M,) int64
     *,
     direction: str = "ref||policy",
@@ -93,8 +130,28 @@ def explain_selected_logprob_kl(
 ) -> Explanation:
     """Return the schedule that `selected_logprob_kl` takes for the same arguments; computes nothing.
 
-    Takes and raises what `selected_logprob_kl` does, but for index values; grad mode and
-    `requires_grad` are read now. `gemms` counts products of either width alike.
+    Grad mode and `requires_grad` are read now. `gemms` counts products of either width alike.
+
+    Args:
+        hidden: (N, D) floating point, the policy's states after the final norm.
+        weight: (V, D), the policy's head, in the dtype of hidden.
+        ref_hidden: (N, D_ref), the reference's states, in the dtype of hidden.
+        ref_weight: (V, D_ref), the reference's head, in the dtype of hidden.
+        rows: (M,) int32 or int64, the states that predict.
+        targets: (M,) int64, the token ids that they predict.
+        direction: "ref||policy" or "policy||ref".
+        bias: (V,) of the policy's head, in the dtype of hidden.
+        ref_bias: (V,) of the reference's head, in the dtype of hidden.
+        scale: multiplies both heads' logits before the bias; not 0.
+        softcap: of both heads' logits; None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        Explanation: implementation, schedule, sizes in rows and bytes, GEMMs, and reasons.
+
+    Raises:
+        ValueError: as `selected_logprob_kl`, but for index values, which are not read.
     """
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     _check(*heads, rows, targets, direction, scale, softcap)
@@ -218,12 +275,16 @@ def _run_fwd(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targe
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
-        return _BY_NAME[args[-1]].fwd(*heads, rows, targets, *args[:-1])
+        return _BY_NAME[args[-1]].fwd(*heads, as_int32(rows), targets, *args[:-1])
 
 
-def _run_bwd(*args):
-    with torch.autocast(args[0].device.type, enabled=False), out_of_memory(args[-5]):
-        return _BY_NAME[args[-1]].bwd(*args[:-1])
+def _run_bwd(
+    grad_logp, grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, *args
+):
+    upstream = (grad_logp, grad_kl)
+    heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
+        return _BY_NAME[args[-1]].bwd(*upstream, *heads, as_int32(rows), *args[:-1])
 
 
 def _fake_fwd(

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sepo.losses import (
     dpo_loss,
+    dpop_logratio,
     dpop_loss,
     ipo_loss,
-    positive,
     rrhf_loss,
     sepo_loss,
     simpo_loss,
@@ -174,7 +174,7 @@ METHODS = {
         positions="all",
         loss=lambda s, a: dpop_loss(s.logratio, beta=a.beta, penalty=a.penalty),
         settings=("beta", "penalty"),
-        reward=lambda s, a: a.beta * positive(s.logratio, a.penalty),
+        reward=lambda s, a: a.beta * dpop_logratio(s.logratio, a.penalty),
         reference="logp",
     ),
     "tdpo1": Method(
