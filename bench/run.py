@@ -101,7 +101,7 @@ def dtype_of_steps(args: argparse.Namespace) -> str:
 
 
 def hours(args: argparse.Namespace) -> int:
-    from bench.hours import plan, table1
+    from sepo.cost.tables import plan, table1
 
     print(plan(args.plan) if args.plan else table1())
     return 0

@@ -273,7 +273,7 @@ def test_hours_before_they_are_spent(monkeypatch, capsys):
         return "hours of recipe.yaml"
 
     hours = SimpleNamespace(plan=plan, table1=lambda: "hours of the papers")
-    monkeypatch.setitem(sys.modules, "bench.hours", hours)
+    monkeypatch.setitem(sys.modules, "sepo.cost.tables", hours)
     monkeypatch.setattr(run, "measure", lambda *args: pytest.fail("something was measured"))
     assert run.main(["--plan", "recipe.yaml"]) == run.main(["--hours"]) == 0
     assert capsys.readouterr().out == "hours of recipe.yaml\nhours of the papers\n"

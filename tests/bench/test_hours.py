@@ -9,11 +9,10 @@ import pytest
 import yaml
 from tiny import tiny_model
 
-from bench import hours as tables
-from bench.cost import gpu, lengths, paper, planner
-from bench.cost.decoder import TABLE_1, Decoder, named
-from bench.cost.public import ZEPHYR
-from bench.cost.work import Amount, Schedule, step_work, total
+from sepo.cost import gpu, lengths, paper, planner, tables
+from sepo.cost.decoder import TABLE_1, Decoder, named
+from sepo.cost.public import ZEPHYR
+from sepo.cost.work import Amount, Schedule, step_work, total
 from sepo.errors import InputError
 
 ROOT = Path(__file__).parents[2]

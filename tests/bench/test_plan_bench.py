@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bench.plan import measures
+from sepo.cost.batches import measures
 from sepo.data import StepPlan
 
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.cost import lengths
-from bench.cost.decoder import Decoder, named
-from bench.cost.gpu import GPUS
-from bench.cost.lengths import Lengths
-from bench.cost.work import Schedule, Work, scaled, step_work
+from sepo.cost import lengths
+from sepo.cost.decoder import Decoder, named
+from sepo.cost.gpu import GPUS
+from sepo.cost.lengths import Lengths
+from sepo.cost.work import Schedule, Work, scaled, step_work
 from sepo.errors import InputError
 from sepo.methods import METHODS as METHOD
 
@@ -29,7 +29,7 @@ FRACTION = 0.3
 MEANS = {"LLaMA": (496, 384), "Pythia": (444, 340)}
 PROMPT_SHARE = 0.25  # of the whole sequence; assumed, the paper gives no mean of the prompts
 TOKENS_AT_ONCE = 8192  # of our micro-batches
-FIGURES = Path(__file__).parents[1] / "papers" / "2408.13518.json"
+FIGURES = Path(__file__).parents[3] / "bench" / "papers" / "2408.13518.json"
 
 AS_RELEASED = Schedule(packed=False, prompt_once=False, selected=False, checkpointing=True)
 

@@ -1,4 +1,4 @@
-"""Seconds to plan a million pairs, and how full and how even the steps are: python -m bench.plan
+"""Seconds to plan a million pairs, and how full and how even the steps are: python -m sepo.cost.batches
 
 The lengths are those of a data set in SmolLM2's tokens, drawn again and again until there are
 enough. full: tokens of the step over what all its micro-batches could hold; but last: the same
@@ -18,7 +18,7 @@ from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.read import read_pairs
 from sepo.smollm2 import find_gguf, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 ATTENTION = 3.3e-4  # SmolLM2-135M's attention_cost: 4 * 576 * 30 over 2 * 106 million
 STEP = 128  # pairs
 

@@ -1,7 +1,7 @@
 """GPU-hours of SePO's Table 1, of this project's schedule, and of a plan: modelled, not measured.
 
-python -m bench.hours               the tables
-python -m bench.hours config.yaml   hours per stage before they are spent
+python -m sepo.cost.tables               the tables
+python -m sepo.cost.tables config.yaml   hours per stage before they are spent
 """
 
 import sys
@@ -10,9 +10,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from bench.cost import paper, planner
-from bench.cost.decoder import SHAPES, TABLE_1
-from bench.cost.gpu import (
+from sepo.cost import paper, planner
+from sepo.cost.decoder import SHAPES, TABLE_1
+from sepo.cost.gpu import (
     BANDWIDTH_SHARE,
     GPU,
     GPUS,
@@ -23,10 +23,10 @@ from bench.cost.gpu import (
     hours_at_full_rate,
     part_hours,
 )
-from bench.cost.lengths import SPREAD
-from bench.cost.paper import A100, AS_RELEASED, epoch
-from bench.cost.public import ZEPHYR
-from bench.cost.work import EXTRA, NEEDED, Schedule, Work
+from sepo.cost.lengths import SPREAD
+from sepo.cost.paper import A100, AS_RELEASED, epoch
+from sepo.cost.public import ZEPHYR
+from sepo.cost.work import EXTRA, NEEDED, Schedule, Work
 from sepo.methods import METHODS
 
 NAMES = {
@@ -178,7 +178,7 @@ def _checks() -> list[str]:
 def _compared() -> str:
     figures = paper.read_figures()
     if figures is None:
-        where = paper.FIGURES.relative_to(Path(__file__).parents[1])
+        where = paper.FIGURES.relative_to(Path(__file__).parents[3])
         return f"The paper's 48 GPU-hours are not here ({where}): nothing is compared with them."
     said = []
     for gpu in (A100, PCIE):
