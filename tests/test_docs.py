@@ -15,7 +15,7 @@ from tiny import V, random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import write_store
 
 from sepo import cli
-from sepo.cost.tables import plan
+from sepo.cost.planner import plan
 from sepo.masks import SparseMask
 from sepo.masks.files import save_mask
 

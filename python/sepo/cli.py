@@ -49,6 +49,11 @@ COMMANDS = (
     ),
     ("transfer", "sepo.transfer", "an oracle's scores in the tokens of another tokenizer"),
     ("inspect", "sepo.inspect", "look at rows as the trainer will see them, and count what drops"),
+    (
+        "plan",
+        "sepo.cost.command",
+        "GPU-hours of a recipe, and how full micro-batches are: modelled",
+    ),
     ("report", "sepo.report.command", "scores, selections and training curves as one HTML page"),
 )
 

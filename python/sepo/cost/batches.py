@@ -1,70 +1,70 @@
-"""Seconds to plan a million pairs, and how full and how even the steps are: python -m sepo.cost.batches
+"""Seconds to plan a million pairs, and how full and how even the steps are.
 
-The lengths are those of a data set in SmolLM2's tokens, drawn again and again until there are
+The lengths are those of a data set in a model's tokens, drawn again and again until there are
 enough. full: tokens of the step over what all its micro-batches could hold; but last: the same
 without the last micro-batch of each rank, which holds what a fixed step leaves. ranks: what the
 dearest rank costs over the mean of the ranks. in step: the same for ranks that wait for each other
 after every micro-batch, as FSDP's do.
 """
 
-import argparse
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
+from sepo.cost.decoder import named
 from sepo.data.cost import pair_costs
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.read import read_pairs
-from sepo.smollm2 import find_gguf, load_tokenizer
+from sepo.model import load_tokenizer
+from sepo.terminal import say
 
-ROOT = Path(__file__).parents[3]
-ATTENTION = 3.3e-4  # SmolLM2-135M's attention_cost: 4 * 576 * 30 over 2 * 106 million
 STEP = 128  # pairs
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--dataset", default=str(ROOT / "python/sepo/demo/data/pairs.jsonl"))
-    add("--max_length", type=int, help="tokens of the prompt and one response")
-    add("--pairs", type=int, default=1_000_000, help="lengths to plan")
-    add("--steps", type=int, default=200, help="steps whose fill and balance are looked at")
-    add("--budgets", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
-    add("--world_sizes", type=int, nargs="+", default=[1, 2, 8])
-    args = parser.parse_args(argv)
-
-    found = read_pairs(args.dataset, load_tokenizer(find_gguf()), max_length=args.max_length).pairs
+def show(
+    data: str,
+    model: str,  # a folder with a tokenizer and a config
+    *,
+    max_length: int | None = None,  # tokens of the prompt and one response
+    pairs: int = 1_000_000,  # lengths to plan
+    steps: int = 200,  # whose fill and balance are looked at
+    budgets: Sequence[int] = (2048, 4096, 8192, 16384),  # tokens of a micro-batch
+    world_sizes: Sequence[int] = (1, 2, 8),
+) -> None:
+    """Print both tables. Raises InputError as reading the data and the model's config do."""
+    decoder = named(model)
+    # FLOP of one query and key over those of a token, as sepo.data.cost has them of a model
+    attention = 4 * decoder.query_width * decoder.layers / (2 * decoder.weights)
+    found = read_pairs(data, load_tokenizer(model), max_length=max_length).pairs
     parts = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in found])
-    parts = parts[np.random.default_rng(0).integers(0, len(parts), args.pairs)]
-    lengths, costs = parts.sum(1), pair_costs(*parts.T, attention=ATTENTION)
-    print(
-        f"{args.dataset}: {len(found)} pairs of {lengths.min()} to {lengths.max()} tokens, "
+    parts = parts[np.random.default_rng(0).integers(0, len(parts), pairs)]
+    lengths, costs = parts.sum(1), pair_costs(*parts.T, attention=attention)
+    say(
+        f"{data}: {len(found)} pairs of {lengths.min()} to {lengths.max()} tokens, "
         f"median {np.median(lengths):.0f}"
     )
-    budgets = [budget for budget in args.budgets if budget >= lengths.max()]
-    for left_out in sorted({*args.budgets} - {*budgets}):
+    fitting = [budget for budget in budgets if budget >= lengths.max()]
+    for left_out in sorted({*budgets} - {*fitting}):
         print(f"budget {left_out}: left out, the longest pair has {lengths.max()} tokens")
-    print(f"\n{args.pairs} pairs, seconds{'one step':>14}{f'steps of {STEP}':>16}")
-    for budget in budgets:
-        for world_size in args.world_sizes:
+    print(f"\n{pairs} pairs, seconds{'one step':>14}{f'steps of {STEP}':>16}")
+    for budget in fitting:
+        for world_size in world_sizes:
             case = dict(max_tokens=budget, seed=0, world_size=world_size, costs=costs)
             seconds = [planning_seconds(lengths, size, **case) for size in (len(lengths), STEP)]
             print(f"budget {budget:6} ranks {world_size:2}{seconds[0]:15.2f}{seconds[1]:16.2f}")
     print(
-        f"\nmedian of {args.steps} steps (worst)"
+        f"\nmedian of {steps} steps (worst)"
         f"{'micro-batches':>15}{'full':>8}{'but last':>10}{'ranks':>18}{'in step':>18}"
     )
-    for budget in budgets:
-        for world_size in args.world_sizes:
-            for pairs in sorted({16 * world_size, 64 * world_size}):
+    for budget in fitting:
+        for world_size in world_sizes:
+            for per_step in sorted({16 * world_size, 64 * world_size}):
                 case = dict(max_tokens=budget, seed=0, world_size=world_size, costs=costs)
-                steps = min(args.steps, num_steps(len(lengths), pairs))
+                few = min(steps, num_steps(len(lengths), per_step))
                 plans = (
-                    plan_step(lengths, step=step, pairs_per_step=pairs, **case)
-                    for step in range(steps)
+                    plan_step(lengths, step=step, pairs_per_step=per_step, **case)
+                    for step in range(few)
                 )
                 rows = np.array([measures(plan, lengths, costs, budget) for plan in plans])
                 known = [column[~np.isnan(column)] for column in rows.T]
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
                 but_last = "-" if np.isnan(but_last) else f"{but_last:.1%}"
                 _, _, _, worst_ranks, worst_in_step = rows.max(0)
                 print(
-                    f"budget {budget:6} ranks {world_size:2} pairs {pairs:4}{count:12.0f}{full:8.1%}"
+                    f"budget {budget:6} ranks {world_size:2} pairs {per_step:4}{count:12.0f}{full:8.1%}"
                     f"{but_last:>10}{ranks:10.4f} ({worst_ranks:.3f}){in_step:9.4f} "
                     f"({worst_in_step:.3f})"
                 )
@@ -112,7 +112,3 @@ def measures(
         cost.sum(1).max() / mean,
         cost.max(0).sum() / mean,
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -29,7 +29,6 @@ FRACTION = 0.3
 MEANS = {"LLaMA": (496, 384), "Pythia": (444, 340)}
 PROMPT_SHARE = 0.25  # of the whole sequence; assumed, the paper gives no mean of the prompts
 TOKENS_AT_ONCE = 8192  # of our micro-batches
-FIGURES = Path(__file__).parents[3] / "bench" / "papers" / "2408.13518.json"
 
 AS_RELEASED = Schedule(packed=False, prompt_once=False, selected=False, checkpointing=True)
 
@@ -108,14 +107,11 @@ class Comparison(NamedTuple):
         return float(np.median(found)) if found else float("nan")
 
 
-def read_figures(path: Path | None = None) -> dict[str, dict[str, float]] | None:
-    """GPU-hours by model and method, or None without the file. Raises InputError for another form.
+def read_figures(path: Path) -> dict[str, dict[str, float]]:
+    """GPU-hours by model and method. Raises InputError for no such file and for another form.
 
     {"source": address, "hours": {"LLaMA3-8B": {"dpo": 1.0, ...}, ...}}
     """
-    path = path or FIGURES
-    if not path.exists():
-        return None
     try:
         found = json.loads(path.read_text())
         hours = {
@@ -123,6 +119,8 @@ def read_figures(path: Path | None = None) -> dict[str, dict[str, float]] | None
             for model, row in found["hours"].items()
         }
         source = found["source"]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: expected source, and hours by model and method") from error
     if not source:

@@ -1,16 +1,11 @@
-"""GPU-hours of SePO's Table 1, of this project's schedule, and of a plan: modelled, not measured.
+"""GPU-hours of SePO's Table 1 and of this project's schedule: modelled, not measured."""
 
-python -m sepo.cost.tables               the tables
-python -m sepo.cost.tables config.yaml   hours per stage before they are spent
-"""
-
-import sys
 import textwrap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from sepo.cost import paper, planner
+from sepo.cost import paper
 from sepo.cost.decoder import SHAPES, TABLE_1
 from sepo.cost.gpu import (
     BANDWIDTH_SHARE,
@@ -62,14 +57,9 @@ SAVINGS = {  # of each method: a line, its schedule, whether responses are cut
 wrap = partial(textwrap.wrap, width=100)
 
 
-def plan(config_path: str | Path) -> str:
-    """Hours of each stage for a recipe with the plan's keys, as text. Raises InputError."""
-    return planner.plan(config_path)
-
-
-def table1() -> str:
-    """All tables, as text. Raises InputError for figures of the paper that can't be read."""
-    parts = [_heading(), _table_1(), _split(), _savings(), _checks(), _public()]
+def table1(figures: Path | None = None) -> str:  # the paper's own, as `paper.read_figures` has them
+    """All tables, as text. Raises InputError for figures that can't be read."""
+    parts = [_heading(), _table_1(), _split(), _savings(), _checks(figures), _public()]
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
@@ -161,7 +151,7 @@ def _savings() -> list[str]:
     return lines
 
 
-def _checks() -> list[str]:
+def _checks(figures: Path | None) -> list[str]:
     sepo = epoch(SPLIT, "sepo", AS_RELEASED)
     left = hours_at_full_rate(sepo, A100) / hours(sepo, PCIE)
     about = (
@@ -172,15 +162,13 @@ def _checks() -> list[str]:
         f"{left:.1%}. A factor of {left / PAPER_RATE:.1f} has no explanation here; nor has a ratio "
         "below that of FLOP alone, to which nothing named brings it."
     )
-    return ["Against what is known of the paper", *wrap(about), *wrap(_compared())]
+    return ["Against what is known of the paper", *wrap(about), *wrap(_compared(figures))]
 
 
-def _compared() -> str:
-    figures = paper.read_figures()
-    if figures is None:
-        where = paper.FIGURES.relative_to(Path(__file__).parents[3])
-        return f"The paper's 48 GPU-hours are not here ({where}): nothing is compared with them."
-    said = []
+def _compared(path: Path | None) -> str:
+    if path is None:
+        return "The paper's 48 GPU-hours are not here (--figures): nothing is compared with them."
+    figures, said = paper.read_figures(path), []
     for gpu in (A100, PCIE):
         modelled = {
             model: {
@@ -213,11 +201,3 @@ def _public() -> list[str]:
 
 def _cells(works: list[Work], gpu: GPU) -> str:
     return "".join(f"{hours(work, gpu):13.2f}" for work in works)
-
-
-def main(argv: list[str]) -> None:
-    print(plan(argv[0]) if argv else table1())
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
