@@ -1,118 +1,25 @@
-"""Seconds to plan a million pairs, and how full and how even the steps are: python -m bench.plan
+"""The old name of `sepo plan --dataset_name DATA`, with the demo's pairs and model as defaults."""
 
-The lengths are those of a data set in SmolLM2's tokens, drawn again and again until there are
-enough. full: tokens of the step over what all its micro-batches could hold; but last: the same
-without the last micro-batch of each rank, which holds what a fixed step leaves. ranks: what the
-dearest rank costs over the mean of the ranks. in step: the same for ranks that wait for each other
-after every micro-batch, as FSDP's do.
-"""
-
-import argparse
-import time
+import sys
 from pathlib import Path
 
-import numpy as np
-
-from sepo.data.cost import pair_costs
-from sepo.data.plan import StepPlan, num_steps, plan_step
-from sepo.data.read import read_pairs
-from sepo.smollm2 import find_gguf, load_tokenizer
+from sepo.commands import main as cli
+from sepo.demo.smollm2 import save_smollm2
+from sepo.errors import exit_with_one_line
 
 ROOT = Path(__file__).parents[1]
-ATTENTION = 3.3e-4  # SmolLM2-135M's attention_cost: 4 * 576 * 30 over 2 * 106 million
-STEP = 128  # pairs
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--dataset", default=str(ROOT / "python/sepo/demo/data/pairs.jsonl"))
-    add("--max_length", type=int, help="tokens of the prompt and one response")
-    add("--pairs", type=int, default=1_000_000, help="lengths to plan")
-    add("--steps", type=int, default=200, help="steps whose fill and balance are looked at")
-    add("--budgets", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
-    add("--world_sizes", type=int, nargs="+", default=[1, 2, 8])
-    args = parser.parse_args(argv)
-
-    found = read_pairs(args.dataset, load_tokenizer(find_gguf()), max_length=args.max_length).pairs
-    parts = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in found])
-    parts = parts[np.random.default_rng(0).integers(0, len(parts), args.pairs)]
-    lengths, costs = parts.sum(1), pair_costs(*parts.T, attention=ATTENTION)
-    print(
-        f"{args.dataset}: {len(found)} pairs of {lengths.min()} to {lengths.max()} tokens, "
-        f"median {np.median(lengths):.0f}"
-    )
-    budgets = [budget for budget in args.budgets if budget >= lengths.max()]
-    for left_out in sorted({*args.budgets} - {*budgets}):
-        print(f"budget {left_out}: left out, the longest pair has {lengths.max()} tokens")
-    print(f"\n{args.pairs} pairs, seconds{'one step':>14}{f'steps of {STEP}':>16}")
-    for budget in budgets:
-        for world_size in args.world_sizes:
-            case = dict(max_tokens=budget, seed=0, world_size=world_size, costs=costs)
-            seconds = [planning_seconds(lengths, size, **case) for size in (len(lengths), STEP)]
-            print(f"budget {budget:6} ranks {world_size:2}{seconds[0]:15.2f}{seconds[1]:16.2f}")
-    print(
-        f"\nmedian of {args.steps} steps (worst)"
-        f"{'micro-batches':>15}{'full':>8}{'but last':>10}{'ranks':>18}{'in step':>18}"
-    )
-    for budget in budgets:
-        for world_size in args.world_sizes:
-            for pairs in sorted({16 * world_size, 64 * world_size}):
-                case = dict(max_tokens=budget, seed=0, world_size=world_size, costs=costs)
-                steps = min(args.steps, num_steps(len(lengths), pairs))
-                plans = (
-                    plan_step(lengths, step=step, pairs_per_step=pairs, **case)
-                    for step in range(steps)
-                )
-                rows = np.array([measures(plan, lengths, costs, budget) for plan in plans])
-                known = [column[~np.isnan(column)] for column in rows.T]
-                count, full, but_last, ranks, in_step = (
-                    np.median(column) if len(column) else np.nan for column in known
-                )
-                but_last = "-" if np.isnan(but_last) else f"{but_last:.1%}"
-                _, _, _, worst_ranks, worst_in_step = rows.max(0)
-                print(
-                    f"budget {budget:6} ranks {world_size:2} pairs {pairs:4}{count:12.0f}{full:8.1%}"
-                    f"{but_last:>10}{ranks:10.4f} ({worst_ranks:.3f}){in_step:9.4f} "
-                    f"({worst_in_step:.3f})"
-                )
-
-
-def planning_seconds(lengths: np.ndarray, pairs_per_step: int, **case) -> float:
-    """Seconds for every step of an epoch."""
-    start = time.perf_counter()
-    for step in range(num_steps(len(lengths), pairs_per_step)):
-        plan_step(lengths, step=step, pairs_per_step=pairs_per_step, **case)
-    return time.perf_counter() - start
-
-
-def measures(
-    plan: StepPlan,
-    lengths: np.ndarray,  # (pairs in the data set,)
-    costs: np.ndarray,  # (pairs in the data set,)
-    budget: int,
-) -> tuple[float, ...]:
-    """Micro-batches a rank, and the four measures that the module describes.
-
-    "But last" is nan where every rank has one micro-batch.
-    """
-    sums = lambda values: np.array(
-        [[values[list(part)].sum() for part in rank] for rank in plan.micro_batches]
-    )
-    tokens, cost = sums(lengths), sums(costs)  # (ranks, micro-batches)
-    count, mean = tokens.shape[1], cost.sum() / len(cost)
-    fullest_first = -np.sort(-tokens, axis=1)
-    but_last = fullest_first[:, :-1].mean() / budget if count > 1 else np.nan
-    return (
-        count,
-        tokens.mean() / budget,
-        but_last,
-        cost.sum(1).max() / mean,
-        cost.max(0).sum() / mean,
-    )
+def main(argv: list[str]) -> None:
+    """Print how full micro-batches are. Raises InputError as `sepo plan` does."""
+    now = ["plan", *(word.replace("--dataset", "--dataset_name", 1) if word.startswith("--dataset")
+                     else word for word in argv)]  # fmt: skip
+    if not any(word.startswith("--dataset") for word in argv):
+        now += ["--dataset_name", str(ROOT / "python/sepo/demo/data/pairs.jsonl")]
+    now += ["--model_name_or_path", str(save_smollm2(ROOT / "runs/smollm2"))]
+    print(f"bench: this is now: sepo {' '.join(now)}", file=sys.stderr)
+    cli.run(now)
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_one_line(lambda: main(sys.argv[1:]))

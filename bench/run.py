@@ -5,7 +5,6 @@
     python bench/run.py --suite head        head | select | attention | step | full
     python bench/run.py --case 'head-bf16-*' --providers sepo cce
     python bench/run.py --case head-bf16-30 --base main    here and at another commit, in turn
-    python bench/run.py --plan config.yaml  GPU-hours of each stage, before they are spent
 
 Nothing is timed before every case has passed its gate, and nothing at all if one of ours has not.
 All contenders of a case take turns. Rows are appended to bench/results/<machine>.jsonl.
@@ -26,7 +25,7 @@ if not __package__:  # run as a program: its own folder is no place to import fr
     sys.path[:1] = [str(ROOT), str(ROOT / "python")]
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of itself in every table
-from bench import base, dtypes, figure, jobs, report  # noqa: E402
+from bench import base, dtypes, figure, hours, jobs, report  # noqa: E402
 from bench.harness import device_here  # noqa: E402
 from sepo.errors import InputError  # noqa: E402
 
@@ -39,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")  # the peers', and none of our business
     try:
         if args.plan or args.hours:
-            return hours(args)
+            hours.main([str(args.plan)] if args.plan else [])
+            return 0
         options = dict(
             device=args.device, cases=tuple(args.case), providers=tuple(args.providers),
             rounds=args.rounds, model=args.model, data=args.data, pairs=args.pairs,
@@ -66,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="append rows to this file; -: print them, tables on stderr")
     add("--figure", type=Path, help="default runs/bench/<machine>.svg; none: no figure")
     add("--base", metavar="REV", help="the same cases at another commit, side by side")
-    add("--plan", type=Path, metavar="CONFIG", help="GPU-hours of each stage; modelled")
-    add("--hours", action="store_true", help="GPU-hours of the papers' models; modelled")
+    add("--plan", type=Path, metavar="CONFIG", help="now: sepo plan CONFIG")
+    add("--hours", action="store_true", help="now: sepo plan --papers")
     add("--device", default=device_here(), choices=("cpu", "cuda"))
     add("--rounds", type=int)
     add("--minutes", type=float, help=f"no round after; {SHORT_MINUTES} without arguments")
@@ -98,13 +98,6 @@ def dtype_of_steps(args: argparse.Namespace) -> str:
     if args.dtype != "auto":
         return args.dtype
     return str(dtypes.fast(args.device)).removeprefix("torch.")
-
-
-def hours(args: argparse.Namespace) -> int:
-    from bench.hours import plan, table1
-
-    print(plan(args.plan) if args.plan else table1())
-    return 0
 
 
 def measure(args: argparse.Namespace, options: dict) -> int:

@@ -24,7 +24,7 @@ class Contender:
 
     name: str
     group: str  # "trl" | "dense" | "sepo" | "savings"
-    objective: str  # a method of sepo.methods.METHODS
+    objective: str  # a method of sepo.trainer.methods.METHODS
     step: Callable[[int], Tensor] | None  # round -> loss; None: it can't run here
     work: Callable[[int], Work] | None
     absent: str = ""  # why it can't run

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from bench.cost import gpu
-from bench.cost.decoder import Decoder
-from bench.cost.work import Schedule, needed_flop, step_work
+from sepo.cost import gpu
+from sepo.cost.decoder import Decoder
+from sepo.cost.work import Schedule, needed_flop, step_work
 
 
 def training(

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from bench.end_to_end import rows
 from sepo.data.types import TokenPair
+from sepo.demo.smollm2 import find_gguf, save_smollm2
 from sepo.errors import InputError
-from sepo.smollm2 import find_gguf, save_smollm2
 
 SMOLLM2 = "smollm2"
 # shapes alone, with random weights: nothing has to be downloaded

@@ -5,8 +5,8 @@ from torch import Tensor
 from sepo.data.segments import make_segments
 from sepo.data.types import ScoredPair
 from sepo.losses import dpo_loss, sepo_loss, simpo_loss
-from sepo.methods import METHODS
 from sepo.ops import segment_mean, segment_sum
+from sepo.trainer.methods import METHODS
 
 FRACTION = 0.3
 # as SePOConfig takes them

@@ -13,15 +13,15 @@ from bench.end_to_end.models import checkpoint_layers
 from bench.end_to_end.objectives import SETTINGS, segments
 from bench.end_to_end.rows import with_reference
 from bench.end_to_end.weights import Weights, num_bytes, twin
-from sepo.config import SePOConfig
 from sepo.data.segments import num_selected
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
-from sepo.model import explain_attention, prepare_model
-from sepo.reference import CachedReference
-from sepo.response_logp import response_logp
-from sepo.tokens import MASK
-from sepo.trainer import SePOTrainer
+from sepo.model.prepare import explain_attention, prepare_model
+from sepo.model.reference import CachedReference
+from sepo.score.logp import response_logp
+from sepo.trainer.config import SePOConfig
+from sepo.trainer.step import MASK
+from sepo.trainer.trainer import SePOTrainer
 
 RECOMPUTED = {"recompute": "cheap again", "checkpointing": "checkpointing"}
 NAMES = {"dpo": "dpo, cached reference", "simpo": "simpo", "sepo": "sepo 30 %"}

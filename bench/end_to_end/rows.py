@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sepo.data.files import Atomic
-from sepo.data.formats import Drop, Preference, find_format, read_row
-from sepo.data.load import load_rows
-from sepo.data.read import read_pairs
+from sepo.data.read.formats import Drop, Preference, find_format, read_row
+from sepo.data.read.load import load_rows
+from sepo.data.read.read import read_pairs
 from sepo.data.types import ScoredPair, TokenPair
+from sepo.system.files import Atomic
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "runs/data/dpo_en_demo.json"  # LLaMA-Factory's, if it was put there: 300 pairs

@@ -25,7 +25,7 @@ from bench.end_to_end.weights import Weights
 from sepo.data.pack import PackablePair, pack
 from sepo.data.segments import num_selected
 from sepo.data.types import PackedBatch, ScoredPair, Segment, TokenPair
-from sepo.model import head, hidden_states, prepare_model, token_logprob
+from sepo.model.prepare import head, hidden_states, prepare_model, token_logprob
 
 # logp (M,), the reference's or None, cu_rows (S + 1,)
 Found = tuple[Tensor, Tensor | None, Tensor]

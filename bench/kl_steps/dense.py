@@ -23,7 +23,7 @@ from bench.end_to_end.savings import padded
 from bench.end_to_end.weights import Weights, num_bytes, twin
 from bench.kl_steps.settings import MASK_L1, SETTINGS
 from sepo.data.types import TokenPair
-from sepo.tokens import MASK
+from sepo.trainer.step import MASK
 
 
 def step_loss(objective: str, policy: nn.Module, reference: nn.Module, pairs: list[TokenPair]):

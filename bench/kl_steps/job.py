@@ -6,7 +6,7 @@ from bench.end_to_end.job import Setting, StepJob
 from bench.end_to_end.weights import Weights
 from bench.kl_steps import dense, ours
 from bench.kl_steps.settings import SETTINGS
-from sepo.tokens import MASK
+from sepo.trainer.step import MASK
 
 LEAST = 3.0  # times as fast, and times less memory
 

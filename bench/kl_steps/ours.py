@@ -11,9 +11,9 @@ from bench.kl_steps.settings import SETTINGS
 from sepo.data.hidden import HiddenRows, StoredHead
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.masks import SparseMask, num_layers
-from sepo.model import head, prepare_model
-from sepo.reference import CachedReference
-from sepo.response_logp import response_logp
+from sepo.model.prepare import head, prepare_model
+from sepo.model.reference import CachedReference
+from sepo.score.logp import response_logp
 
 
 def contenders(

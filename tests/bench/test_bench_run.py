@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ from bench import base, jobs, run
 from bench.harness import CaseJob
 from bench.operations import head
 from bench.provider import Provider
+from sepo.commands import main as cli
+from sepo.cost import tables
 from sepo.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -264,21 +265,22 @@ def test_a_native_extension_is_built_or_copied(tmp_path, monkeypatch):
         base._build(tree, "0" * 40)
 
 
-def test_hours_before_they_are_spent(monkeypatch, capsys):
-    """Of a plan and of the papers' models; nothing is measured for them."""
-
-    def plan(path):
-        if path.name != "recipe.yaml":
-            raise InputError(f"{path} is not there")
-        return "hours of recipe.yaml"
-
-    hours = SimpleNamespace(plan=plan, table1=lambda: "hours of the papers")
-    monkeypatch.setitem(sys.modules, "bench.hours", hours)
+def test_hours_before_they_are_spent(monkeypatch, capsys, tmp_path):
+    """The old flags answer as `sepo plan` does, and say its name once."""
     monkeypatch.setattr(run, "measure", lambda *args: pytest.fail("something was measured"))
-    assert run.main(["--plan", "recipe.yaml"]) == run.main(["--hours"]) == 0
-    assert capsys.readouterr().out == "hours of recipe.yaml\nhours of the papers\n"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: Pythia-410M")
+    assert run.main(["--plan", str(recipe)]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"bench: this is now: sepo plan {recipe}\n"
+    cli.run(["plan", str(recipe)])
+    assert capsys.readouterr().out == said.out and "GPU-hours" in said.out
+    monkeypatch.setattr(tables, "table1", lambda figures: f"the papers' hours, {figures}")
+    assert run.main(["--hours"]) == 0
+    said = capsys.readouterr()
+    assert said == ("the papers' hours, None\n", "bench: this is now: sepo plan --papers\n")
     assert run.main(["--plan", "other.yaml"]) == 2
-    assert capsys.readouterr().err == "bench: error: other.yaml is not there\n"
+    assert "bench: error: other.yaml: " in capsys.readouterr().err
 
 
 def test_the_program_answers(tmp_path):

@@ -13,7 +13,7 @@ from bench.end_to_end.weights import Weights
 from bench.kl_steps import dense, ours
 from bench.kl_steps.job import bars
 from bench.run import main
-from sepo.tokens import MASK
+from sepo.trainer.step import MASK
 
 
 def dealt(method: str, *, rounds: int = 1) -> tuple[Weights, list[list]]:

@@ -12,8 +12,6 @@ from tiny import V, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.cost.decoder import SHAPES, Decoder, named
-from bench.cost.work import Schedule, step_work, total
 from bench.end_to_end import ours, rows, savings
 from bench.end_to_end.models import SHAPES as REAL
 from bench.end_to_end.objectives import SETTINGS
@@ -22,9 +20,11 @@ from bench.kl_steps import ours as kl_ours
 from bench.kl_steps.settings import SETTINGS as KL_SETTINGS
 from sepo import SePOConfig, SePOTrainer
 from sepo.attention import layout
+from sepo.cost.decoder import SHAPES, Decoder, named
+from sepo.cost.work import Schedule, step_work, total
 from sepo.data.segments import make_segments, num_selected
 from sepo.errors import InputError
-from sepo.methods import METHODS
+from sepo.trainer.methods import METHODS
 
 aten = torch.ops.aten
 # torch has no formula for its attention on a CPU: the one of its kernels for GPUs

@@ -53,6 +53,11 @@ COMMANDS = (
         "sepo.commands.inspect",
         "look at rows as the trainer will see them, and count what drops",
     ),
+    (
+        "plan",
+        "sepo.cost.command",
+        "GPU-hours of a recipe, and how full micro-batches are: modelled",
+    ),
     ("report", "sepo.commands.report", "scores, selections and training curves as one HTML page"),
 )
 

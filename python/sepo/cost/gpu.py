@@ -8,7 +8,7 @@ time, waiting for the slowest rank, the data loader, checkpoints, evaluation.
 import re
 from dataclasses import dataclass
 
-from bench.cost.work import PARTS, Work, needed_flop
+from sepo.cost.work import PARTS, Work, needed_flop
 from sepo.errors import InputError
 
 # what a good kernel reaches; assumed, and printed wherever hours are

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from bench.cost import lengths
-from bench.cost.decoder import Decoder, named
-from bench.cost.gpu import BANDWIDTH_SHARE, GPU, UTILISATION, find, hours, hours_at_full_rate
-from bench.cost.lengths import Lengths
-from bench.cost.work import Schedule, Work, forward_work, scaled, step_work
-from sepo.budget import OFF_A_GPU
-from sepo.config import MethodName, SePOConfig
+from sepo.cost import lengths
+from sepo.cost.decoder import Decoder, named
+from sepo.cost.gpu import BANDWIDTH_SHARE, GPU, UTILISATION, find, hours, hours_at_full_rate
+from sepo.cost.lengths import Lengths
+from sepo.cost.work import Schedule, Work, forward_work, scaled, step_work
 from sepo.errors import InputError
-from sepo.methods import METHODS
+from sepo.model.budget import OFF_A_GPU
+from sepo.trainer.config import MethodName, SePOConfig
+from sepo.trainer.methods import METHODS
 
 STATE = 16  # bytes a trained parameter: float32 weight, gradient and two moments
 ROOM = 0.7  # of a GPU's memory for them; the rest is for activations

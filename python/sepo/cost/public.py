@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.cost import paper
-from bench.cost.decoder import named
-from bench.cost.gpu import GPU, hours, hours_at_full_rate
-from bench.cost.work import Schedule, Work, scaled, step_work
+from sepo.cost import paper
+from sepo.cost.decoder import named
+from sepo.cost.gpu import GPU, hours, hours_at_full_rate
+from sepo.cost.work import Schedule, Work, scaled, step_work
 
 
 @dataclass(frozen=True)

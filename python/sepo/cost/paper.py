@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.cost import lengths
-from bench.cost.decoder import Decoder, named
-from bench.cost.gpu import GPUS
-from bench.cost.lengths import Lengths
-from bench.cost.work import Schedule, Work, scaled, step_work
+from sepo.cost import lengths
+from sepo.cost.decoder import Decoder, named
+from sepo.cost.gpu import GPUS
+from sepo.cost.lengths import Lengths
+from sepo.cost.work import Schedule, Work, scaled, step_work
 from sepo.errors import InputError
-from sepo.methods import METHODS as METHOD
+from sepo.trainer.methods import METHODS as METHOD
 
 PAIRS, PAIRS_PER_STEP, NUM_GPUS, A100 = 61_135, 128, 4, GPUS["A100"]
 METHODS = ("dpo", "ipo", "rrhf", "simpo", "sepo-rand", "sepo")
@@ -29,7 +29,6 @@ FRACTION = 0.3
 MEANS = {"LLaMA": (496, 384), "Pythia": (444, 340)}
 PROMPT_SHARE = 0.25  # of the whole sequence; assumed, the paper gives no mean of the prompts
 TOKENS_AT_ONCE = 8192  # of our micro-batches
-FIGURES = Path(__file__).parents[1] / "papers" / "2408.13518.json"
 
 AS_RELEASED = Schedule(packed=False, prompt_once=False, selected=False, checkpointing=True)
 
@@ -108,14 +107,11 @@ class Comparison(NamedTuple):
         return float(np.median(found)) if found else float("nan")
 
 
-def read_figures(path: Path | None = None) -> dict[str, dict[str, float]] | None:
-    """GPU-hours by model and method, or None without the file. Raises InputError for another form.
+def read_figures(path: Path) -> dict[str, dict[str, float]]:
+    """GPU-hours by model and method. Raises InputError for no such file and for another form.
 
     {"source": address, "hours": {"LLaMA3-8B": {"dpo": 1.0, ...}, ...}}
     """
-    path = path or FIGURES
-    if not path.exists():
-        return None
     try:
         found = json.loads(path.read_text())
         hours = {
@@ -123,6 +119,8 @@ def read_figures(path: Path | None = None) -> dict[str, dict[str, float]] | None
             for model, row in found["hours"].items()
         }
         source = found["source"]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: expected source, and hours by model and method") from error
     if not source:

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from bench.cost.decoder import Decoder
+from sepo.cost.decoder import Decoder
 from sepo_kernels.selected_logprob.schedule import DEFAULT_BUDGET
 
 NEEDED = ("trunk", "attention", "head", "reference")
