@@ -31,6 +31,7 @@ ALLOWED = {
     "sepo.trainer": WORK | {"sepo.losses", "sepo.masks"},
     "sepo.transfer": RUN | {"sepo.flags"},
     "sepo.report": READ,
+    "sepo.cost": WORK | {"sepo.trainer"},
     "sepo.demo": WORK | {"sepo.score", "sepo.trainer"},
     "sepo.train": WORK | {"sepo.trainer"},
 }
