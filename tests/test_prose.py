@@ -7,8 +7,8 @@ import pytest
 from tools import prose
 
 ROOT = Path(__file__).parents[1]
-DONE = ["examples/sentiment/frontier/frontier.md"]
-PAGES = [ROOT / page for page in DONE]
+DONE = ["LOG.md", "CHANGELOG.md", "examples/sentiment/frontier/*.md"]
+PAGES = sorted(page for pattern in DONE for page in ROOT.glob(pattern))
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,7 @@ def test_sentences_are_split_where_a_reader_ends_them(text, counts):
         "```\nsome code. more code\n\nand more\n```\n",
         "<!-- a comment.\nof two lines. -->\n",
         ">>> code(). more()\n",
+        "![A picture. With a cell](a.svg)\n",
     ],
 )
 def test_what_is_no_prose_is_not_counted(text):

@@ -3,9 +3,10 @@
     python tools/prose.py                    # all Markdown of the project, and its docstrings
     python tools/prose.py LOG.md --long      # one file, and what in it is too long
 
-Inline code is one word; a link is its text. Headings, tables, fenced code, comments and bold labels
-at the start of a paragraph or an item are no sentences. Tables, code and lines that are one link
-may be wide. Exit code 1 where a Markdown file is beyond the bounds; docstrings are counted only.
+Inline code is one word; a link is its text. Headings, tables, pictures, fenced code, comments, and
+bold labels at the start of a paragraph or an item, are no sentences. Tables, code, pictures and
+lines that are one link may be wide. Exit code 1 where a Markdown file is beyond the bounds;
+docstrings are counted only.
 """
 
 import argparse
@@ -24,9 +25,9 @@ UNREAD = re.compile(r"^ *(```+|~~~+).*?^ *\1 *$|<!--.*?-->", re.DOTALL | re.MULT
 ITEM = re.compile(r"\s*(?:[-*+]|\d+\.|>)\s+")
 ARGUMENT = re.compile(r"\s+[`*\w., ]+: ")  # "    x: (M, D), ..." below a docstring's "Args:"
 CODE = re.compile(r"(`+).+?\1")
-LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
+LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 LABEL = re.compile(r"\*\*[^*]+(?:[.:]\*\*|\*\*:)")
-LINK_ONLY = re.compile(r"(?:!?\[[^\]]*\]\(\S*\)|\[[^\]]*\]:\s*\S+|<?https?://\S+)[.,;:]?")
+LINK_ONLY = re.compile(r"(?:\[[^\]]*\]\(\S*\)|\[[^\]]*\]:\s*\S+|<?https?://\S+)[.,;:]?")
 END = re.compile(r"[.!?][\"'’”)\]*_]*(?=\s)")
 ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|vs|cf|et al|etc|approx|Fig|Eq|Sec|No)\.$")
 
@@ -81,7 +82,7 @@ def read(text: str) -> Prose:
     for number, line in enumerate(text.splitlines(), 1):
         item = ITEM.match(line)
         bare = line[item.end() if item else 0 :].strip()
-        if not bare or bare.startswith(("|", "#", ">>>")):
+        if not bare or bare.startswith(("|", "#", ">>>", "![")):
             paragraphs.append("")
             continue
         if item or ARGUMENT.match(line):
