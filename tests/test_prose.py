@@ -20,7 +20,7 @@ PAGES = sorted(page for pattern in DONE for page in ROOT.glob(pattern))
         ("Call `ops.pack(x). Then` twice. `sepo.ops` needs torch.", [3, 3]),
         ("Other pairs, scores, ... are refused. ... The end.", [5, 2]),
         ("He said “no.” And left", [3, 2]),
-        ("See [the page. Of docs](docs/a.md) first.", [3, 3]),
+        ('See [the page](docs/a.md "Its title. More") first.', [4]),
         ("A line\nthat goes on — here.\n\nAnother paragraph without a stop", [6, 5]),
         ("- first item\n- **Label.** second item here\n  goes on\n1. third", [2, 5, 1]),
         ("> A quoted line\n> goes on.", [3, 2]),
@@ -50,7 +50,7 @@ def test_what_is_no_prose_is_not_counted(text):
 def test_wide_lines_are_numbered_and_a_lone_link_may_be_wide():
     link = f"[a page](https://example.org/{'x' * 100})"
     text = f"Short.\n\n```\n{'x' * 101}\n```\n{'word ' * 21}\n- {link}\nsee {link}\n{'y' * 100}\n"
-    assert prose.read(text).wide == [6, 8]
+    assert prose.read(f"{text}# {'z' * 99}\n| {'a cell ' * 20} |\n").wide == [6, 8, 10]
 
 
 def test_bounds(tmp_path, capsys):

@@ -82,13 +82,14 @@ def read(text: str) -> Prose:
     for number, line in enumerate(text.splitlines(), 1):
         item = ITEM.match(line)
         bare = line[item.end() if item else 0 :].strip()
-        if not bare or bare.startswith(("|", "#", ">>>", "![")):
+        no_prose = bare.startswith(("|", ">>>", "!["))
+        if len(line) > WIDTH and not no_prose and not LINK_ONLY.fullmatch(bare):
+            wide.append(number)
+        if not bare or no_prose or bare.startswith("#"):
             paragraphs.append("")
             continue
         if item or ARGUMENT.match(line):
             paragraphs.append("")
-        if len(line) > WIDTH and not LINK_ONLY.fullmatch(bare):
-            wide.append(number)
         paragraphs[-1] = f"{paragraphs[-1]} {bare}".strip()
     return Prose([one for paragraph in paragraphs for one in split(paragraph)], wide)
 
