@@ -7,7 +7,7 @@ import pytest
 from tools import prose
 
 ROOT = Path(__file__).parents[1]
-DONE = ["LOG.md", "CHANGELOG.md", "examples/sentiment/frontier/*.md"]
+DONE = ["LOG.md", "CHANGELOG.md", "docs/*.md", "examples/sentiment/frontier/*.md"]
 PAGES = sorted(page for pattern in DONE for page in ROOT.glob(pattern))
 
 
