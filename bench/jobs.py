@@ -106,10 +106,10 @@ def _contenders(suite: str) -> list[tuple]:
     from bench.operations import head, kl, topk
 
     if suite == "attention":
-        from bench.operations import attention
+        from bench.operations import attention, block_mask
         from bench.providers.attention import ATTENTION
 
-        return [(attention, ATTENTION)]
+        return [(attention, ATTENTION), (block_mask, (block_mask.MASK,))]
     return {"head": [(head, providers.HEAD), (kl, providers.KL)],
             "select": [(topk, providers.TOPK)]}[suite]  # fmt: skip
 

@@ -1,12 +1,13 @@
 """The benchmark's gate: a wrong provider has no speed, a missing one has a reason."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from bench_jobs import finished
 
-from bench import measure, plain, report, roof
+from bench import jobs, measure, plain, report, roof
 from bench.harness import CaseJob
 from bench.operations import attention, head, kl, topk
 from bench.provider import Provider, gradients
@@ -218,6 +219,23 @@ def test_attention_has_a_speed_where_it_is_right(dtype):
     assert "grad_key is off by" in rows["blind"].reason and "grad_value" not in rows["blind"].reason
     assert all(row.reason for row in rows.values() if row.status == "skipped")
     assert rows["sepo"].flop > 0 and rows["sepo"].roof > 0
+
+
+def test_flex_mask_is_timed_on_its_own():
+    """Whole pairs up to the last, and nothing of a GPU."""
+    from bench.operations import block_mask
+
+    case = block_mask.MaskCase("tiny", 3000)
+    spans = case.inputs("cpu").spans
+    assert spans[0][0] == 0 and spans[-1][3] == 3000 and len(spans) > 2
+    assert all(one[3] == other[0] for one, other in pairwise(spans))
+    (row,) = run_case(case, [block_mask.MASK], rounds=2)
+    blocks = -(-3000 // 128)
+    assert row.status == "measured" and row.note == f"{len(spans)} pairs, on the host"
+    assert row.bytes == 4 * (3 * 3000 + 4 * (blocks + blocks**2))
+    assert [x.tokens for x in block_mask.cases("cuda")] == [8192, 32768]
+    names = [job.name for job in jobs.jobs(("attention",), device="cpu", cases=("flex-mask-*",))]
+    assert names == ["flex-mask-8k", "flex-mask-32k"]
 
 
 def test_work_of_attention_by_hand():

@@ -14,6 +14,7 @@ from sepo.cost.decoder import TABLE_1, Decoder, named
 from sepo.cost.public import ZEPHYR
 from sepo.cost.work import Amount, Schedule, step_work, total
 from sepo.errors import InputError
+from sepo_kernels.selected_logprob.schedule import DEFAULT_BUDGET, MEMORY_SHARE
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
@@ -66,6 +67,22 @@ def test_weights_are_read_for_every_micro_batch():
         for many in (100, 14, 9)
     ]
     assert np.diff(bytes).tolist() == [12 * DECODER.weights] * 2  # 1, 2, 3 micro-batches
+
+
+def test_logits_are_made_again_beyond_the_budget_that_the_library_takes():
+    """A CPU's 1 GiB, an eighth of a GPU's memory; the KL's operation keeps two blocks."""
+
+    def again(rows: int, kl: bool = False, **where) -> bool:
+        work = step_work(DECODER, SIZES, rows, Schedule(kl=kl), **where)
+        return ("recomputation", "logits") in work
+
+    fits = DEFAULT_BUDGET // (2 * DECODER.vocabulary)
+    assert not again(fits) and again(fits + 1) and again(fits, kl=True)
+    a100 = gpu.find("A100").memory
+    fits = int(a100 / MEMORY_SHARE / (2 * DECODER.vocabulary))
+    assert not again(fits, memory=a100) and again(fits + 1, memory=a100)
+    assert again(fits, kl=True, memory=a100)
+    assert not again(fits, kl=True, memory=a100, tokens_at_once=20)  # two micro-batches
 
 
 def test_a_host_takes_part_only_where_it_is_asked_to():

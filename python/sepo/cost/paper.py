@@ -76,7 +76,7 @@ def epoch(
     work = step_work(
         decoder(model), sizes, rows, schedule,
         pairs_at_once=1, tokens_at_once=TOKENS_AT_ONCE, gathered_over=NUM_GPUS,
-        steps=len(sizes) / PAIRS_PER_STEP,
+        steps=len(sizes) / PAIRS_PER_STEP, memory=A100.memory,
     )  # fmt: skip
     return scaled(work, pairs.scale)
 

@@ -90,6 +90,7 @@ class Setting:
             decoder, sizes, rows, schedule,
             tokens_at_once=self.tokens_at_once, steps=len(sizes) / self.pairs_per_step,
             gathered_over=self.gpus if self.shards(decoder, rank > 0) else 1,
+            memory=self.gpu.memory,
         )  # fmt: skip
         return scaled(work, data.scale * epochs)
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from sepo.cost.decoder import Decoder
 from sepo_kernels.selected_logprob.schedule import DEFAULT_BUDGET
+from sepo_kernels.selected_logprob.schedule import MEMORY_SHARE
 
 NEEDED = ("trunk", "attention", "head", "reference")
 EXTRA = (
@@ -106,6 +107,7 @@ def step_work(
     steps: float = 0,  # of the optimiser
     gathered_over: int = 1,  # GPUs that share the weights
     reference: Decoder | None = None,  # None: of the policy's shape
+    memory: float | None = None,  # bytes of the GPU; None: a CPU
 ) -> Work:
     """Forward and backward of all pairs."""
     sizes = np.asarray(sizes, np.float64).reshape(-1, 3)
@@ -124,7 +126,8 @@ def step_work(
     if schedule.head_again is None:
         entries = rows / micro_batches * decoder.vocabulary
         # TDPO's operation keeps two blocks; plain PyTorch keeps whatever there is
-        fits = (4 if schedule.kl else 2) * entries <= DEFAULT_BUDGET
+        budget = DEFAULT_BUDGET if memory is None else memory // MEMORY_SHARE
+        fits = (4 if schedule.kl else 2) * entries <= budget
         schedule = replace(schedule, head_again=schedule.selected and not fits)
     all_rows = rows if schedule.selected else run.tokens
     _add(work, heads(decoder, reference, rows, all_rows, schedule, micro_batches))

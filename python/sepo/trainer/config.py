@@ -221,6 +221,12 @@ class SePOConfig(TrainingArguments):
         if self.kl_mask_l1 is None:
             self.kl_mask_l1 = self.mask_l1
 
+    @property
+    def device(self) -> torch.device:
+        """TrainingArguments', but cpu where Accelerate says cpu:0, to which torch.load can't restore."""
+        device = super().device  # transformers 5.17 loads an optimiser's state there
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def to_dict(self) -> dict:
         # TrainingArguments takes every name that ends in _token for a secret
         return super().to_dict() | {"first_token": self.first_token}
