@@ -13,8 +13,8 @@ import pytest
 import torch
 from gpu.test_gpu_stages import python
 
-from bench import gpu, jobs, report, run
-from bench.leg import ledger, plan, watched, wheels
+from bench import gpu, jobs, ledger, report, run
+from bench.leg import plan, watched, wheels
 from bench.leg import trace as tracing
 from bench.leg.found import summary
 from bench.leg.stages import Result, run_stages
@@ -283,12 +283,15 @@ def test_benchmark_fails_if_ours_is_wrong_or_missing(monkeypatch, tmp_path, stat
 
         def gate(self):
             gated = [s.replace("measured", "passed") for s in statuses]
-            rows = [Row("head", "case", f"sepo:{s}", "", s, ours=True) for s in gated]
-            return [*rows, Row("head", "case", "peer", "", "refused", ours=False)]
+            self.rows = [Row("head", "case", f"sepo:{s}", s, ours=True) for s in gated]
+            self.rows.append(Row("head", "case", "peer", "refused"))
 
         def finish(self):
-            rows = [Row("head", "case", f"sepo:{s}", "", s, ours=True) for s in statuses]
-            return [*rows, Row("head", "case", "peer", "", "measured", ours=False)]
+            self.rows = [Row("head", "case", f"sepo:{s}", s, ours=True) for s in statuses]
+            self.rows.append(Row("head", "case", "peer", "measured"))
+
+        def records(self):
+            return [row.record() for row in self.rows]
 
     monkeypatch.setattr(jobs, "jobs", lambda *suites, **options: [Job()] if statuses else [])
     monkeypatch.setattr(report, "machine", lambda device: Device.name)

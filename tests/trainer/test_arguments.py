@@ -9,7 +9,6 @@ from training_run import make_run, read_log
 from transformers import TrainingArguments
 
 from sepo import SePOConfig
-from sepo.trainer.arguments import parse
 from sepo.errors import InputError
 from sepo.train import main as train
 from sepo.trainer.arguments import parse

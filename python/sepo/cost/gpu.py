@@ -8,6 +8,8 @@ time, waiting for the slowest rank, the data loader, checkpoints, evaluation.
 import re
 from dataclasses import dataclass
 
+import torch
+
 from sepo.cost.work import PARTS, Work, needed_flop
 from sepo.errors import InputError
 
@@ -56,6 +58,11 @@ def of_device(device_name: str) -> GPU | None:
     return GPUS.get(pcie) or next(
         (gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device_name)), None
     )
+
+
+def here() -> GPU | None:
+    """This machine's; None for none, and for one that is not in the table."""
+    return of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def part_hours(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import sepo
-from bench.provider import Provider
+from bench.contender import Contender
 from sepo.attention import IMPLS, Layout, Terms, choose, explain
 from sepo.errors import InputError
 
@@ -59,17 +59,17 @@ def _padding(inputs, how: str) -> str:
 
 _ours = dict(version=lambda: f"sepo {sepo.__version__}", ours=True)
 ATTENTION = (
-    Provider(
+    Contender(
         "sepo", partial(_packed, impl="auto"), **_ours,
         note=lambda inputs: explain("auto", _terms(inputs)).partition(";")[0],
     ),
     *(
-        Provider(
+        Contender(
             f"sepo:{impl.name}", partial(_packed, impl=impl.name),
             partial(_why_not, impl=impl.name), **_ours,
         )
         for impl in IMPLS
     ),
-    Provider("padded_sdpa", _masked, objective="padded", note=partial(_padding, how="mask")),
-    Provider("padded_sdpa_causal", _causal, objective="padded", note=partial(_padding, how="no mask")),
+    Contender("padded_sdpa", _masked, objective="padded", note=partial(_padding, how="mask")),
+    Contender("padded_sdpa_causal", _causal, objective="padded", note=partial(_padding, how="no mask")),
 )  # fmt: skip

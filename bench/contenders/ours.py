@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 import sepo
-from bench.provider import Provider, gradients
+from bench.contender import Contender, gradients
 from sepo import ops
 
 
@@ -61,17 +61,17 @@ def _why_not_named(inputs, run: Callable, names: tuple[str, ...], name: str) -> 
         return 'it is what "auto" takes here'
 
 
-def _providers(op: str, run: Callable, note: Callable | None = None) -> tuple[Provider, ...]:
+def _providers(op: str, run: Callable, note: Callable | None = None) -> tuple[Contender, ...]:
     if not hasattr(ops, op):
         why_not = lambda inputs: f"sepo.ops.{op} is not there yet"
-        return (Provider("sepo", run, why_not, _version, ours=True),)
+        return (Contender("sepo", run, why_not, _version, ours=True),)
     names = tuple(impl.name for impl in importlib.import_module(f"sepo_kernels.{op}").IMPLS)
     if note is None:
         note = lambda inputs, impl: impl if impl != "auto" else _taken(run, inputs, names)
     shared = dict(version=_version, ours=True)
-    auto = Provider("sepo", partial(run, impl="auto"), note=partial(note, impl="auto"), **shared)
+    auto = Contender("sepo", partial(run, impl="auto"), note=partial(note, impl="auto"), **shared)
     return auto, *(
-        Provider(
+        Contender(
             f"sepo:{name}", partial(run, impl=name), note=partial(note, impl=name),
             why_not=partial(_why_not_named, run=run, names=names, name=name), **shared,
         )

@@ -97,14 +97,9 @@ def with_scores(pair: TokenPair) -> ScoredPair:
     """
     rng = np.random.default_rng(zlib.crc32(pair.id.encode()))
     draw = lambda tokens: rng.normal(size=len(tokens)).astype(np.float32)
-    return ScoredPair(
-        id=pair.id,
-        prompt=pair.prompt,
-        chosen=pair.chosen,
-        rejected=pair.rejected,
-        chosen_score=draw(pair.chosen),
-        rejected_score=draw(pair.rejected),
-    )
+    tokens = dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)
+    scores = dict(chosen_score=draw(pair.chosen), rejected_score=draw(pair.rejected))
+    return ScoredPair(id=pair.id, **tokens, **scores)
 
 
 def with_reference(pairs: list[ScoredPair], logp: list[tuple]) -> list[ScoredPair]:

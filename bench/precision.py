@@ -1,17 +1,35 @@
-"""Matrix products in float64 over blocks of the vocabulary, so that no (V, D) copy is kept."""
+"""In which dtype a device multiplies fastest, how far a result is from the truth, and how far it may be."""
 
 import torch
 from torch import Tensor
 
-from bench.dtypes import product
+from sepo_kernels import platform
 
-BLOCK = 16384  # rows of the weight in float64 at once: 0.5 GB at D = 4096
+BLOCK = 16384  # rows in float64 at once: 0.5 GB at D = 4096
 
 
-def logits(
-    x: Tensor,  # (M, D)
-    weight: Tensor,  # (V, D)
-) -> Tensor:  # (M, V) float64
+def fast(device: torch.device | str) -> torch.dtype:
+    """What the device multiplies fastest, of bfloat16 and float32."""
+    found = getattr(platform, "fast_dtype", None)  # --base may ask of a commit that has none
+    return found(device) if found else torch.bfloat16
+
+
+def quick(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """`dtype`, but float32 in bfloat16's place where the device multiplies that faster."""
+    return fast(device) if dtype == torch.bfloat16 else dtype
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:  # in the dtype of a
+    """a @ b, in minutes less where bfloat16 is slow: there of widened operands, rounded once.
+
+    That is how bfloat16's own product rounds, so an error measured of it is that of bfloat16.
+    """
+    dtype = quick(a.dtype, a.device)
+    return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:  # (M, D), (V, D) -> (M, V) float64
+    """By blocks of the vocabulary, so that no (V, D) copy in float64 is kept."""
     out = x.new_empty((len(x), len(weight)), dtype=torch.float64)
     for part, block in zip(out.split(BLOCK, dim=1), weight.split(BLOCK), strict=True):
         part.copy_(x.double() @ block.double().T)
@@ -23,18 +41,17 @@ def gradients(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     rows: Tensor,  # (M,) int32
-    need_weight: bool,
+    need_weight: bool = True,
 ) -> dict[str, Tensor]:  # grad_hidden (N, D), grad_weight (V, D), float64
-    x = hidden[rows].double()
-    grad_x = torch.zeros_like(x)
-    grad_weight = x.new_empty(weight.shape) if need_weight else None
-    for start in range(0, len(weight), BLOCK):
-        part = d_logits[:, start : start + BLOCK]
-        grad_x += part @ weight[start : start + BLOCK].double()
-        if need_weight:
-            grad_weight[start : start + BLOCK] = part.T @ x
+    """The same by blocks."""
+    x, parts = hidden[rows].double(), d_logits.split(BLOCK, dim=1)
+    grad_x, found = torch.zeros_like(x), {}
+    for part, block in zip(parts, weight.split(BLOCK), strict=True):
+        grad_x += part @ block.double()
+    if need_weight:
+        found["grad_weight"] = torch.cat([part.T @ x for part in parts])
     grad_hidden = x.new_zeros(hidden.shape).index_add_(0, rows.long(), grad_x)
-    return {"grad_hidden": grad_hidden} | ({"grad_weight": grad_weight} if need_weight else {})
+    return {"grad_hidden": grad_hidden} | found
 
 
 def rounded_once(

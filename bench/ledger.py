@@ -27,12 +27,3 @@ def lines() -> list[str]:
 def died_in(what: str) -> bool:
     """Whether a process before this one did."""
     return DEAD + what in lines()
-
-
-def mark(path: Path) -> str:
-    """The last thing that a dead process was at, which is marked."""
-    found = path.read_text().splitlines() if path.exists() else []
-    last = found[-1] if found and not found[-1].startswith(DEAD) else "its start"
-    with path.open("a") as file:
-        file.write(f"{DEAD}{last}\n")
-    return last

@@ -2,7 +2,7 @@
 
 import statistics
 
-from bench.end_to_end.race import Row
+from bench.harness import Row
 
 HEADER = (
     f"{'':32}{'tokens':>8}{'rows':>7}{'s a pair':>10}{'q1':>8}{'q3':>8}{'x sepo':>8}"
@@ -28,6 +28,7 @@ BARS = (  # quick, slow, how many times at least
     ("simpo", TRL_SIMPO, 2.2),
     ("dpo, cached reference", TRL_DPO, 2.5),
 )
+KL_LEAST = 3.0  # of a step with a KL: times as fast as full softmaxes, and times less memory
 MEMORY_BARS = (
     (SEPO, TRL_DPO, 3.0),
     (f"{SEPO}, checkpointing", f"{TRL_DPO}, checkpointing", 3.0),  # both as TRL has it by default
@@ -44,11 +45,11 @@ def table(rows: list[Row], base: str = SEPO) -> str:  # the contender that "x se
 
 def _line(row: Row, base: Row | None) -> str:
     if row.status != "measured":
-        return f"  {row.label:30}{row.status}: {row.reason}"
+        return f"  {row.provider:30}{row.status}: {row.reason}"
     times = ratio(row, base)
     share = lambda x: "" if x is None else f"{x:.1%}"
     work = f"{row.flop / 1e9:8.0f}{row.bytes / 1e6:7.0f}{share(row.roof):>7}{share(row.mfu):>7}"
-    text = f"  {row.label:30}{row.tokens:8.0f}{row.rows:7.0f}"
+    text = f"  {row.provider:30}{row.tokens:8.0f}{row.rows:7.0f}"
     if row.seconds:
         text += f"{row.median:10.3f}" + "".join(f"{x:8.3f}" for x in row.quartiles)
     else:
@@ -58,11 +59,7 @@ def _line(row: Row, base: Row | None) -> str:
     return f"{text}  {row.errors['loss']:<9.0e}{row.errors['gradient']:<9.0e}{row.note}".rstrip()
 
 
-def bars(
-    rows: list[Row],
-    faster: Bars = BARS,
-    smaller: Bars = MEMORY_BARS,
-) -> str:
+def bars(rows: list[Row], faster: Bars = BARS, smaller: Bars = MEMORY_BARS) -> str:
     """Each bar with what was found; nothing of those that were not measured."""
     lines = []
     for quick, slow, least in faster:
@@ -75,6 +72,16 @@ def bars(
             times = large.peak_bytes / small.peak_bytes
             lines.append(_bar(f"{name} needs 1/{times:.2f} of the memory of {other}", times, least))
     return "\n".join(lines)
+
+
+def kl_bars(method: str) -> tuple[Bars, Bars]:
+    """Faster, and smaller, than the straightforward step by at least KL_LEAST."""
+    dense, found = f"dense {method}", [method, f"{method}, cheap again"]
+    if method == "tdpo2":  # a mask reads the reference's layers, which no store keeps
+        found.insert(1, "tdpo2, cached rows")
+    faster = tuple((name, dense, KL_LEAST) for name in found)
+    again = f"{method}, checkpointing", f"{dense}, checkpointing", KL_LEAST
+    return faster, (*faster, again)
 
 
 def quickest(rows: list[Row], name: str) -> Row | None:

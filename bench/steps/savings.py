@@ -9,22 +9,21 @@ fused       the same rows in one operation that keeps no logits
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.end_to_end import flops
-from bench.end_to_end.contender import Contender, Work
-from bench.end_to_end.objectives import loss, segments
-from bench.end_to_end.weights import Weights
+from bench import plain
+from bench.contender import Contender
+from bench.steps import work
+from bench.steps.inputs import Truth
+from bench.steps.models import Weights
+from bench.steps.objectives import loss, segments
 from sepo.data.pack import PackablePair, pack
 from sepo.data.segments import num_selected
-from sepo.data.types import PackedBatch, ScoredPair, Segment, TokenPair
+from sepo.data.types import PackedBatch, ScoredPair, Segment
 from sepo.model.prepare import head, hidden_states, prepare_model, token_logprob
 
 # logp (M,), the reference's or None, cu_rows (S + 1,)
@@ -34,28 +33,14 @@ EMPTY = Segment(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int
 
 def unpacked(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
     device = model.device
-    ids, mask = padded(pairs, device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (2P, L, V)
-    logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    ids, mask = plain.padded(pairs, device)
+    logp = plain.of_targets(plain.vocabulary_logp(model, ids, mask)[0], ids[:, 1:])  # (2P, L - 1)
     batch = pack(cut).to(device)  # only for what it says of the selected tokens
     count = [len(segment.positions) for _, *two in cut for segment in two]
     place = [len(prompt) - 1 + segment.positions for prompt, *two in cut for segment in two]
     where = torch.from_numpy(np.repeat(np.arange(len(count)), count)).to(device)
     found = logp[where, torch.from_numpy(np.concatenate(place)).to(device)]
     return found, batch.ref_logp, batch.cu_rows
-
-
-def padded(
-    pairs: list[TokenPair], device: torch.device
-) -> tuple[Tensor, Tensor]:  # tokens and attention mask, (2P, L) int64
-    """Each response after its prompt, filled up to the longest of all; chosen, rejected, chosen, ..."""
-    sequences = [
-        np.concatenate([pair.prompt, y]) for pair in pairs for y in (pair.chosen, pair.rejected)
-    ]
-    longest = max(map(len, sequences))
-    ids = np.stack([np.pad(x, (0, longest - len(x))) for x in sequences]).astype(np.int64)
-    mask = np.stack([np.arange(longest) < len(x) for x in sequences]).astype(np.int64)
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
 def packed(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
@@ -101,14 +86,21 @@ def untruncated(cut: list[PackablePair], pairs: list[ScoredPair]) -> list[Packab
     ]
 
 
-def every_row(model, batch: PackedBatch) -> Tensor:  # (M,)
-    logits = F.linear(hidden_states(model, batch), head(model).weight)  # (N, V)
-    return logits.float().log_softmax(-1)[batch.rows, batch.targets]
+def every_row(model, batch: PackedBatch, gather_first: bool = False) -> Tensor:  # (M,)
+    args = hidden_states(model, batch), head(model).weight, batch.rows, batch.targets
+    return plain.selected_logprob(*args, gather_first=gather_first)
 
 
 def selected_rows(model, batch: PackedBatch) -> Tensor:  # (M,)
-    logits = F.linear(hidden_states(model, batch)[batch.rows], head(model).weight)  # (M, V)
-    return logits.float().log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+    return every_row(model, batch, gather_first=True)
+
+
+def truth(objective: str, weights: Weights, pairs: list[ScoredPair]) -> Truth:
+    """One padded response a row, the model's own forward, a dense log-softmax, all in float32."""
+    found = unpacked(weights.twin(), segments(objective, pairs), pairs)
+    value = loss(objective, *found)
+    value.backward()
+    return Truth(value.item(), weights.take_gradients())
 
 
 def names(objectives: tuple[str, ...] = ("simpo", "sepo")) -> list[str]:
@@ -123,41 +115,35 @@ def contenders(
     objectives: tuple[str, ...] = ("simpo", "sepo"),
     turns: int | None = None,
 ) -> list[Contender]:
-    plain, ours = weights.twin(), prepare_model(weights.twin())
-    found = [
-        _contender(saving, objective, plain if saving is unpacked else ours, rounds, bf16)
+    own, ours = weights.twin(), prepare_model(weights.twin())
+    return [
+        _contender(saving, objective, own if saving is unpacked else ours, rounds, bf16, turns)
         for objective in objectives
         for saving in SAVINGS
     ]
-    return [replace(contender, turns=turns) for contender in found]
 
 
-def _contender(saving: Callable, objective: str, model, rounds: list, bf16: bool) -> Contender:
+def _contender(
+    saving: Callable, objective: str, model, rounds: list, bf16: bool, turns: int | None
+) -> Contender:
     cuts = [segments(objective, pairs) for pairs in rounds]
-    state = {"autocast": nullcontext}
+    autocast = plain.Autocast(model.device, bf16)
 
     def step(number: int) -> Tensor:
-        with state["autocast"]():
+        with autocast():
             found = saving(model, cuts[number], rounds[number])
         value = loss(objective, *found)
         value.backward()
         return value.detach()
 
-    def lower() -> None:
-        if bf16:
-            state["autocast"] = partial(torch.autocast, model.device.type, torch.bfloat16)
-
     return Contender(
-        name=f"{objective}: {saving.__name__}",
-        group="savings",
-        objective=objective,
-        step=step,
+        f"{objective}: {saving.__name__}", step, objective=objective, ours=True, group="savings",
         work=lambda number: _work(saving, cuts[number], rounds[number], model),
-        lower=lower,
-    )
+        lower=autocast.lower, rounds=turns,
+    )  # fmt: skip
 
 
-def _work(saving: Callable, cut: list[PackablePair], pairs: list[ScoredPair], model) -> Work:
+def _work(saving: Callable, cut: list[PackablePair], pairs: list[ScoredPair], model) -> work.Work:
     whole = untruncated(cut, pairs)
     triples = whole if saving in (unpacked, packed, shared) else cut
     sizes = [(len(p), len(c.response), len(r.response)) for p, c, r in triples]
@@ -168,4 +154,4 @@ def _work(saving: Callable, cut: list[PackablePair], pairs: list[ScoredPair], mo
     few = sum(map(num_selected, cut))
     rows = few if saving in (selected, fused) else tokens
     once = saving not in (unpacked, packed)
-    return Work(tokens, rows, flops.training(model, sizes, few, prompt_once=once))
+    return work.Work(tokens, rows, work.training(model, sizes, few, prompt_once=once))

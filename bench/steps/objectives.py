@@ -1,4 +1,4 @@
-"""What the contenders minimise: three losses, with the same settings for all."""
+"""What the contenders minimise, with the same settings for all."""
 
 from torch import Tensor
 
@@ -9,11 +9,14 @@ from sepo.ops import segment_mean, segment_sum
 from sepo.trainer.methods import METHODS
 
 FRACTION = 0.3
+MASK_L1 = 0.001
 # as SePOConfig takes them
 SETTINGS = {
     "dpo": dict(beta=0.1),
     "simpo": dict(beta=2.0, gamma_beta_ratio=0.5),
     "sepo": dict(gamma=2.0, margin=0.5, fraction=FRACTION),
+    "tdpo2": dict(beta=0.1, alpha=0.5),
+    "sparsepo": dict(beta=0.1, mask_l1=MASK_L1),
 }
 
 
@@ -29,7 +32,7 @@ def loss(
     ref_logp: Tensor | None,  # (M,)
     cu_rows: Tensor,  # (S + 1,) int32
 ) -> Tensor:  # ()
-    """Mean over the pairs."""
+    """Mean over the pairs, of dpo, simpo or sepo."""
     if objective == "dpo":
         assert ref_logp is not None
         return dpo_loss(segment_sum(logp - ref_logp, cu_rows), beta=0.1).mean()

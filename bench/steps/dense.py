@@ -7,39 +7,37 @@ over the vocabulary. SparsePO's mask reads all layers by output_hidden_states. W
 needed is let go of at once, and the last position, which predicts nothing, is left out.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.end_to_end import flops
-from bench.end_to_end.contender import Contender, Work
-from bench.end_to_end.gate import Truth
-from bench.end_to_end.models import checkpoint_layers
-from bench.end_to_end.savings import padded
-from bench.end_to_end.weights import Weights, num_bytes, twin
-from bench.kl_steps.settings import MASK_L1, SETTINGS
+from bench import plain
+from bench.contender import Contender
+from bench.steps import work
+from bench.steps.inputs import Truth
+from bench.steps.models import Weights, checkpoint_layers, num_bytes, twin
+from bench.steps.objectives import MASK_L1, SETTINGS
 from sepo.data.types import TokenPair
 from sepo.trainer.step import MASK
 
 
 def step_loss(objective: str, policy: nn.Module, reference: nn.Module, pairs: list[TokenPair]):
     """Mean over the pairs, with a gradient."""
-    ids, attention = padded(pairs, policy.device)
+    ids, attention = plain.padded(pairs, policy.device)
     used = responses(pairs, ids)  # (2P, L - 1)
-    targets = ids[:, 1:, None]
+    targets = ids[:, 1:]
     masked = objective == "sparsepo"
     with torch.no_grad():
-        ref_all, states = vocabulary_logp(reference, ids, attention, output_hidden_states=masked)
-    all_logp, _ = vocabulary_logp(policy, ids, attention)
-    kl = (ref_all.exp() * (ref_all - all_logp)).sum(-1)  # (2P, L - 1)
-    ratio = (all_logp.gather(-1, targets) - ref_all.gather(-1, targets))[..., 0]
-    total = lambda values: (
-        (values * used).sum(1).view(-1, 2).unbind(1)
-    )  # (P,) chosen, (P,) rejected
+        ref_all, states = plain.vocabulary_logp(
+            reference, ids, attention, output_hidden_states=masked
+        )
+    all_logp, _ = plain.vocabulary_logp(policy, ids, attention)
+    kl = plain.divergence(all_logp, ref_all, "ref||policy")  # (2P, L - 1)
+    ratio = plain.of_targets(all_logp, targets) - plain.of_targets(ref_all, targets)
+    # (P,) chosen, (P,) rejected
+    total = lambda values: (values * used).sum(1).view(-1, 2).unbind(1)
     if masked:
         mask = learned_mask(getattr(policy, MASK).reward, [state[:, :-1] for state in states])
         return sparsepo(total(mask * ratio), total(mask * kl), total(mask)).mean()
@@ -49,19 +47,10 @@ def step_loss(objective: str, policy: nn.Module, reference: nn.Module, pairs: li
 def responses(pairs: list[TokenPair], ids: Tensor) -> Tensor:  # (2P, L - 1) float32
     """1 where the next token is one of the response, 0 in prompt and padding."""
     used = torch.zeros(len(ids), ids.shape[1] - 1)
-    for number, (pair, response) in enumerate(
-        (p, y) for p in pairs for y in (p.chosen, p.rejected)
-    ):
-        start = len(pair.prompt) - 1
-        used[number, start : start + len(response)] = 1
+    sizes = [(len(p.prompt) - 1, len(y)) for p in pairs for y in (p.chosen, p.rejected)]
+    for row, (start, length) in zip(used, sizes, strict=True):
+        row[start : start + length] = 1
     return used.to(ids.device)
-
-
-def vocabulary_logp(
-    model: nn.Module, ids: Tensor, attention: Tensor, **options
-) -> tuple[Tensor, tuple | None]:  # (2P, L - 1, V) float32; L + 1 states, if asked for
-    output = model(input_ids=ids, attention_mask=attention, use_cache=False, **options)
-    return output.logits[:, :-1].float().log_softmax(-1), output.hidden_states
 
 
 def learned_mask(mask: nn.Module, states: list[Tensor]) -> Tensor:  # -> (2P, L - 1) float32
@@ -102,46 +91,27 @@ def truth(objective: str, weights: Weights, pairs: list[TokenPair]) -> Truth:
 def contenders(
     objective: str, weights: Weights, rounds: list[list[TokenPair]], *, bf16: bool
 ) -> list[Contender]:
-    return [_contender(objective, weights, rounds, bf16, again) for again in (False, True)]
+    args = objective, weights, rounds, bf16
+    return [_contender(*args), replace(_contender(*args, True), rounds=0)]
 
 
 def _contender(
-    objective: str,
-    weights: Weights,
-    rounds: list[list[TokenPair]],
-    bf16: bool,
-    checkpointing: bool,  # then its memory alone is asked for
-) -> Contender:
+    objective: str, weights: Weights, rounds: list, bf16: bool, checkpointing: bool = False
+) -> Contender:  # with checkpointing its memory alone is asked for
     policy, reference = weights.twin(), twin(weights.reference)
     if checkpointing:
         checkpoint_layers(policy)
-    state: dict[str, Callable] = {"autocast": nullcontext}
+    autocast = plain.Autocast(policy.device, bf16)
 
     def step(number: int) -> Tensor:
-        with state["autocast"]():
+        with autocast():
             value = step_loss(objective, policy, reference, rounds[number])
         value.backward()
         return value.detach()
 
-    def lower() -> None:
-        if bf16:
-            state["autocast"] = partial(torch.autocast, policy.device.type, torch.bfloat16)
-
-    def work(number: int) -> Work:
-        sizes = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in rounds[number]]
-        tokens = 2 * len(sizes) * max(p + max(c, r) for p, c, r in sizes)
-        used = sum(c + r for _, c, r in sizes)
-        flop = flops.training(policy, sizes, used, prompt_once=False, forwards=1)
-        return Work(tokens, tokens, flop)
-
     return Contender(
-        name=f"dense {objective}" + (", checkpointing" if checkpointing else ""),
-        group="dense",
-        objective=objective,
-        step=step,
-        work=work,
-        lower=lower,
-        keeps_bytes=num_bytes(reference),
-        turns=0 if checkpointing else None,
-        note="tokens and rows once more by the reference",
-    )
+        f"dense {objective}" + (", checkpointing" if checkpointing else ""), step,
+        objective=objective, group="dense", lower=autocast.lower, keeps_bytes=num_bytes(reference),
+        work=lambda number: work.padded(policy, rounds[number], forwards=1),
+        note=lambda inputs: "tokens and rows once more by the reference",
+    )  # fmt: skip

@@ -17,11 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer
 from transformers.models.llama import modeling_llama
 
-from bench.end_to_end import flops
-from bench.end_to_end.contender import Contender, Folder, Work
-from bench.end_to_end.weights import Weights, num_bytes, twin
+from bench.contender import Contender, missing
 from bench.measure import said
-from bench.provider import missing
+from bench.steps import work
+from bench.steps.models import Folder, Weights, num_bytes, twin
 from sepo.data.types import ScoredPair
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -77,7 +76,7 @@ def contenders(
     max_length: int,
 ) -> list[Contender]:
     if absent := missing("trl"):
-        return [Contender(v.name, "trl", v.objective, None, None, absent) for v in VARIANTS]
+        return [_absent(v, absent) for v in VARIANTS]
     tokenizer = tokenizer or letters()
     options = dict(bf16=bf16, max_length=max_length)
     on_gpu = weights.model.device.type == "cuda"
@@ -88,11 +87,16 @@ def contenders(
 def _try(variant: Variant, *args, **options) -> Contender:
     """A TRL that does not go with this transformers is out; the others are still to be measured."""
     if variant.liger and (absent := missing("liger-kernel")):
-        return Contender(variant.name, "trl", variant.objective, None, None, absent)
+        return _absent(variant, absent)
     try:
         return _contender(variant, *args, **options)
     except Exception as error:
-        return Contender(variant.name, "trl", variant.objective, None, None, said(error))
+        return _absent(variant, said(error))
+
+
+def _absent(variant: Variant, reason: str) -> Contender:
+    about = dict(objective=variant.objective, group="trl")
+    return Contender(variant.name, None, lambda inputs: reason, **about)
 
 
 def _contender(
@@ -131,25 +135,17 @@ def _contender(
         with layers():
             return trainer.training_step(model, trainer.data_collator(examples[number]))
 
-    def work(number: int) -> Work:
-        sizes = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in rounds[number]]
-        used = sum(c + r for _, c, r in sizes)
-        tokens = 2 * len(sizes) * max(p + max(c, r) for p, c, r in sizes)
+    def asked(number: int) -> work.Work:
         # TRL's own head takes the labelled positions on a GPU, and all but the last on a CPU
-        rows = used if is_dpo and model.device.type == "cuda" else tokens - 2 * len(sizes) * is_dpo
-        flop = flops.training(model, sizes, used, prompt_once=False, forwards=int(live))
-        return Work(tokens, rows, flop)
+        used_alone = is_dpo and model.device.type == "cuda"
+        how = dict(forwards=int(live), used_alone=used_alone, unused=int(is_dpo))
+        return work.padded(model, rounds[number], **how)
 
     return Contender(
-        name=variant.name,
-        group="trl",
-        objective=variant.objective,
-        step=step,
-        work=work,
-        lower=lower,
+        variant.name, step, objective=variant.objective, group="trl", work=asked, lower=lower,
+        note=lambda inputs: "tokens and rows once more by the reference" if live else "",
         keeps_bytes=num_bytes(weights.reference) if live else 0,
-        note="tokens and rows once more by the reference" if live else "",
-    )
+    )  # fmt: skip
 
 
 def liger_layers(*llamas: PreTrainedModel) -> Callable[[], AbstractContextManager]:
@@ -171,41 +167,26 @@ def liger_layers(*llamas: PreTrainedModel) -> Callable[[], AbstractContextManage
 
 
 def dpo_trainer(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict],
-    folder: str,
+    model: PreTrainedModel, reference: PreTrainedModel, tokenizer, rows: list[dict], folder: str,
     **options,
-) -> Trainer:
+) -> Trainer:  # fmt: skip
     from trl import DPOConfig, DPOTrainer
 
-    return DPOTrainer(
-        model,
-        ref_model=reference,
-        args=DPOConfig(folder, beta=0.1, **_arguments(model, **options)),
-        train_dataset=_dataset(rows),
-        processing_class=tokenizer,
-    )
+    config = DPOConfig(folder, beta=0.1, **_arguments(model, **options))
+    data = dict(train_dataset=_dataset(rows), processing_class=tokenizer)
+    return DPOTrainer(model, ref_model=reference, args=config, **data)
 
 
 def simpo_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict],
-    folder: str,
-    **options,
+    model: PreTrainedModel, tokenizer, rows: list[dict], folder: str, **options
 ) -> Trainer:
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     # without cpo_alpha=0 it is CPO-SimPO, with a likelihood term
     simpo = dict(loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=1.0)
-    return CPOTrainer(
-        model,
-        args=CPOConfig(folder, **simpo, **_arguments(model, **options)),
-        train_dataset=_dataset(rows),
-        processing_class=tokenizer,
-    )
+    config = CPOConfig(folder, **simpo, **_arguments(model, **options))
+    data = dict(train_dataset=_dataset(rows), processing_class=tokenizer)
+    return CPOTrainer(model, args=config, **data)
 
 
 def _dataset(rows: list[dict]):
@@ -216,13 +197,9 @@ def _dataset(rows: list[dict]):
 
 def _arguments(model, *, max_length: int, bf16: bool, checkpointing: bool) -> dict:
     return dict(
-        max_length=max_length,
-        bf16=bf16,
-        gradient_checkpointing=checkpointing,
-        use_cpu=model.device.type == "cpu",
-        report_to="none",
-        disable_tqdm=True,
-    )
+        max_length=max_length, bf16=bf16, gradient_checkpointing=checkpointing,
+        use_cpu=model.device.type == "cpu", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
 
 
 def dpo_batch(pairs: list[ScoredPair]) -> list[dict]:
