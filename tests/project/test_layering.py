@@ -28,6 +28,7 @@ ALLOWED = {
     "sepo.model": READ | {"sepo.attention", "sepo.ops"},
     "sepo.masks": RUN,
     "sepo.score": RUN,
+    "sepo.patch": RUN,
     "sepo.trainer": WORK | {"sepo.losses", "sepo.masks"},
     "sepo.transfer": RUN | {"sepo.flags"},
     "sepo.report": READ,
