@@ -4,14 +4,28 @@
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what a type checker and an editor see; `__getattr__` gives the same
+    from sepo.trainer.config import SePOConfig
+    from sepo.trainer.trainer import SePOTrainer
+
+from sepo import _moved
 
 __version__ = "0.1.0"
 __all__ = ["SePOConfig", "SePOTrainer"]
 
-_HOME = {"SePOConfig": "sepo.config", "SePOTrainer": "sepo.trainer"}
+_HOME = {"SePOConfig": "sepo.trainer.config", "SePOTrainer": "sepo.trainer"}
 
 
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'sepo' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME} - {"TYPE_CHECKING", "importlib", "_moved"})
+
+
+_moved.install()
