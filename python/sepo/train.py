@@ -24,7 +24,8 @@ from sepo.data.store.store import ScoredStore, is_store
 from sepo.data.types import TokenPair
 from sepo.flags.options import say_idle
 from sepo.model.folder import ModelFolder, find_folder
-from sepo.model.prepare import explain_attention, load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
+from sepo.model.prepare import explain_attention
 from sepo.model.reference import Reference, cached_reference, load_reference
 from sepo.system.lock import contents, lock
 from sepo.terminal import release_warnings, say

@@ -13,7 +13,9 @@ from sepo import attention
 from sepo.attention import layout
 from sepo.data import all_positions, pack, truncate
 from sepo.errors import InputError
-from sepo.model.prepare import explain_attention, head, load_model, prepare_model, token_logprob
+from sepo.model.forward import head, token_logprob
+from sepo.model.load import load_model
+from sepo.model.prepare import explain_attention, prepare_model
 
 # peft 0.21 asks transformers 5.23 in words of before
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -119,7 +121,9 @@ def test_a_head_that_is_not_one_matrix_is_refused():
 def test_a_prepared_model_is_not_probed_again(monkeypatch):
     model = prepare_model(tiny_model("llama"))
     model.set_attn_implementation("sdpa")
-    monkeypatch.setattr("sepo.model._check_against_itself", lambda *_: pytest.fail("probed"))
+    monkeypatch.setattr(
+        "sepo.model.prepare._check_against_itself", lambda *_: pytest.fail("probed")
+    )
     assert prepare_model(model).config._attn_implementation == attention.ATTENTION
 
 

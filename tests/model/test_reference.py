@@ -14,7 +14,8 @@ from sepo.data.hidden import StoredHead
 from sepo.data.segments import make_segments
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
-from sepo.model.prepare import head, hidden_states, prepare_model, token_logprob
+from sepo.model.forward import head, hidden_states, token_logprob
+from sepo.model.prepare import prepare_model
 from sepo.model.reference import (
     CachedReference,
     LiveReference,

@@ -12,7 +12,7 @@ from sepo import SePOConfig
 from sepo.data import pack
 from sepo.data.segments import make_segments
 from sepo.errors import InputError
-from sepo.model.prepare import head, hidden_states
+from sepo.model.forward import head, hidden_states
 from sepo.ops import explain_selected_logprob
 from sepo.trainer import adapters
 

@@ -27,7 +27,8 @@ from sepo import SePOConfig, SePOTrainer
 from sepo.data import TokenPair, pack
 from sepo.data.segments import make_segments
 from sepo.masks import layer_states
-from sepo.model.prepare import hidden_states, prepare_model
+from sepo.model.forward import hidden_states
+from sepo.model.prepare import prepare_model
 
 F64 = dict(dtype=torch.float64)
 V = 5

@@ -25,7 +25,8 @@ from tiny import tiny_model
 from sepo.data import pack
 from sepo.masks import readers
 from sepo.model import reference as reference_module
-from sepo.model.prepare import hidden_states, prepare_model
+from sepo.model.forward import hidden_states
+from sepo.model.prepare import prepare_model
 from sepo.model.reference import LiveReference
 from sepo.ops import selected_logprob_kl
 from sepo.trainer.methods import METHODS, TokenValues, reduce_segments

@@ -18,7 +18,8 @@ from sepo import SePOConfig
 from sepo.data import ScoredPair, pack
 from sepo.data.segments import make_segments
 from sepo.masks import SparseMask
-from sepo.model.prepare import prepare_model, token_logprob
+from sepo.model.forward import token_logprob
+from sepo.model.prepare import prepare_model
 from sepo.model.reference import LiveReference
 from sepo.trainer.methods import METHODS, reduce_segments
 from sepo.trainer.pairs import PreparedPairs

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         return _verify(args.data)
     if args.model_name_or_path is None:
         raise InputError("--model_name_or_path: expected whose tokenizer reads the data, got none")
-    from sepo.model.prepare import load_tokenizer
+    from sepo.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     selection = {name: getattr(args, name) for name in SELECTION}

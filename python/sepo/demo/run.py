@@ -32,7 +32,7 @@ from sepo.demo.sample import Completion, sample
 from sepo.demo.smollm2 import save_smollm2
 from sepo.errors import InputError
 from sepo.flags.options import positive, seed
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 from sepo.score.score import score_dataset
 from sepo.system.lock import contents, lock
 from sepo.trainer.config import SePOConfig

@@ -20,14 +20,9 @@ from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError
 from sepo.model.fingerprint import checkpoint_hash
 from sepo.model.folder import ModelFolder
-from sepo.model.prepare import (
-    Head,
-    head,
-    hidden_states,
-    load_model,
-    probe_logprob,
-    token_logprob,
-)
+from sepo.model.forward import Head, head, hidden_states, token_logprob
+from sepo.model.load import load_model
+from sepo.model.prepare import probe_logprob
 from sepo.ops import selected_logprob_kl
 
 Keep = Literal[

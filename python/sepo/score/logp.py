@@ -13,7 +13,7 @@ from sepo.data import all_positions, pack, truncate
 from sepo.data.types import PackedBatch, ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.model.feed import feed
-from sepo.model.prepare import head, hidden_states
+from sepo.model.forward import head, hidden_states
 from sepo.ops import selected_logprob
 
 

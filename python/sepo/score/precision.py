@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sepo.data.selection import select_positions
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
-from sepo.model.prepare import load_model
+from sepo.model.load import load_model
 from sepo.score.logp import dtype_name, kept_logp, response_logp
 
 FRACTIONS = (0.1, 0.3, 0.5)

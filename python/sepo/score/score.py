@@ -31,7 +31,7 @@ from sepo.data.store.store import (
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.model.fingerprint import weights_hash
-from sepo.model.prepare import head, vocabulary
+from sepo.model.forward import head, vocabulary
 from sepo.score.logp import check_budget, dtype_name, kept_logp, response_logp
 from sepo.score.precision import check_precision
 from sepo.system.lock import lock

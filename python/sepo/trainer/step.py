@@ -9,7 +9,7 @@ from sepo.data.store.store import ScoredStore
 from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError
 from sepo.masks import activation_mask, layer_activations, layer_states
-from sepo.model.prepare import head, token_logprob
+from sepo.model.forward import head, token_logprob
 from sepo.model.reference import (
     CachedReference,
     LiveReference,

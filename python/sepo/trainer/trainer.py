@@ -27,7 +27,8 @@ from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError, in_their_words
 from sepo.flags.options import say_idle
 from sepo.model.feed import StepFeed, feed
-from sepo.model.prepare import prepare_model, restore_attention, vocabulary
+from sepo.model.forward import restore_attention, vocabulary
+from sepo.model.prepare import prepare_model
 from sepo.model.reference import LiveReference, Reference, check_apart
 from sepo.model.routers import router_loss
 from sepo.trainer.accepted import check_best_metric, check_kinds, each, tokenised
