@@ -26,7 +26,7 @@ IMPLS = (  # in order of preference
 )  # fmt: skip
 
 
-class Layout:
+class PackedLayout:
     """One batch, as the attention of every layer sees it.
 
     It is made anew for each forward and chooses at the first layer, where device and dtype are

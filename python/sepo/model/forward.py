@@ -64,13 +64,13 @@ def hidden_states(
     routers: list[Tensor] | None = None,  # to fill with every layer's (N, experts) router logits
 ) -> Tensor:  # (N, D)
     """The trunk's output after the final norm, for every row of the packed buffer."""
-    return trunk(model, batch, attention.Layout(batch, attn_impl(model)), routers)
+    return trunk(model, batch, attention.PackedLayout(batch, attn_impl(model)), routers)
 
 
 def trunk(
     model: PreTrainedModel,
     batch: PackedBatch,
-    layout: attention.Layout,
+    layout: attention.PackedLayout,
     routers: list[Tensor] | None = None,
 ) -> Tensor:  # (N, D)
     base = base_of(model)

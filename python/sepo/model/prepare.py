@@ -167,7 +167,7 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
     training, implementation = model.training, model.config._attn_implementation
     device, expected = model.device, []
     triples, batch = _probe(model)
-    layout = attention.Layout(batch, impl)
+    layout = attention.PackedLayout(batch, impl)
     model.eval()
     try:
         model.set_attn_implementation("eager")  # the definition: sdpa ignores a soft cap
@@ -208,7 +208,7 @@ def probe_logprob(model: PreTrainedModel) -> Tensor | None:  # (M,) float32
     training = model.training
     model.eval()
     with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype != base.dtype):
-        logp = logprob(model, batch, trunk(model, batch, attention.Layout(batch, name)))
+        logp = logprob(model, batch, trunk(model, batch, attention.PackedLayout(batch, name)))
     model.train(training)
     return logp
 
