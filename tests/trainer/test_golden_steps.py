@@ -125,7 +125,7 @@ def test_golden_step(tmp_path, case):
 def test_golden_step_of_an_activation_mask(tmp_path, monkeypatch, case):
     """MaPO is SparsePO's loss with another mask: with the fixture's it has its numbers."""
     mask = lambda activations, cu_rows, norm: REWARD_MASK[: activations.shape[1]]
-    monkeypatch.setattr("sepo.trainer.step.activation_mask", mask)
+    monkeypatch.setattr("sepo.masks.kinds.activation_mask", mask)
     trainer, states = make_trainer(tmp_path, case, method="mapo")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(GOLDEN["loss"][case], abs=1e-9, rel=0)
     assert_golden_step(case, *descend(trainer, states))

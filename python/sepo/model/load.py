@@ -1,11 +1,16 @@
 """Load a model and its tokenizer from a folder or hub id."""
 
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
+
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from sepo import attention
 from sepo.errors import InputError
 from sepo.model.folder import ADAPTER, ModelFolder, find_file, find_folder, read_model
+from sepo.model.forward import restore_attention
 from sepo.model.prepare import prepare_model
 
 
@@ -18,9 +23,11 @@ def load_model(
     quantization_config=None,  # transformers' BitsAndBytesConfig; then it chooses the device
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A prepared model in eval mode, from safetensors, adapters merged.
+    """A model in eval mode, from safetensors, adapters merged; its first batch prepares it.
 
-    Raises InputError if it can't be loaded whole, as `find_folder` and `read_model` do.
+    It is prepared where it is by then, so move it first; `prepare_model` does it sooner, as training
+    and scoring do before they read any data. Raises InputError if it can't be loaded whole, as
+    `find_folder` and `read_model` do.
     """
     attention.check_name(attn_impl)  # before minutes of reading
     folder = path
@@ -29,7 +36,20 @@ def load_model(
     model = read_model(folder, dtype=dtype, quantization_config=quantization_config)
     if quantization_config is None and not folder.quantised:
         model = model.to(device)
-    return prepare_model(model.eval(), attn_impl=attn_impl)
+    model.packed_attn_impl = attn_impl
+    model.forward = MethodType(_preparing_forward(type(model)), model)
+    return model.eval()
+
+
+def _preparing_forward(cls: type[PreTrainedModel]) -> Callable:
+    @wraps(cls.forward)
+    def forward(self, *args, batch=None, **kwargs):
+        if batch is None:
+            restore_attention(self)
+            return type(self).forward(self, *args, **kwargs)
+        return prepare_model(self).forward(*args, batch=batch, **kwargs)  # another one from now on
+
+    return forward
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False):

@@ -1,8 +1,6 @@
 """Prepare a model for packed batches: refuse what is not served, compare it with itself."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
 from types import MethodType
 
 import numpy as np
@@ -19,13 +17,11 @@ from sepo.model.forward import (
     attn_impl,
     base_of,
     head,
-    logprob,
-    restore_attention,
     token_logprob,
-    trunk,
     use_packed_attention,
     vocabulary,
 )
+from sepo.model.reads import forward_of
 
 
 def explain_attention(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> str:
@@ -54,16 +50,16 @@ def prepare_model(
     *,
     attn_impl: str | None = None,  # a name of attention.IMPLS; None: what it was, else auto
 ) -> PreTrainedModel:
-    """Make `model(batch=PackedBatch)` return token_logprob, and refuse a model that it can't serve.
+    """Make `model(batch=PackedBatch)` answer, and refuse a model that it can't serve.
 
-    With `compute=f` the call returns f(model, batch) instead, for a loss that reads more than the
-    log-probabilities. It goes through the module's own forward, so wrapping it in DDP or FSDP2
-    afterwards is enough. Any other call is the model's own, with the attention that it had; under
-    activation checkpointing no such call belongs between a batch's forward and its backward, which
-    runs the layers once more.
-    The attention is chosen where it runs: prepare again after moving the model to another device,
-    or what runs there was not compared with the model. Raises InputError naming the model and the
-    reason.
+    The answer is token_logprob, or with `reads=` the TokenValues that a loss wants: `sepo.model.reads`.
+    It goes through the module's own forward, so wrapping it in DDP or FSDP2 afterwards is enough.
+    Any other call is the model's own, with the attention that it had; under activation
+    checkpointing no such call belongs between a batch's forward and its backward, which runs the
+    layers once more.
+    Prepare a model where it will run: there its attention is chosen and compared with the model
+    itself. After a move to another device prepare it again; what was compared is not again.
+    Raises InputError naming the model and the reason.
     """
     base = base_of(model)
     if attn_impl is not None:
@@ -72,34 +68,22 @@ def prepare_model(
     if reason := _why_not(model):
         raise InputError(f"{type(base).__name__} is not supported: {reason}")
     head(base)
-    probes = {} if _without_storage(base) else _runnable(base)
-    for name, dtype in probes.items():
+    compared = getattr(base, "packed_checked", frozenset())
+    for name, dtype in ({} if _without_storage(base) else _runnable(base)).items():
         probe = (base.device.type, base.dtype, name)
-        checked = getattr(base, "packed_checked", frozenset())
-        if probe not in checked:
+        if probe not in compared:
             with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype != base.dtype):
                 _check_against_itself(base, name)
-            base.packed_checked = checked | {probe}
+            compared |= {probe}
+    base.packed_checked = compared
     use_packed_attention(base)
-    base.forward = MethodType(_forward_of(type(base)), base)
+    base.forward = MethodType(forward_of(type(base)), base)
     return model
 
 
-def _forward_of(cls: type[PreTrainedModel]) -> Callable:
-    @wraps(cls.forward)  # its signature decides what `generate` hands over: masks, position ids
-    def forward(
-        self,
-        *args,
-        batch: PackedBatch | None = None,
-        compute: Callable | None = None,  # (model, batch) -> tensors
-        **kwargs,
-    ):
-        if batch is None:
-            restore_attention(self)
-            return type(self).forward(self, *args, **kwargs)
-        return (compute or token_logprob)(self, batch)
-
-    return forward
+def prepare_if_new(model: PreTrainedModel) -> PreTrainedModel:
+    """Prepare a model that nobody prepared, as `load_model` gives it."""
+    return model if hasattr(base_of(model), "packed_checked") else prepare_model(model)
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
@@ -178,7 +162,7 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
                 logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
                 expected.append(logp.gather(-1, ids[len(prompt) :, None])[:, 0])
         model.set_attn_implementation(attention.ATTENTION)
-        found = logprob(model, batch, trunk(model, batch, layout))
+        found = token_logprob(model, batch, layout=layout)
     finally:
         model.set_attn_implementation(implementation)
         model.train(training)
@@ -208,7 +192,7 @@ def probe_logprob(model: PreTrainedModel) -> Tensor | None:  # (M,) float32
     training = model.training
     model.eval()
     with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype != base.dtype):
-        logp = logprob(model, batch, trunk(model, batch, attention.PackedLayout(batch, name)))
+        logp = token_logprob(model, batch, layout=attention.PackedLayout(batch, name))
     model.train(training)
     return logp
 

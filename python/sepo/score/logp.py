@@ -14,6 +14,7 @@ from sepo.data.types import PackedBatch, ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.model.feed import feed
 from sepo.model.forward import head, hidden_states
+from sepo.model.prepare import prepare_if_new
 from sepo.ops import selected_logprob
 
 
@@ -35,7 +36,7 @@ def response_logp(
     result = [None] * len(pairs)
     lengths = [n for p in pairs for n in (len(p.chosen), len(p.rejected))]
     starts = np.cumsum([0, *lengths])
-    weight, bias, scale, softcap = head(model)
+    weight, bias, scale, softcap = head(prepare_if_new(model))
     batches = _batches(pairs, max_tokens)
     packs = (partial(_packed, pairs, members) for members in batches)
     with closing(feed(packs, model.device, [model])) as fed:

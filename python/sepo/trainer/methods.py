@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,20 +18,10 @@ from sepo.losses import (
     sparsepo_loss,
     tdpo_loss,
 )
+from sepo.model.reads import Needed, TokenValues
 from sepo.ops import segment_sum
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.inherited import given_of
-
-
-class TokenValues(NamedTuple):
-    """One micro-batch after the head: a number a used token, float32."""
-
-    logp: Tensor  # (M,) nats
-    ref_logp: Tensor | None = None  # (M,) the same of the reference
-    kl: Tensor | None = None  # (M,) divergence of policy and reference at the token's row, nats
-    reward_mask: Tensor | None = None  # (M,) >= 0, SparsePO's m_u; None: ones
-    kl_mask: Tensor | None = None  # (M,) >= 0, its m_d
-    router_loss: Tensor | None = None  # (P,) of a mixture of experts, before its coefficient
 
 
 @dataclass(frozen=True)
@@ -69,9 +59,7 @@ class Method:
     settings: tuple[str, ...] = ()  # flags that loss and mask read: one run has the same all along
     reward: Callable[[Segments, SePOConfig], Tensor] | None = None  # (S,) what rewards/* report
     per: Literal["pair", "token"] = "pair"  # the step's loss is a mean over these
-    # what it reads of a reference: its log-probabilities; its whole distribution, by way of its
-    # hidden rows; the states inside every layer too, which only a live reference has
-    reference: Literal["logp", "hidden", "layers"] | None = None
+    reference: Needed | None = None
     direction: Callable[[SePOConfig], str] | None = None  # of the KL divergence; None: not needed
     mask: Literal["learned", "activation"] | None = None  # on each token's reward and KL
 
