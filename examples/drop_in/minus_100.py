@@ -15,6 +15,7 @@ import torch
 
 from sepo.data import ScoredPair
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.data.store import ScoredStore
 from sepo.errors import exit_with_one_line
 
@@ -37,7 +38,7 @@ def selected(pair: ScoredPair, fraction: float) -> tuple[np.ndarray, np.ndarray]
     A row with masks of its own gives those. Labels can't say how much a token counts: weights
     above zero are all one.
     """
-    _, chosen, rejected = make_segments(pair, "selected", fraction=fraction)
+    _, chosen, rejected = make_segments(pair, Selection("selected", fraction=fraction))
     return chosen.positions, rejected.positions
 
 

@@ -26,6 +26,7 @@ from tiny import tiny_model
 from sepo import SePOConfig, SePOTrainer
 from sepo.data import TokenPair, pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.masks import layer_states
 from sepo.model.forward import hidden_states
 from sepo.model.prepare import prepare_model
@@ -52,7 +53,7 @@ def pair(*, selected=None, swapped=False) -> TokenPair:
 
 
 def batch_of_all():
-    return pack([make_segments(pair(), "all")])
+    return pack([make_segments(pair(), Selection("all"))])
 
 
 def with_logits(arch: str, *, policy: bool):

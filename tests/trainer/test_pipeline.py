@@ -17,6 +17,7 @@ from tiny import CONFIGS, V, random_scored_pairs, tiny_model
 from sepo import SePOConfig
 from sepo.data import ScoredPair, pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.masks import SparseMask
 from sepo.model.prepare import prepare_model
 from sepo.model.reads import Reads
@@ -212,7 +213,7 @@ def test_no_logits_in_a_whole_step(arch, rows):
     budget = rows * V * 4
     model = prepare_model(tiny_model(arch))
     pairs = random_scored_pairs(20)
-    batch = pack([make_segments(pair, "all") for pair in pairs])
+    batch = pack([make_segments(pair, Selection("all")) for pair in pairs])
     N, M = len(batch.tokens), len(batch.rows)
     assert (M > rows) == (rows == 7), "neither schedule is tested by accident"
     with Recorder() as recorder:

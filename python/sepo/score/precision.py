@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sepo.data.selection import select_positions
+from sepo.data.selection import Selection
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
 from sepo.model.load import load_model
@@ -71,17 +71,17 @@ def compare_scores(
         "error_max": float(error.max()),
         "error_mean": float(error.mean()),
         "spread": float(flat[1].std()),
-        "overlap": {str(f): _overlap(found, exact, f) for f in FRACTIONS},
+        "overlap": {str(f): _overlap(found, exact, Selection("selected", f)) for f in FRACTIONS},
         "overlap_random": {str(f): round(f / (2 - f), 3) for f in FRACTIONS},
     }
 
 
-def _overlap(found: list, exact: list, fraction: float) -> float:
+def _overlap(found: list, exact: list, selection: Selection) -> float:
     common = union = 0
     for pair, other in zip(found, exact, strict=True):
-        for side, a, b in zip(("highest", "lowest"), pair, other, strict=True):
-            selected = select_positions(a, fraction, side)
-            shared = len(np.intersect1d(selected, select_positions(b, fraction, side)))
+        for side, a, b in zip(("chosen", "rejected"), pair, other, strict=True):
+            selected = selection.by_score(a, side)
+            shared = len(np.intersect1d(selected, selection.by_score(b, side)))
             common += shared
             union += 2 * len(selected) - shared
     return common / union

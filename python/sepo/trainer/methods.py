@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sepo.data.selection import Positions
 from sepo.losses import (
     dpo_loss,
     dpop_loss,
@@ -54,7 +55,7 @@ class Segments:
 class Method:
     """How a method selects, what it needs, and its loss."""
 
-    positions: Literal["selected", "random", "all", "chosen"]  # which tokens the loss uses
+    positions: Positions  # which tokens the loss uses: see Selection
     loss: Callable[[Segments, SePOConfig], Tensor]  # (P,)
     settings: tuple[str, ...] = ()  # flags that loss and mask read: one run has the same all along
     reward: Callable[[Segments, SePOConfig], Tensor] | None = None  # (S,) what rewards/* report
