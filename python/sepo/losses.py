@@ -12,29 +12,29 @@ from torch import Tensor
 
 
 def sepo_loss(
-    score: Tensor,  # (S,) mean logp of each segment's selected tokens
+    mean_logp: Tensor,  # (S,) over each response's selected tokens
     *,
-    gamma: float,  # scale of the score difference, per nat
-    margin: float = 0.0,  # the paper's lambda, in units of gamma * score
+    gamma: float,  # scale of the difference, per nat
+    margin: float = 0.0,  # the paper's lambda, in units of gamma * mean_logp
 ) -> Tensor:  # (P,)
     """SePO (arXiv 2408.13518) eq. 11: -log sigmoid(gamma * (chosen - rejected) - margin).
 
-    Raises ValueError for a score that is not (2 P,).
+    Raises ValueError for a mean_logp that is not (2 P,).
     """
-    return -F.logsigmoid(gamma * _chosen_minus_rejected(score) - margin)
+    return -F.logsigmoid(gamma * _chosen_minus_rejected(mean_logp) - margin)
 
 
 def simpo_loss(
-    score: Tensor,  # (S,) mean logp of each response
+    mean_logp: Tensor,  # (S,) over each response
     *,
-    beta: float,  # scale of the score difference, per nat
-    margin: float,  # SimPO's gamma = beta * gamma_beta_ratio, in units of beta * score
+    beta: float,  # scale of the difference, per nat
+    margin: float,  # SimPO's gamma = beta * gamma_beta_ratio, in units of beta * mean_logp
 ) -> Tensor:  # (P,)
     """SimPO (arXiv 2405.14734) eq. 6: -log sigmoid(beta * (chosen - rejected) - margin).
 
-    Raises ValueError for a score that is not (2 P,).
+    Raises ValueError for a mean_logp that is not (2 P,).
     """
-    return -F.logsigmoid(beta * _chosen_minus_rejected(score) - margin)
+    return -F.logsigmoid(beta * _chosen_minus_rejected(mean_logp) - margin)
 
 
 def dpo_loss(
@@ -67,16 +67,16 @@ def ipo_loss(
 
 
 def rrhf_loss(
-    score: Tensor,  # (S,) mean logp of each response over its own length
+    mean_logp: Tensor,  # (S,) over each response
     chosen_nll: Tensor,  # (P,) -sum (the paper) or -mean of the chosen response's logp
     *,
     sft_weight: float = 1.0,
 ) -> Tensor:  # (P,)
     """RRHF (arXiv 2304.05302) eq. 3-5, two responses: max(0, rejected - chosen) + w chosen_nll.
 
-    Raises ValueError for a score that is not (2 P,), or a chosen_nll that is not (P,).
+    Raises ValueError for a mean_logp that is not (2 P,), or a chosen_nll that is not (P,).
     """
-    ranking = F.relu(-_chosen_minus_rejected(score))
+    ranking = F.relu(-_chosen_minus_rejected(mean_logp))
     if chosen_nll.shape != ranking.shape:
         raise ValueError(
             f"expected one chosen_nll a pair, ({len(ranking)},), got {tuple(chosen_nll.shape)}"

@@ -89,7 +89,7 @@ def _attention(softcap: str | None):
 
 
 def _kind(terms: Terms) -> Terms:
-    """What a kernel is compiled for, beside the sizes of a batch: a window is in its mask."""
+    """Tell what a kernel is compiled for, beside the sizes of a batch: a window is in its mask."""
     return replace(terms, window=None)
 
 

@@ -1,4 +1,4 @@
-"""What one layer asks of the attention, and what an implementation is."""
+"""Describe what one layer asks of the attention, and what an implementation is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a mask reads of the reference: states and activations of every layer, by forward hooks.
+"""Read what masks need of the reference: states and activations of its layers, by forward hooks.
 
 The trunk runs once, packed, without gradients. Rows are gathered inside the hooks, so that no
 layer's (N, D) outlives the layer.

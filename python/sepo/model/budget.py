@@ -123,7 +123,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
 
 
 def layer_bytes(sizes: Sizes, *, kept: Kept, itemsize: int, fused: bool) -> int:
-    """What one layer keeps of a token until backward, float32 between layers.
+    """Count what one layer keeps of a token until backward, float32 between layers.
 
     all: each norm its input and, unless fused, the input over its root mean square, in float32; each
     of five projections its own copy of what it reads; queries, keys, values and attention's output;
@@ -144,7 +144,7 @@ def layer_bytes(sizes: Sizes, *, kept: Kept, itemsize: int, fused: bool) -> int:
 
 
 def token_bytes(sizes: Sizes, *, kept: Kept, itemsize: int, fused: bool) -> int:
-    """What one token of a micro-batch takes at most, beside what stays."""
+    """Count what one token of a micro-batch takes at most, beside what stays."""
     keeps = layer_bytes(sizes, kept=kept, itemsize=itemsize, fused=fused)
     layer = layer_bytes(sizes, kept="all", itemsize=itemsize, fused=fused)
     # of the layer that runs: made again as a whole, or in float32 gradients of half of it
@@ -165,7 +165,7 @@ def held_bytes(
     sharded: bool = False,  # over the ranks: FSDP, ZeRO
     reference: int = 0,  # bytes of a live reference's weights
 ) -> int:
-    """What stays on a device whatever the micro-batch."""
+    """Count what stays on a device whatever the micro-batch."""
     buckets = weight_bytes * (ranks > 1 and not sharded)
     held = weights + trained * (weight_bytes + buckets + state_bytes)
     return held // (ranks if sharded else 1) + reference + 4 * head + 2 * trained * cast

@@ -38,7 +38,7 @@ def attention_needs(
     *,
     dtype: torch.dtype | None = None,  # of autocast, if the model runs under it
 ) -> list[tuple[str, attention.Terms]]:
-    """What its layers will ask of a batch's attention, for `attention.with_arrays`."""
+    """List what its layers will ask of a batch's attention, for `attention.with_arrays`."""
     base = base_of(model)
     terms = _terms(base, dtype or base.dtype)
     windows = dict.fromkeys(attention.windows(base.config))
@@ -120,7 +120,7 @@ def _runnable(model: PreTrainedModel) -> dict[str, torch.dtype]:
 
 
 def _terms(model: PreTrainedModel, dtype: torch.dtype) -> attention.Terms:
-    """What the layers of a training step will ask, as far as the model tells before it runs."""
+    """Foresee what the layers of a training step ask, as far as the model tells before it runs."""
     config = model.config.get_text_config(decoder=True)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dropouts = [0.0]

@@ -1,4 +1,4 @@
-"""Answer `model(batch=...)`: what a loss reads of every used token, inside the model's forward."""
+"""Answer `model(batch=...)` inside the model's forward: with all that a loss reads of a token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class TokenMasks(Protocol):
 
 @dataclass(frozen=True)
 class Reads:
-    """What a loss reads of a micro-batch, the same for all of a run."""
+    """Say what a loss reads of a micro-batch: one for a run."""
 
     method: str = ""  # for messages
     needed: Needed | None = None  # of the reference

@@ -1,4 +1,4 @@
-"""What a model says of every response token, in batches under a token budget."""
+"""Ask a model about every response token, in batches under a token budget."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -69,7 +69,7 @@ def _packed(pairs: list[TokenPair], members: Sequence[int]) -> PackedBatch:
 def kept_logp(
     pairs: list[ScoredPair],
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # as `response_logp` gave them
-    """What a store keeps of the reference; nothing is run. Raises InputError where it keeps none."""
+    """Read what a store keeps of the reference; nothing is run. Raises InputError where it keeps none."""
     for pair in pairs:
         if pair.chosen_ref_logp is None or pair.rejected_ref_logp is None:
             raise InputError(f"row {pair.id}: expected the reference's log-probabilities, got none")

@@ -1,4 +1,4 @@
-"""What a reduced precision does to scores and to the tokens selected by them.
+"""Measure what a reduced precision does to scores and to the tokens selected by them.
 
 A score is a small difference of two large numbers. An oracle trained lightly spreads its scores
 over a few tenths of a nat, which is what the rounding of a bfloat16 trunk amounts to.

@@ -262,13 +262,13 @@ class SePOTrainer(MaskedTrainer):
     def _losses(
         self, tokens: TokenValues, batch: PackedBatch, means: RunningMeans
     ) -> Tensor:  # (P,) of one micro-batch
-        segments = reduce_segments(tokens, batch.weights, batch.cu_rows)
-        losses = self.method.loss(segments, self.args)
+        sums = reduce_segments(tokens, batch.weights, batch.cu_rows)
+        losses = self.method.loss(sums, self.args)
         if tokens.router_loss is not None:
             losses = losses + self._router_loss.coefficient * self._per_pair(tokens, batch)
         reward = self.method.reward
-        rewards = None if reward is None else reward(segments, self.args)
-        means.add(pair_metrics(segments, losses, rewards, tokens.router_loss), len(losses))
+        rewards = None if reward is None else reward(sums, self.args)
+        means.add(pair_metrics(sums, losses, rewards, tokens.router_loss), len(losses))
         means.add(token_metrics(tokens), len(batch.rows))
         return losses
 
