@@ -80,8 +80,7 @@ def select_positions(
     if fraction == "mass":
         count = max(min_tokens, _count_of_mass(gain[best_first], mass))
     else:
-        how = dict(first_token=first_token, min_tokens=min_tokens)
-        count = count_selected(len(score), fraction, **how)
+        count = count_selected(len(score), fraction, first_token=first_token, min_tokens=min_tokens)
     return np.sort(skip + best_first[:count]).astype(np.int32)
 
 

@@ -75,18 +75,20 @@ def scoring_budget(
     itemsize: int,  # of the arithmetic
 ) -> tuple[int, str]:  # tokens, and why so many
     """The same for passes without gradients, of which every device that has a model holds one."""
-    found = []
+    budgets = []
     for model in filter(None, models.values()):
         device = model.device
         if (memory := device_memory(device)) is None:
-            found.append((OFF_A_GPU, f"at most {OFF_A_GPU} tokens, the default on a {device.type}"))
+            budgets.append(
+                (OFF_A_GPU, f"at most {OFF_A_GPU} tokens, the default on a {device.type}")
+            )
             continue
         there = [m for m in models.values() if m is not None and m.device == device]
         held = sum(p.numel() * p.itemsize for m in there for p in m.parameters())
         a_token = token_bytes(sizes_of(model), kept="nothing", itemsize=itemsize, fused=False)
         tokens = token_budget(memory, held, a_token)
-        found.append((tokens, in_words(tokens, memory, held, a_token)))
-    return min(found)
+        budgets.append((tokens, in_words(tokens, memory, held, a_token)))
+    return min(budgets)
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -125,9 +125,9 @@ def check_heads(own: Head, ref: Head) -> None:
         "logit scale": (own.scale, ref.scale),
         "logit soft cap": (own.softcap, ref.softcap),
     }
-    for word, (expected, found) in pairs.items():
-        if expected != found:
-            raise InputError(f"reference: expected the policy's {word}, {expected}, got {found}")
+    for word, (expected, got) in pairs.items():
+        if expected != got:
+            raise InputError(f"reference: expected the policy's {word}, {expected}, got {got}")
 
 
 def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:

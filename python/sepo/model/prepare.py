@@ -104,19 +104,19 @@ def _runnable(model: PreTrainedModel) -> dict[str, torch.dtype]:
     A float32 model may be trained under autocast, where another is chosen. A model for a GPU's
     attention may still be on the CPU: then it is what "auto" takes there.
     """
-    found, refusal, wish = {}, None, attn_impl(model)
+    runnable, refusal, wish = {}, None, attn_impl(model)
     dtypes = [model.dtype] + [torch.bfloat16] * (model.dtype == torch.float32)
     for dtype in dtypes:
         terms = _terms(model, dtype)
         try:
-            found.setdefault(attention.choose(wish, terms).name, dtype)
+            runnable.setdefault(attention.choose(wish, terms).name, dtype)
         except InputError as error:
             refusal = error
             if model.device.type == "cpu":
-                found.setdefault(attention.choose("auto", terms).name, dtype)
-    if not found:
+                runnable.setdefault(attention.choose("auto", terms).name, dtype)
+    if not runnable:
         raise refusal
-    return found
+    return runnable
 
 
 def _terms(model: PreTrainedModel, dtype: torch.dtype) -> attention.Terms:
@@ -149,7 +149,7 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
     shows here, before anything is trained on it.
     """
     training, implementation = model.training, model.config._attn_implementation
-    device, expected = model.device, []
+    device, own = model.device, []
     triples, batch = _probe(model)
     layout = attention.PackedLayout(batch, impl)
     model.eval()
@@ -160,9 +160,9 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
                 ids = torch.from_numpy(np.concatenate([prompt, response])).long().to(device)
                 logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
                 logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-                expected.append(logp.gather(-1, ids[len(prompt) :, None])[:, 0])
+                own.append(logp.gather(-1, ids[len(prompt) :, None])[:, 0])
         model.set_attn_implementation(attention.ATTENTION)
-        found = token_logprob(model, batch, layout=layout)
+        packed = token_logprob(model, batch, layout=layout)
     finally:
         model.set_attn_implementation(implementation)
         model.train(training)
@@ -171,9 +171,9 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
             f"{type(model).__name__} is not supported: its layers do not tell the attention their "
             "sliding windows"
         )
-    expected = torch.cat(expected)
-    error = (found - expected).abs().max().item()
-    allowed = rounding(model, expected)
+    own = torch.cat(own)
+    error = (packed - own).abs().max().item()
+    allowed = rounding(model, own)
     if not error <= allowed:
         raise InputError(
             f"{type(model).__name__} is not supported: packed log-probabilities differ from its own "

@@ -93,16 +93,16 @@ def forward_of(cls: type[PreTrainedModel]) -> Callable:
         if reads is None:
             return token_logprob(self, batch)
         routers = None if reads.router_loss is None else []
-        how = dict(budget=reads.budget, routers=routers)
+        options = dict(budget=reads.budget, routers=routers)
         if reads.direction is None:
-            logp = token_logprob(self, batch, **how)
+            logp = token_logprob(self, batch, **options)
             values = TokenValues(logp, reads.ref_logp(batch))
         else:
             ref_hidden = of_layers = None
             if reads.masks is not None:
                 ref_hidden, of_layers = reads.masks.read(reads.reference, batch)
-            how |= dict(ref_hidden=ref_hidden, direction=reads.direction)
-            values = TokenValues(*token_logprob_kl(self, batch, reads.reference, **how))
+            options |= dict(ref_hidden=ref_hidden, direction=reads.direction)
+            values = TokenValues(*token_logprob_kl(self, batch, reads.reference, **options))
             # masks last: backward takes what came last first, and has let go of the layers that
             # they read before it is in the trunk
             if reads.masks is not None:

@@ -52,11 +52,11 @@ class ReferenceFolder:
 
     def find(self, needed: Needed) -> Reference | None:
         """Raises InputError as `cached_reference` and `load_model` do."""
-        how = dict(keep=needed, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        options = dict(keep=needed, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         if self.adapters_stand_in:
-            return cached_reference(self.path, self.data, self.tokenizer, **how)
-        how |= dict(weights_dtype=self.weights_dtype, attn_impl=self.attn_impl)
-        return load_reference(self.path, self.data, self.tokenizer, **how)
+            return cached_reference(self.path, self.data, self.tokenizer, **options)
+        options |= dict(weights_dtype=self.weights_dtype, attn_impl=self.attn_impl)
+        return load_reference(self.path, self.data, self.tokenizer, **options)
 
 
 def resolve_reference(
@@ -261,13 +261,13 @@ def _check_key(where: str, manifest: dict, wanted: _Key, keep: Needed, dtype: to
             f"{where}: expected a reference computed in {_name(dtype)} at least, got "
             f"{_name(scored_in)}; score again with --dtype {_name(dtype)}"
         )
-    found = (manifest["tokenizer"], manifest["chat_template"], manifest["reference"])
+    scored_with = (manifest["tokenizer"], manifest["chat_template"], manifest["reference"])
     expected = (
         ("tokenizer", lambda: wanted.tokenizer(manifest["tokenizer"])),
         ("chat template", lambda: wanted.template),
         ("weights", lambda: wanted.weights(scored_in)),  # last: it reads the whole checkpoint
     )
-    for stored, (word, make) in zip(found, expected, strict=True):
+    for stored, (word, make) in zip(scored_with, expected, strict=True):
         if stored != (given := make()):
             raise InputError(
                 f"{where}: expected the reference's {word} {given[:12]} ({wanted.path}), got "

@@ -89,12 +89,12 @@ def _overlap(found: list, exact: list, selection: Selection) -> float:
 
 def describe(result: dict, dtypes: str) -> str:
     """The comparison in words, for people."""
-    what = "score" if "overlap" in result else "log-probability"
+    quantity = "score" if "overlap" in result else "log-probability"
     lines = [
         f"precision check, {dtypes} against float32 on {result['pairs']} pairs "
         f"({result['tokens']} tokens)",
-        f"  {what} error: mean {result['error_mean']:.2g}, max {result['error_max']:.2g} nats; "
-        f"{what} spread: {result['spread']:.2g} nats",
+        f"  {quantity} error: mean {result['error_mean']:.2g}, max {result['error_max']:.2g} nats; "
+        f"{quantity} spread: {result['spread']:.2g} nats",
     ]
     if "overlap" in result:
         overlap = ", ".join(f"{v:.2f} at {float(f):.0%}" for f, v in result["overlap"].items())
@@ -105,12 +105,12 @@ def describe(result: dict, dtypes: str) -> str:
 def _verdict(result: dict) -> str:
     jaccard, random = result["overlap"]["0.3"], result["overlap_random"]["0.3"]
     changed = 1 - 2 * jaccard / (1 + jaccard)  # of K selected tokens, those float32 does not select
-    what = f"of the tokens selected at 30 %, {changed:.0%} are not the ones float32 selects"
+    share = f"of the tokens selected at 30 %, {changed:.0%} are not the ones float32 selects"
     if changed <= 0.02:
-        return f"{what}: good enough."
+        return f"{share}: good enough."
     if changed <= 0.15:
-        return f"{what}: tolerable; float32 is the safe choice."
-    return f"{what} (random choice: {1 - 2 * random / (1 + random):.0%}): score in float32."
+        return f"{share}: tolerable; float32 is the safe choice."
+    return f"{share} (random choice: {1 - 2 * random / (1 + random):.0%}): score in float32."
 
 
 def _difference(logp: dict[str, list]) -> list[tuple[np.ndarray, np.ndarray]]:
