@@ -366,17 +366,9 @@ def test_every_flag_that_is_read_is_compared_or_said():
     from sepo.trainer.identity import NO_CHANGE, describe_flags, describe_run
     from sepo.trainer.pairs import PreparedPairs
 
-    sources = [
-        "losses",
-        "methods",
-        "tokens",
-        "masked",
-        "prepared",
-        "trainer",
-        "reference",
-        "routers",
-    ]
-    folder = Path(sepo.trainer.identity.__file__).parent
+    sources = ["losses", *(f"trainer/{n}" for n in ("methods", "step", "mask", "pairs", "trainer"))]
+    sources += [f"model/{name}" for name in ("reads", "frozen", "reference", "routers")]
+    folder = Path(sepo.trainer.identity.__file__).parents[1]
     files = [folder / f"{name}.py" for name in sources] + [*(folder / "masks").glob("*.py")]
     read = {
         name

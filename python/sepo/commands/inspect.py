@@ -11,7 +11,8 @@ import numpy as np
 
 from sepo.data.counts import count_rows, count_tokens
 from sepo.data.segments import make_segments
-from sepo.data.types import Segment, TokenPair
+from sepo.data.selection import Selection
+from sepo.data.types import CutPair, Segment, TokenPair
 from sepo.errors import InputError
 from sepo.flags.options import (
     positive,
@@ -26,7 +27,8 @@ from sepo.terminal import escaped, say, write
 SIDES = ("chosen", "rejected")
 FIELDS = ("prompt", *SIDES)
 READING = ("split", "dataset_config", "limit", "max_length", "append_eos")
-SELECTION = {"fraction": 0.3, "rejected_fraction": None, "mass": 0.8, "first_token": "paper"}
+FLAGS = ("fraction", "rejected_fraction", "mass", "first_token")  # of a Selection
+USUAL = Selection("selected")
 LEGEND = (
     "| ends a part, {mark} marks a selected token, ┊ follows the last token that is read "
     "after truncation"
@@ -50,20 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fraction",
         **one_of,
-        default=SELECTION["fraction"],
+        default=USUAL.fraction,
         help="of the tokens selected, for a scored store",
     )
     add("--rejected_fraction", **one_of, help="the same for rejected responses, if different")
     add(
         "--mass",
         type=share,
-        default=SELECTION["mass"],
+        default=USUAL.mass,
         help="share of the score that --fraction mass selects",
     )
     add(
         "--first_token",
         choices=("paper", "official"),
-        default=SELECTION["first_token"],
+        default=USUAL.first_token,
         help="official: as the released code, which never selects the first token of a response",
     )
     add("--max_length", type=whole_number(2), help="tokens of the prompt and one response")
@@ -86,11 +88,11 @@ def run(args: argparse.Namespace) -> None:
         return _verify(args.data)
     if args.model_name_or_path is None:
         raise InputError("--model_name_or_path: expected whose tokenizer reads the data, got none")
-    from sepo.model.prepare import load_tokenizer
+    from sepo.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    selection = {name: getattr(args, name) for name in SELECTION}
-    show = Show(tokenizer, sys.stdout, **selection)
+    given = {name: getattr(args, name) for name in FLAGS}
+    show = Show(tokenizer, sys.stdout, Selection("selected", **given))
     from sepo.data.store.store import ScoredStore, is_store
 
     if is_store(args.data):
@@ -116,9 +118,9 @@ def run(args: argparse.Namespace) -> None:
         limit=args.limit,
     )
     if all(pair.chosen_weight is None for pair in data.pairs):
-        given = [name for name, usual in SELECTION.items() if selection[name] != usual]
+        idle = [name for name in FLAGS if given[name] != getattr(USUAL, name)]
         why = f"{args.data} has no scores to select by"
-        say_idle([f"--{name} does nothing: {why}" for name in given])
+        say_idle([f"--{name} does nothing: {why}" for name in idle])
     for pair, notes in zip(data.pairs[: args.rows], data.notes, strict=False):
         show.pair(pair, notes)
     show.totals(data.pairs)
@@ -148,7 +150,7 @@ def _verify(path: str) -> None:
 class Show:
     """Writes pairs as text: colours on a terminal, brackets elsewhere."""
 
-    def __init__(self, tokenizer: Any, out: TextIO, **selection):  # of make_segments
+    def __init__(self, tokenizer: Any, out: TextIO, selection: Selection):
         self.tokenizer, self.out, self.selection = tokenizer, out, selection
         is_plain = not out.isatty() or "NO_COLOR" in os.environ
         # around a selected token; around what is there for context only
@@ -161,11 +163,11 @@ class Show:
         counts = f"{len(pair.prompt)} prompt, {len(pair.chosen)} chosen, {len(pair.rejected)}"
         self.line(escaped("; ".join([f"row {pair.id}: {counts} rejected tokens", *notes])))
         self._part("prompt", self._faint(_visible(self._text(pair.prompt))))
-        segments = self._segments(pair)
+        cut = self._cut(pair)
         for i, side in enumerate(SIDES):
-            response = self._response(pair, side, segments and segments[i])
+            response = self._response(pair, side, cut and cut.responses[i])
             self._part(side, response)
-        if segments and not self._has_legend:
+        if cut and not self._has_legend:
             self.line(LEGEND.format(mark="".join(self.mark[:1]) + "this" + self.mark[1]))
             self._has_legend = True
         self.line("")
@@ -177,15 +179,15 @@ class Show:
         self.line(
             f"{len(pairs)} pairs: {prompts} prompt tokens (stored once), {responses} of responses"
         )
-        tokens = count_tokens(pairs, [make_segments(p, "all") for p in pairs])
+        tokens = count_tokens(pairs, [make_segments(p, Selection("all")) for p in pairs])
         read = f"{tokens['padded_unshared']} tokens padded, {tokens['packed']} packed"
-        selects = [(p, s) for p in pairs if (s := self._segments(p))]
+        selects = [(p, s) for p in pairs if (s := self._cut(p))]
         if selects:
-            segments = [(p.prompt, *s) for p, s in selects]
+            segments = [cut for _, cut in selects]
             rows = count_rows([p for p, _ in selects], segments)
             share = rows["selected"] / rows["response"]
             sides = ", ".join(
-                f"{sum(len(s[i].positions) for _, s in selects)}"
+                f"{sum(len(s.responses[i].positions) for _, s in selects)}"
                 f" of {sum(len(getattr(p, side)) for p, _ in selects)} {side}"
                 for i, side in enumerate(SIDES)
             )
@@ -202,13 +204,13 @@ class Show:
     def line(self, text: str) -> None:
         write(text, out=self.out)
 
-    def _segments(self, pair: TokenPair) -> list[Segment] | None:
-        """Both segments; None if nothing selects in one of the responses."""
+    def _cut(self, pair: TokenPair) -> CutPair | None:
+        """The pair as training reads it; None if nothing selects in one of the responses."""
         for side in SIDES:
             if getattr(pair, f"{side}_weight") is None:
                 if getattr(pair, f"{side}_score", None) is None:
                     return None
-        return list(make_segments(pair, "selected", **self.selection)[1:])
+        return make_segments(pair, self.selection)
 
     def _part(self, name: str, text: str) -> None:
         self.line(f"  {name:9}{text}|".replace("\n", "\n" + " " * 11))

@@ -17,7 +17,7 @@ from sepo.flags.dtype_note import warn_if_slow
 from sepo.flags.options import device, positive, say_idle, say_idle_of_a_store, whole_number
 from sepo.model.budget import scoring_budget
 from sepo.model.folder import find_folder
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 from sepo.model.reference import cached_reference
 from sepo.score.score import KEEP, SAMPLE, score_dataset, shard_name
 from sepo.system.lock import lock

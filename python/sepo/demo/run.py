@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sepo.data.counts import count_rows, count_tokens
 from sepo.data.read.read import read_pairs
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.data.store.store import ScoredStore
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.demo import DATA
@@ -32,7 +33,7 @@ from sepo.demo.sample import Completion, sample
 from sepo.demo.smollm2 import save_smollm2
 from sepo.errors import InputError
 from sepo.flags.options import positive, seed
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 from sepo.score.score import score_dataset
 from sepo.system.lock import contents, lock
 from sepo.trainer.config import SePOConfig
@@ -109,7 +110,7 @@ def run_stages(args: argparse.Namespace) -> None:
         policy = evaluate(args, model_dir, tokenizer, openings, heldout)
 
     cut = lambda how, among: [
-        make_segments(p, how, fraction=POLICY["fraction"], seed=args.seed) for p in among
+        make_segments(p, Selection(how, fraction=POLICY["fraction"], seed=args.seed)) for p in among
     ]
     lift = lambda among: selection_lift(
         among, cut("selected", among), cut("random", among), tokenizer

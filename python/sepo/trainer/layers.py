@@ -1,4 +1,4 @@
-"""What is done to the layers of a model before it is trained."""
+"""Change the layers of a model before it is trained: recompute, fuse, compile."""
 
 import inspect
 import sys
@@ -73,7 +73,7 @@ def choose_fused(
     recompute: str = "nothing",  # SePOConfig's
     compiled: bool = False,  # --torch_compile: the compiler is chosen already
 ) -> tuple[str, str]:
-    """What `wish` comes to, and why: (liger, compile or none; in words).
+    """Decide what `wish` comes to, and why: (liger, compile or none; in words).
 
     Raises InputError for a wish for Liger's kernels that this model or device can't have.
     """
@@ -101,7 +101,7 @@ def choose_fused(
 
 
 def why_not_liger(model: PreTrainedModel, device: torch.device) -> str | None:
-    """What keeps Liger's layer kernels from computing this model's layers there, if anything does."""
+    """Say what keeps Liger's layer kernels from computing this model's layers there, if anything does."""
     if not runs_triton(device):
         return f"its kernels need a GPU, got a {device.type.upper()}"
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):

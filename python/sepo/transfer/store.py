@@ -33,7 +33,7 @@ from sepo.data.store.store import (
 from sepo.data.types import ScoredPair
 from sepo.errors import InputError
 from sepo.flags.options import positive, share, whole_number
-from sepo.model.prepare import load_tokenizer
+from sepo.model.load import load_tokenizer
 from sepo.system.lock import lock
 from sepo.terminal import say
 from sepo.transfer.row import Aggregate, Carry, Coverage, LeftOut, Mode
