@@ -8,6 +8,7 @@ import pytest
 from demo.characters import character_tokenizer
 from tiny import tiny_model
 
+from sepo.commands import demo
 from sepo.data import ScoredPair
 from sepo.data.segments import make_segments
 from sepo.demo import report, run
@@ -33,7 +34,7 @@ def arguments(tmp_path, monkeypatch):
         (data / f"{name}.jsonl").write_text("".join(rows))
     (data / "heldout_openings.txt").write_text("The plot\nHer voice\n")
     parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
+    demo.add_arguments(parser)
     return parser.parse_args(
         ["--output_dir", str(tmp_path / "out"), "--data", str(data), "--oracle_pairs", "4",
          "--per_opening", "2"]
@@ -42,7 +43,7 @@ def arguments(tmp_path, monkeypatch):
 
 def test_all_stages_twice(arguments, capsys):
     for _ in range(2):
-        run.run(arguments)
+        demo.run(arguments)
     out = capsys.readouterr().out
     assert out.startswith("about ") and " on this machine (" in out.splitlines()[0]
     summary = json.loads((arguments.output_dir / "summary.json").read_text())
@@ -65,14 +66,14 @@ def test_a_directory_of_somebody_else_is_left_alone(arguments):
     arguments.output_dir.mkdir()
     (arguments.output_dir / "thesis.tex").touch()
     with pytest.raises(InputError, match="not empty and not made by the demo"):
-        run.run(arguments)
+        demo.run(arguments)
     assert [p.name for p in arguments.output_dir.iterdir()] == ["thesis.tex"]
 
 
 def test_missing_data_is_named_before_anything_is_made(arguments, tmp_path):
     arguments.data = tmp_path / "nowhere"
     with pytest.raises(InputError, match="nowhere/heldout_openings.txt"):
-        run.run(arguments)
+        demo.run(arguments)
     assert not arguments.output_dir.exists()
 
 
