@@ -29,9 +29,9 @@ ALLOWED = {
     "sepo.masks": RUN,
     "sepo.score": RUN,
     "sepo.trainer": WORK | {"sepo.losses", "sepo.masks"},
-    "sepo.transfer": RUN | {"sepo.flags"},
+    "sepo.transfer": READ,
     "sepo.report": READ,
-    "sepo.demo": WORK | {"sepo.score", "sepo.trainer"},
+    "sepo.demo": RUN | {"sepo.score", "sepo.trainer", "sepo_kernels"},
     "sepo.train": WORK | {"sepo.trainer"},
 }
 LAST = {"sepo.commands", "sepo.__main__"}  # may import all; no other room imports them
