@@ -21,7 +21,7 @@ ALLOWED = {
     "sepo.losses": set(),
     "sepo.errors": {"sepo.terminal"},
     "sepo.system": {"sepo.errors", "sepo_kernels"},
-    "sepo.flags": {"sepo.errors", "sepo_kernels"},
+    "sepo.flags": READ | {"sepo_kernels"},
     "sepo.ops": {"sepo.losses", "sepo_kernels"},
     "sepo.data": BASE,
     "sepo.attention": READ | {"sepo_kernels"},
