@@ -16,6 +16,7 @@ from training_run import make_run, write_store
 
 from sepo.commands import main as cli
 from sepo.errors import exit_with_one_line
+from sepo.flags.selection import selection_flags
 
 TEXT_ROW = dict(prompt="w3 w4", chosen="w5 w6", rejected="w7")
 DATASETS = pytest.mark.skipif(find_spec("datasets") is None, reason="needs datasets")
@@ -68,12 +69,12 @@ def test_unknown_key_in_the_yaml(home, tmp_path, refused):
         (["--no_such_flag", "1"], "unknown argument --no_such_flag"),
         (["--fraction", "0"], "--fraction: expected a number in (0, 1], got 0.0"),
         (["--fraction", "1.1"], "--fraction: expected a number in (0, 1], got 1.1"),
-        (["--fraction", "most"], "--fraction: expected a number or mass, got most"),
+        (["--fraction", "most"], "--fraction: invalid float value: 'most'"),
         (["--rejected_fraction", "0"], "--rejected_fraction: expected a number in (0, 1], got 0.0"),
-        (["--fraction", "mass", "--mass", "0"], "--mass: expected a number in (0, 1], got 0.0"),
+        (["--select", "mass", "--mass", "0"], "--mass: expected a number in (0, 1], got 0.0"),
         (
-            ["--method", "sepo-rand", "--rejected_fraction", "mass"],
-            "--rejected_fraction: expected a number for sepo-rand, which draws without scores",
+            ["--method", "sepo-rand", "--rejected_select", "mass"],
+            "--rejected_select: expected fraction for sepo-rand, which draws without scores",
         ),
         (["--learning_rate", "fast"], "--learning_rate"),
         (["--attn_impl", "fa9"], "--attn_impl"),
@@ -262,7 +263,7 @@ def test_a_fraction_is_a_number_or_mass(tmp_path, values, argv, expected):
     values |= dict.fromkeys(names, "x") | dict(use_cpu=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     args = parse(["--config", str(tmp_path / "run.yaml"), *argv])
-    found = (args.fraction, args.rejected_fraction, args.mass)
+    found = tuple(selection_flags(args).values())[:3]
     assert found == expected and [*map(type, found)] == [*map(type, expected)]
 
 

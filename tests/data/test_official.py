@@ -74,7 +74,7 @@ def test_the_selected_tokens_are_the_scored_ones(tmp_path, make, whole):
             segments, score, ("highest", "lowest"), responses, strict=True
         ):
             # the switch and the file select the same
-            how = dict(first_token="official")
+            how = dict(first_token="released")
             assert segment.positions.tolist() == (
                 select_positions(score[side], 0.5, best, **how).tolist()
             )

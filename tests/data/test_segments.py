@@ -65,11 +65,11 @@ def test_one_side_may_go_by_mass():
 
 
 def test_official_leaves_the_first_token_out_on_both_sides():
-    how = dict(fraction=1.0, first_token="official")
+    how = dict(fraction=1.0, first_token="released")
     for positions in ("selected", "random"):
         _, chosen, rejected = make_segments(PAIR, positions, **how)
         assert chosen.positions.tolist() == [1, 2, 3] and rejected.positions.tolist() == [1, 2]
-    assert len(make_segments(PAIR, "all", first_token="official")[1].positions) == 4
+    assert len(make_segments(PAIR, "all", first_token="released")[1].positions) == 4
 
 
 @pytest.mark.parametrize("positions", ["selected", "random"])

@@ -225,7 +225,7 @@ def test_data_of_an_evaluation_is_checked(tmp_path):
     [
         dict(arch="llama"),
         dict(arch="gpt2"),
-        dict(arch="mistral", recompute="cheap"),
+        dict(arch="mistral", selective_checkpointing=True),
         dict(arch="llama", gradient_checkpointing=True),
         dict(arch="gemma2"),
         dict(arch="llama", method="dpo"),

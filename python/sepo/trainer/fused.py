@@ -27,7 +27,7 @@ def settle(
         args.fused_layers,
         base,
         args.device,
-        recompute=args.recompute,
+        selective=args.selective_checkpointing,
         compiled=args.torch_compile,
     )
     found = {"layers": f"{args.fused_layers} ({why})"}
@@ -51,7 +51,7 @@ def fuse_and_prepare(
     """
     how, plugin, base = args.fused_layers, accelerator.state.dynamo_plugin, base_of(model)
     if how == "liger" and (policy or why_not_liger(base, base.device) is None):
-        keep_products = args.recompute == "cheap"
+        keep_products = args.selective_checkpointing
         fuse_layers(model, args.liger_kernel_config, keep_products=keep_products)
     prepare_model(model)
     if how == "compile" and plugin.backend == DynamoBackend.NO:

@@ -10,6 +10,7 @@ from sepo.data.pack import PackablePair
 from sepo.data.segments import check_tokens, make_segments
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
+from sepo.flags.selection import selection_flags
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.methods import METHODS
 
@@ -34,13 +35,10 @@ class PreparedPairs(Sequence):
             raise InputError("expected at least one pair, got an empty data set")
         self._pairs = pairs
         method = METHODS[args.method]
-        draws_mask = method.mask == "learned" and args.mask == "random"
+        draws_mask = method.mask == "learned" and args.mask_kind == "random"
         self._how = dict(
             positions=method.positions,
-            fraction=args.fraction,
-            rejected_fraction=args.rejected_fraction,
-            mass=args.mass,
-            first_token=args.first_token,
+            **selection_flags(args),
             mask="random" if draws_mask else None,
             seed=data_seed(args),
         )

@@ -91,7 +91,7 @@ class TokenStep:
 
     @property
     def _reads_layers(self) -> bool:
-        drawn = self.method.mask == "learned" and self.args.mask == "random"
+        drawn = self.method.mask == "learned" and self.args.mask_kind == "random"
         return self.method.mask is not None and not drawn
 
 

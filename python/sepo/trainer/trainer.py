@@ -107,7 +107,7 @@ class SePOTrainer(MaskedTrainer):
             prepare_model(reference_model, attn_impl=args.attn_impl)
         reference = find_reference(self.method, args.method, model, reference_model, train_dataset)
         self.reference = reference
-        if self.method.mask == "learned" and args.mask != "random":
+        if self.method.mask == "learned" and args.mask_kind != "random":
             add_mask(model, reference.model, args)
         run = None
         if self.train_pairs is not None:
@@ -131,7 +131,7 @@ class SePOTrainer(MaskedTrainer):
             lambda step: self._parts(self._train_plan(step)),
             partial(self._batches, self.train_pairs),
         )
-        if args.recompute == "cheap":
+        if args.selective_checkpointing:
             recompute_cheap(model)
         fuse_and_prepare(model, args, self.accelerator)
         if isinstance(reference_model, nn.Module):
