@@ -1,6 +1,5 @@
 """Every stage of the demo on a tiny model: the real path, in seconds."""
 
-import argparse
 import json
 
 import numpy as np
@@ -14,6 +13,7 @@ from sepo.data.segments import make_segments
 from sepo.demo import report, run
 from sepo.demo.lexicon import in_lexicon, selection_lift
 from sepo.errors import InputError
+from sepo.flags.parser import Parser
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def arguments(tmp_path, monkeypatch):
         rows = [json.dumps(dict(row, id=f"{name}-{i}")) + "\n" for i in range(count)]
         (data / f"{name}.jsonl").write_text("".join(rows))
     (data / "heldout_openings.txt").write_text("The plot\nHer voice\n")
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     demo.add_arguments(parser)
     return parser.parse_args(
         ["--output_dir", str(tmp_path / "out"), "--data", str(data), "--oracle_pairs", "4",

@@ -4,22 +4,35 @@ import argparse
 import sys
 from importlib import import_module
 
-from sepo.errors import InputError, exit_with_one_line
+import sepo
+from sepo.errors import exit_with_one_line
+from sepo.flags.parser import Parser
 from sepo.system.settings import check_settings
 
+ABOUT = """
+Token-level preference optimisation: an oracle scores every token of preference pairs, and a policy
+is trained on the decisive ones alone, without computing the logits of any other token.
+"""
+READ_ON = """
+sepo COMMAND --help     the flags of a command
+sepo demo               all of it on a small real model: where to start
+docs/tutorial.md        the same step by step on your own data, in the source tree
+docs/README.md          what else there is to read
+"""
 COMMANDS = (  # in the order of use: name, the module that adds its flags and runs it, what it does
     ("demo", "sepo.commands.demo", "the whole method on a small real model, on this machine"),
+    (
+        "inspect",
+        "sepo.commands.inspect",
+        "look at pairs as the trainer will see them, and count what drops",
+    ),
     (
         "score",
         "sepo.commands.score",
         "oracle minus reference log-probability of every response token",
     ),
     ("transfer", "sepo.commands.transfer", "an oracle's scores in the tokens of another tokenizer"),
-    (
-        "inspect",
-        "sepo.commands.inspect",
-        "look at rows as the trainer will see them, and count what drops",
-    ),
+    ("train", "sepo.train", "train a policy, an oracle or a reference"),
     ("report", "sepo.commands.report", "scores, selections and training curves as one HTML page"),
     ("env", "sepo.commands.env", "versions and devices, for a bug report"),
 )
@@ -37,23 +50,27 @@ def run(argv: list[str] | None = None) -> None:
         from sepo.train import main as train
 
         return train(argv[1:])
-    parser = argparse.ArgumentParser(prog="sepo", description=__doc__)
-    parser.error = _raise_input_error
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="train a policy, an oracle or a reference", add_help=False)
-    for name, module_name, text in COMMANDS:
-        command = commands.add_parser(name, help=text, description=text)
-        command.error = _raise_input_error
-        if argv and argv[0] == name:  # the others' imports are not worth the wait
-            module = import_module(module_name)
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args = make_parser(argv[0] if argv else None).parse_args(argv)
     args.run(args)
 
 
-def _raise_input_error(message: str) -> None:
-    raise InputError(message)
+def make_parser(named: str | None) -> Parser:
+    """Know every command, and the flags of the one that is named: imports take their time."""
+    parser = Parser(
+        prog="sepo",
+        description=ABOUT,
+        epilog=READ_ON,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sepo {sepo.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for name, module_name, text in COMMANDS:
+        command = commands.add_parser(name, help=text, description=text, add_help=name != "train")
+        if name == named:
+            module = import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
 
 
 if __name__ == "__main__":
