@@ -19,10 +19,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sepo.data.read.load import default_split
-from sepo.data.read.read import read_pairs
 from sepo.data.store.store import ScoredStore, is_store
 from sepo.data.types import TokenPair
 from sepo.flags.options import say_idle
+from sepo.flags.reading import read_data
 from sepo.model.folder import ModelFolder, find_folder
 from sepo.model.prepare import explain_attention, load_model, load_tokenizer
 from sepo.model.reference import Reference, cached_reference, load_reference
@@ -119,16 +119,7 @@ def load_pairs(
     """Pairs of a scored store, or of raw preference data; what was dropped is printed."""
     if is_store(name):
         return ScoredStore.open(name, tokenizer)
-    read = read_pairs(
-        name,
-        tokenizer,
-        split=split,
-        config=args.dataset_config,
-        max_length=args.max_length,
-        append_eos=args.append_eos,
-        strict=args.strict,
-        progress=not args.disable_tqdm,
-    )
+    read = read_data(args, tokenizer, name=name, split=split, progress=not args.disable_tqdm)
     if args.should_log:
         say(str(read.report))
     return read.pairs
@@ -141,7 +132,7 @@ def reference_of(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Reference | None:
     """Cached if all data keeps what the method reads, else live; None: the policy without adapters."""
-    path, named = policy, args.reference_model_name_or_path
+    path, named = policy, args.reference
     if named is not None:
         path = find_folder(named, trust_remote_code=args.trust_remote_code)
         if args.should_log:

@@ -168,7 +168,15 @@ def test_data(home, tmp_path, refused, rows, message, command):
         argv = ("score", "--dataset_name", data, *models, "--output_dir", tmp_path / "out")
         argv += ("--max_length", 512)
     else:
-        argv = ("inspect", data, "--model_name_or_path", home / "model", "--max_length", 512)
+        argv = (
+            "inspect",
+            "--dataset_name",
+            data,
+            "--model_name_or_path",
+            home / "model",
+            "--max_length",
+            512,
+        )
     assert message in refused(*argv)
 
 
@@ -193,7 +201,7 @@ def test_a_file_that_cannot_be_read(home, tmp_path, refused, name, content, mess
     argv = {
         "train": train(home, tmp_path, "--method", "simpo", "--dataset_name", data),
         "score": ("score", "--dataset_name", data, "--oracle", model, "--reference", model, *out),
-        "inspect": ("inspect", data, "--model_name_or_path", model),
+        "inspect": ("inspect", "--dataset_name", data, "--model_name_or_path", model),
         "transfer": ("transfer", "--scores", home / "store", "--oracle", model)
         + ("--dataset_name", data, "--model_name_or_path", model, *out),
     }[command]
@@ -302,7 +310,7 @@ def test_flags_of_the_other_commands(home, tmp_path, refused, command, words, me
     model, out = str(home / "model"), str(tmp_path / "out")
     needed = {
         "score": ["--dataset_name", "D", "--reference", model, "--oracle", model],
-        "inspect": ["D", "--model_name_or_path", model],
+        "inspect": ["--dataset_name", "D", "--model_name_or_path", model],
         "transfer": ["--scores", "S", "--oracle", model, "--dataset_name", "D"],
         "report": [str(home / "store")],
         "demo": [],
@@ -350,7 +358,15 @@ def test_a_wrong_environment_in_one_line(variable, value, message, start):
 def inspected(home, tmp_path, text="w5 w6") -> list:
     rows = [dict(TEXT_ROW, chosen=text, id=f"é{i}") for i in range(3000)]
     data = write_rows(tmp_path / "pairs.jsonl", rows)
-    return ["-m", "sepo.commands.main", "inspect", data, "--model_name_or_path", home / "model"]
+    return [
+        "-m",
+        "sepo.commands.main",
+        "inspect",
+        "--dataset_name",
+        data,
+        "--model_name_or_path",
+        home / "model",
+    ]
 
 
 def test_a_reader_that_has_seen_enough(home, tmp_path):

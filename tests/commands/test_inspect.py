@@ -1,4 +1,3 @@
-import argparse
 import csv
 import io
 import json
@@ -12,10 +11,11 @@ from test_trainer import make_trainer
 from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_tokenizer
 from whole_stores import flip
 
-from sepo.commands import inspect
+from sepo.commands import inspect, main
 from sepo.data import ScoredPair
 from sepo.data.store.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
 from sepo.errors import InputError
+from sepo.flags.parser import Parser
 
 
 @pytest.fixture(autouse=True)
@@ -30,15 +30,10 @@ def model(tmp_path):
     return str(tmp_path / "model")
 
 
-def refuse(message: str):
-    raise InputError(message)
-
-
-def run(*argv) -> None:
-    parser = argparse.ArgumentParser()
-    parser.error = refuse
+def run(data, *argv) -> None:
+    parser = Parser()
     inspect.add_arguments(parser)
-    inspect.run(parser.parse_args([str(a) for a in argv]))
+    inspect.run(parser.parse_args([str(a) for a in ("--dataset_name", data, *argv)]))
 
 
 def write(path, *rows):
@@ -127,10 +122,10 @@ def test_a_scored_store_shows_what_is_selected(tmp_path, model, capsys):
 @pytest.mark.parametrize(
     ("flags", "chosen", "rejected"),
     [
-        (["--fraction", "mass"], "a⟦b⟧┊⟦c⟧de|", "xy┊⟦z⟧|"),
-        (["--fraction", "mass", "--mass", 0.5], "a┊⟦b⟧cde|", "xy┊⟦z⟧|"),
+        (["--select", "mass"], "a⟦b⟧┊⟦c⟧de|", "xy┊⟦z⟧|"),
+        (["--select", "mass", "--mass", 0.5], "a┊⟦b⟧cde|", "xy┊⟦z⟧|"),
         (["--fraction", 0.2, "--rejected_fraction", 1], "a┊⟦b⟧cde|", "⟦xy⟧┊⟦z⟧|"),
-        (["--fraction", 1, "--first_token", "official"], "a⟦bcd⟧┊⟦e⟧|", "x⟦y⟧┊⟦z⟧|"),
+        (["--fraction", 1, "--first_token", "released"], "a⟦bcd⟧┊⟦e⟧|", "x⟦y⟧┊⟦z⟧|"),
     ],
 )
 def test_other_selections(tmp_path, model, capsys, flags, chosen, rejected):
@@ -200,7 +195,7 @@ def test_messages(tmp_path, model):
     with pytest.raises(InputError, match="no such file or directory: rows.jsonl"):
         run("rows.jsonl", "--model_name_or_path", model)
     with pytest.raises(InputError, match=r"--mass: expected a number in \(0, 1\], got 0"):
-        run("rows.jsonl", "--model_name_or_path", model, "--fraction", "mass", "--mass", 0)
+        run("rows.jsonl", "--model_name_or_path", model, "--select", "mass", "--mass", 0)
     with pytest.raises(InputError, match="--rows: expected a whole number of at least 0, got -1"):
         run("rows.jsonl", "--model_name_or_path", model, "--rows", -1)
 
@@ -240,3 +235,31 @@ def test_verify_of_what_has_no_checksums(tmp_path):
         run(tmp_path, "--verify")
     with pytest.raises(InputError, match="--model_name_or_path: expected whose tokenizer"):
         run(tmp_path)
+
+
+def test_data_without_a_flag_is_said(tmp_path, model, capsys, caplog):
+    write_store(tmp_path / "store")
+    for argv, line in (
+        (["--model_name_or_path", model], "DATA is now sepo inspect --dataset_name DATA"),
+        (["--verify"], "PATH --verify is now sepo inspect --verify PATH"),
+    ):
+        caplog.clear()
+        main.run(["inspect", str(tmp_path / "store"), *argv])
+        assert caplog.messages == [f"sepo inspect {line}"]
+    old = capsys.readouterr().out
+    caplog.clear()
+    main.run(["inspect", "--dataset_name", str(tmp_path / "store"), "--model_name_or_path", model])
+    main.run(["inspect", "--verify", str(tmp_path / "store")])
+    assert capsys.readouterr().out == old and caplog.messages == []
+    with pytest.raises(InputError, match="--dataset_name: expected the data to look at, got none"):
+        main.run(["inspect", "--model_name_or_path", model])
+    for flag in ("--dataset_name", "--verify"):
+        with pytest.raises(InputError, match="expected one path, got one and two"):
+            main.run(["inspect", "two", flag, "one", "--model_name_or_path", model])
+
+
+def test_old_words_for_a_selection(tmp_path, model, capsys, caplog):
+    write_store(tmp_path / "store")
+    run(tmp_path / "store", "--model_name_or_path", model, "--fraction", "mass", "--mass", 0.5)
+    assert "  chosen   a┊⟦b⟧cde|" in capsys.readouterr().out
+    assert caplog.messages == ["--fraction mass is now --select mass"]

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from sepo import SePOConfig
+from sepo.commands.main import COMMANDS, make_parser
 from sepo.flags.parser import Parser
 from sepo.flags.renamed import NAMES, VALUES, say_renamed, takes_old_names, today
 from sepo.flags.selection import selection_flags
@@ -140,6 +141,18 @@ def test_a_line_a_machine_not_a_rank(monkeypatch, caplog):
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize("command", ["score", "transfer", "inspect"])
+def test_split_of_the_commands_that_read(command, caplog):
+    need = {
+        "score": "--dataset_name D --reference R --output_dir O",
+        "transfer": "--scores S --oracle R --dataset_name D --model_name_or_path M --output_dir O",
+        "inspect": "--dataset_name D",
+    }[command]
+    args = make_parser(command).parse_args([command, *need.split(), "--split", "test"])
+    assert args.dataset_split == "test"
+    assert caplog.messages == ["--split is now --dataset_split"]
+
+
 def test_a_command_of_its_own_fraction_keeps_it(capsys):
     """--fraction of transfer never was mass."""
     parser = Parser()
@@ -156,9 +169,14 @@ def test_what_follows_two_dashes_is_no_flag():
     assert parser.parse_args(["--", "--penalty", "3"]).rest == ["--penalty", "3"]
 
 
-def test_help_shows_no_old_name():
-    flags = {word.split("=")[0].strip("[],") for word in TrainParser().format_help().split()}
-    assert not flags & {f"--{old}" for old in NAMES}
+def test_no_command_shows_an_old_name():
+    named = [name for name, _, _ in COMMANDS if name != "train"]
+    commands = {name: make_parser(name)._subparsers._group_actions[0].choices for name in named}
+    shown = {name: commands[name][name].format_help() for name in named}
+    shown["train"] = TrainParser().format_help()
+    for name, text in shown.items():
+        flags = {word.split("=")[0].strip("[],") for word in text.split() if "--" in word}
+        assert not flags & {f"--{old}" for old in NAMES}, name
 
 
 def test_values_that_no_dictionary_can_hold():

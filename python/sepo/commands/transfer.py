@@ -3,12 +3,10 @@
 import argparse
 from typing import get_args
 
-from transformers.hf_argparser import string_to_bool
-
-from sepo.data.read.read import read_pairs
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
-from sepo.flags.options import positive, share, whole_number
+from sepo.flags.options import positive, share
+from sepo.flags.reading import add_reading_flags, read_data, rows_of
 from sepo.model.prepare import load_tokenizer
 from sepo.system.lock import lock
 from sepo.terminal import say
@@ -18,22 +16,14 @@ from sepo.transfer.store import FRACTION, OWNER, read_preferences, transfer_stor
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `sepo transfer`."""
+    add_reading_flags(
+        parser, required=True, dataset="the data that was scored: a hub id or local path"
+    )
     add = parser.add_argument
     add("--scores", required=True, help="a store that `sepo score` wrote")
     add("--oracle", required=True, help="the model that scored it, or its reference: its tokenizer")
-    add("--dataset_name", required=True, help="the data that was scored: a hub id or local path")
-    add("--dataset_config", help="the data set's configuration, if it has several")
-    add("--split", default="train")
-    add("--limit", type=positive, help="read the first so many rows only")
-    add(
-        "--max_length",
-        type=whole_number(2),
-        help="the policy's tokens of a prompt and one response",
-    )
-    add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
-    add("--strict", action="store_true", help="drop every row that would be kept with a note")
     add("--model_name_or_path", required=True, help="the policy: its tokenizer and chat template")
-    add("--output_dir", required=True)
+    add("--output_dir", required=True, metavar="DIR", help="the scored store that is written")
     add("--mode", choices=get_args(Mode), default="score", help="what is carried")
     add(
         "--aggregate",
@@ -43,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--fraction", type=share, help=f"overlap: of the oracle's tokens; default {FRACTION}")
     add("--pairs_per_part", type=positive, default=128)
-    add("--trust_remote_code", action="store_true", help="run code that comes with a tokenizer")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -59,15 +48,12 @@ def _transfer(args: argparse.Namespace) -> None:
     code = dict(trust_remote_code=args.trust_remote_code)
     tokenizers = [load_tokenizer(path, **code) for path in (args.oracle, args.model_name_or_path)]
     store = ScoredStore.open(args.scores)
-    rows = dict(split=args.split, config=args.dataset_config, limit=args.limit)
-    how = ("max_length", "append_eos", "strict")
-    reading = dict(progress=True, **{name: getattr(args, name) for name in how})
-    data = read_pairs(args.dataset_name, tokenizers[1], **rows, **reading)
+    data = read_data(args, tokenizers[1], progress=True)
     say(str(data.report))
     coverage = transfer_store(
         store,
         data,
-        read_preferences(args.dataset_name, **rows),
+        read_preferences(args.dataset_name, **rows_of(args)),
         args.output_dir,
         oracle_tokenizer=tokenizers[0],
         policy_tokenizer=tokenizers[1],
