@@ -118,7 +118,7 @@ def test_a_store_with_nan_scores(home, tmp_path, refused):
     pairs[1] = replace(pairs[1], chosen_score=score)
     write_store(tmp_path / "store", pairs)
     line = refused(*train(home, tmp_path, "--dataset_name", tmp_path / "store"))
-    assert "row 1: expected finite values in chosen_score" in line
+    assert "pair 1: expected finite values in chosen_score" in line
 
 
 def test_a_cached_reference_of_other_weights(home, tmp_path, refused):
@@ -139,7 +139,7 @@ def test_a_model_that_cannot_be_served(home, tmp_path, refused):
 def test_sepo_on_pairs_without_scores(home, tmp_path, refused):
     data = write_rows(tmp_path / "pairs.jsonl", [TEXT_ROW])
     line = refused(*train(home, tmp_path, "--dataset_name", data))
-    assert "row 0: expected a score per chosen token (`sepo score` writes them)" in line
+    assert "pair 0: expected a score per chosen token (`sepo score` writes them)" in line
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_sepo_on_pairs_without_scores(home, tmp_path, refused):
     [
         ([], "pairs.jsonl"),
         ([dict(prompt="w3", chosen="w4")], "rejected"),
-        ([dict(TEXT_ROW, chosen=7)], "row 0"),
+        ([dict(TEXT_ROW, chosen=7)], "pair 0"),
         ([dict(TEXT_ROW, chosen=TEXT_ROW["rejected"])], "identical"),
         ([dict(TEXT_ROW, chosen="")], "empty"),
         ([dict(TEXT_ROW, prompt="w3 " * 2000)], "max_length"),
@@ -378,14 +378,14 @@ def test_a_reader_that_has_seen_enough(home, tmp_path):
         first = process.stdout.readline().decode()
         process.stdout.close()
         error = process.stderr.read()
-    assert first.startswith("row é0: 1 prompt")
+    assert first.startswith("pair é0: 1 prompt")
     assert (error, process.returncode) == (b"", 141)
 
 
 def test_a_stdout_of_another_encoding_gets_escapes(home, tmp_path):
     done = ended(*inspected(home, tmp_path), PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(rb"row \xe90: 1 prompt")
+    assert done.stdout.startswith(rb"pair \xe90: 1 prompt")
     store = home / "store"
     report = ["report", store, "--model_name_or_path", home / "model", "--json"]
     done = ended("-m", "sepo.commands.main", *report, PYTHONIOENCODING="latin-1")

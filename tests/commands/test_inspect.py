@@ -69,7 +69,7 @@ def test_raw_data_shows_boundaries_and_counts(tmp_path, model, capsys):
     assert "  rejected  b<|endoftext|>|\n" in out
     assert "a\\x1b[2Jb<|endoftext|>|" in out and "\x1b" not in out
     assert out.count("prompt,") == 1  # one row was asked for
-    assert "3 rows read" in out and "1 a response is empty (row 1)" in out
+    assert "3 rows read" in out and "1 a response is empty (pair 1)" in out
 
 
 def test_cuts_are_named_at_the_row(tmp_path, model, capsys):
@@ -77,7 +77,7 @@ def test_cuts_are_named_at_the_row(tmp_path, model, capsys):
     path = write(tmp_path / "rows.jsonl", row)
     run(path, "--model_name_or_path", model, "--max_length", 9)
     first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("row 0: ") and first.endswith("; chosen cut at max_length")
+    assert first.startswith("pair 0: ") and first.endswith("; chosen cut at max_length")
 
 
 def test_keys_and_limit(tmp_path, model, capsys):

@@ -206,7 +206,7 @@ def test_what_cannot_be_carried_is_named_and_counted(tmp_path):
     (why,) = coverage.left_out
     assert why.startswith("the policy's tokens do not spell") and coverage.left_out[why] == ["r1"]
     assert carried.manifest["transferred"]["coverage"]["left_out"] == coverage.left_out
-    assert f"1 {why} (row r1)" in str(coverage) and "2 rows carried" in str(coverage)
+    assert f"1 {why} (pair r1)" in str(coverage) and "2 rows carried" in str(coverage)
     other = tmp_path / "other"
     other.mkdir()
     _, _, coverage = carry(other, rows, plain_tokenizer(), chatml_tokenizer())
@@ -350,7 +350,7 @@ def test_token_ids_are_refused(tmp_path, both):
     ids = {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}
     data = write(tmp_path / "rows.jsonl", [ids])
     make_store(tmp_path / "scores", data, both["source"])
-    with pytest.raises(InputError, match="row 0: expected text, .*, got token ids"):
+    with pytest.raises(InputError, match="pair 0: expected text, .*, got token ids"):
         command(tmp_path, **both)
 
 

@@ -167,7 +167,7 @@ class Show:
     def pair(self, pair: TokenPair, notes: Sequence[str] = ()) -> None:
         """One pair, with its selected tokens if it has scores, or weights of the user's own."""
         counts = f"{len(pair.prompt)} prompt, {len(pair.chosen)} chosen, {len(pair.rejected)}"
-        self.line(escaped("; ".join([f"row {pair.id}: {counts} rejected tokens", *notes])))
+        self.line(escaped("; ".join([f"pair {pair.id}: {counts} rejected tokens", *notes])))
         self._part("prompt", self._faint(_visible(self._text(pair.prompt))))
         segments = self._segments(pair)
         for i, side in enumerate(SIDES):

@@ -65,7 +65,7 @@ def check_tokens(pair: TokenPair, vocabularies: Mapping[str, int]) -> None:
         if not 0 <= least <= largest < size:
             token = largest if largest >= size else least
             raise InputError(
-                f"row {pair.id}: token {token}, but the {role} has a vocabulary of {size}; "
+                f"pair {pair.id}: token {token}, but the {role} has a vocabulary of {size}; "
                 "it needs the tokenizer that made the pairs"
             )
 
@@ -99,7 +99,7 @@ def _segment(
         where = np.empty(0, np.int32)
     elif weight is not None:
         if positions == "random":
-            raise InputError(f"row {pair.id}: it brings its own {side} weights, nothing to draw")
+            raise InputError(f"pair {pair.id}: it brings its own {side} weights, nothing to draw")
         _check_weight(weight, pair, side)
         where = weighted_positions(weight)
     elif positions in ("all", "chosen"):
@@ -125,7 +125,7 @@ def _some_positions(
     score = getattr(pair, f"{side}_score", None)
     if positions == "selected" and score is None:
         raise InputError(
-            f"row {pair.id}: expected a score per {side} token (`sepo score` writes them) "
+            f"pair {pair.id}: expected a score per {side} token (`sepo score` writes them) "
             "or the user's own masks or weights"
         )
     try:
@@ -135,12 +135,12 @@ def _some_positions(
         best = "highest" if side == "chosen" else "lowest"
         return select_positions(score, fraction, best, mass=mass, first_token=first_token)
     except InputError as error:
-        raise InputError(f"row {pair.id}, {side}: {error}") from error
+        raise InputError(f"pair {pair.id}, {side}: {error}") from error
 
 
 def _check_weight(weight: np.ndarray, pair: TokenPair, side: str) -> None:
     """Columns are checked as they are read; pairs made by hand come here unread."""
-    name = f"row {pair.id}: expected {side}_weight"
+    name = f"pair {pair.id}: expected {side}_weight"
     if len(weight) != len(getattr(pair, side)):
         raise InputError(
             f"{name} to hold {len(getattr(pair, side))} numbers, one a token, got {len(weight)}"

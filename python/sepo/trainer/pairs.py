@@ -78,7 +78,7 @@ class PreparedPairs(Sequence):
         longest = int(self.lengths.argmax())
         if budget is not None and self.lengths[longest] > budget:
             raise InputError(
-                f"row {self._pairs[longest].id}: expected at most {budget} tokens "
+                f"pair {self._pairs[longest].id}: expected at most {budget} tokens "
                 f"(--max_tokens_per_batch), got {self.lengths[longest]}, the most of all "
                 f"{len(self)} pairs: raise it to that, or lower --max_length"
             )

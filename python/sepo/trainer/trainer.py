@@ -206,7 +206,7 @@ class SePOTrainer(MaskedTrainer):
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         raise InputError(
             f"step {self.state.global_step + 1}: expected a finite loss and gradient, got the "
-            f"{whose} row {shown}; {self._whole()}: look at the data, or try a lower "
+            f"{whose} pair {shown}; {self._whole()}: look at the data, or try a lower "
             "--learning_rate"
         )
 

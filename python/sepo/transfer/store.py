@@ -125,7 +125,7 @@ def _align(
             continue
         if isinstance(one.prompt, np.ndarray):
             raise InputError(
-                f"row {one.id}: expected text, which any tokenizer reads, got token ids"
+                f"pair {one.id}: expected text, which any tokenizer reads, got token ids"
             )
         carried = carry(store[index.pop(one.id)], target, read(one), coverage.counts)
         if isinstance(carried, LeftOut):
