@@ -19,10 +19,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sepo.data.read.load import default_split
-from sepo.data.read.read import read_pairs
 from sepo.data.store.store import ScoredStore, is_store
 from sepo.data.types import TokenPair
 from sepo.flags.options import say_idle
+from sepo.flags.reading import read_data
 from sepo.model.folder import ModelFolder, find_folder
 from sepo.model.load import load_model, load_tokenizer
 from sepo.model.prepare import explain_attention
@@ -120,16 +120,7 @@ def load_pairs(
     """Pairs of a scored store, or of raw preference data; what was dropped is printed."""
     if is_store(name):
         return ScoredStore.open(name, tokenizer)
-    read = read_pairs(
-        name,
-        tokenizer,
-        split=split,
-        config=args.dataset_config,
-        max_length=args.max_length,
-        append_eos=args.append_eos,
-        strict=args.strict,
-        progress=not args.disable_tqdm,
-    )
+    read = read_data(args, tokenizer, name=name, split=split, progress=not args.disable_tqdm)
     if args.should_log:
         say(str(read.report))
     return read.pairs
@@ -142,7 +133,7 @@ def find_reference(
     tokenizer: PreTrainedTokenizerBase,
 ) -> ReferenceFolder:
     """The folder of the reference, printed if it is not the policy's: the trainer decides the rest."""
-    folder, named = policy, args.reference_model_name_or_path
+    folder, named = policy, args.reference
     if named is not None:
         folder = find_folder(named, trust_remote_code=args.trust_remote_code)
         if args.should_log:

@@ -74,7 +74,7 @@ def test_the_selected_tokens_are_the_scored_ones(tmp_path, make, whole):
             segments, score, ("highest", "lowest"), responses, strict=True
         ):
             # the switch and the file select the same
-            how = dict(first_token="official")
+            how = dict(first_token="released")
             assert segment.positions.tolist() == (
                 select_positions(score[side], 0.5, best, **how).tolist()
             )
@@ -189,14 +189,14 @@ def test_drop(change, why):
 )
 def test_cells_that_do_not_fit_name_row_and_column(change, message):
     (row, *_), _ = released(chatml_tokenizer())
-    with pytest.raises(InputError, match=f"row 0: expected {message}"):
+    with pytest.raises(InputError, match=f"pair 0: expected {message}"):
         read_row(row | change, 0, find_format(list(row)))
 
 
 def test_a_chat_template_is_needed():
     rows, _ = released(chatml_tokenizer())
     data = datasets.Dataset.from_list(rows)
-    with pytest.raises(InputError, match="row 0: expected a tokenizer with a chat template"):
+    with pytest.raises(InputError, match="pair 0: expected a tokenizer with a chat template"):
         read_pairs(data, plain_tokenizer())
 
 

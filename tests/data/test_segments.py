@@ -72,11 +72,11 @@ def test_one_side_may_go_by_mass():
 
 
 def test_official_leaves_the_first_token_out_on_both_sides():
-    how = dict(fraction=1.0, first_token="official")
+    how = dict(fraction=1.0, first_token="released")
     for positions in ("selected", "random"):
         _, chosen, rejected = make_segments(PAIR, Selection(positions, **how))
         assert chosen.positions.tolist() == [1, 2, 3] and rejected.positions.tolist() == [1, 2]
-    assert len(make_segments(PAIR, Selection("all", first_token="official"))[1].positions) == 4
+    assert len(make_segments(PAIR, Selection("all", first_token="released"))[1].positions) == 4
 
 
 @pytest.mark.parametrize("positions", ["selected", "random"])
@@ -84,7 +84,7 @@ def test_official_leaves_the_first_token_out_on_both_sides():
     ("how", "side"), [(dict(rejected_fraction=0), "rejected"), (dict(fraction=0), "chosen")]
 )
 def test_no_token_of_one_side_names_it(positions, how, side):
-    with pytest.raises(InputError, match=f"row row-3, {side}: expected 0 < fraction <= 1, got 0"):
+    with pytest.raises(InputError, match=f"pair row-3, {side}: expected 0 < fraction <= 1, got 0"):
         make_segments(PAIR, Selection(positions, **{"rejected_fraction": 0.5, **how}))
 
 
@@ -170,22 +170,22 @@ def test_the_users_weights_on_one_side_leave_the_other_to_its_scores():
 )
 @pytest.mark.parametrize("positions", ["selected", "all", "chosen"])
 def test_weights_that_cannot_be_used_name_the_row(positions, weight, message):
-    with pytest.raises(InputError, match=f"row w: expected chosen_weight {message}"):
+    with pytest.raises(InputError, match=f"pair w: expected chosen_weight {message}"):
         make_segments(replace(WEIGHTED, chosen_weight=weight), Selection(positions))
 
 
 def test_random_with_the_users_weights_is_refused():
-    with pytest.raises(InputError, match="row w: it brings its own chosen weights"):
+    with pytest.raises(InputError, match="pair w: it brings its own chosen weights"):
         make_segments(WEIGHTED, Selection("random"))
 
 
 def test_missing_scores_name_the_row():
     pair = TokenPair(id="9", prompt=ids(1), chosen=ids(2), rejected=ids(3))
-    with pytest.raises(InputError, match="row 9: expected a score per chosen token"):
+    with pytest.raises(InputError, match="pair 9: expected a score per chosen token"):
         make_segments(pair, Selection("selected"))
 
 
 def test_nan_scores_name_the_row():
     bad = replace(PAIR, rejected_score=f4(0, np.nan, 0))
-    with pytest.raises(InputError, match="row row-3, rejected: .*NaN at position 1"):
+    with pytest.raises(InputError, match="pair row-3, rejected: .*NaN at position 1"):
         make_segments(bad, Selection("selected"))

@@ -34,7 +34,7 @@ def positions(pairs: PreparedPairs, index: int) -> list[list[int]]:
 
 
 def test_counts_follow_the_scores():
-    args = dict(fraction="mass", rejected_fraction=0.5, mass=0.6)
+    args = dict(select="mass", rejected_fraction=0.5, mass=0.6)
     made = prepared(**args)
     for i, pair in enumerate(PAIRS):
         prompt, chosen, rejected = made[i]
@@ -50,7 +50,7 @@ def test_counts_follow_the_scores():
 
 
 def test_official_selection_reaches_the_pairs():
-    made = prepared(fraction=1.0, first_token="official")
+    made = prepared(fraction=1.0, first_token="released")
     for i, pair in enumerate(PAIRS):
         for found, response in zip(positions(made, i), (pair.chosen, pair.rejected), strict=True):
             assert found == [*range(min(1, len(response) - 1), len(response))]
@@ -120,10 +120,10 @@ def test_a_run_is_another_one_with_another_selection():
 
     plain = dict(fraction=0.3, rejected_fraction=None, mass=None, first_token="paper")
     assert what() == what(mass=0.5) == plain  # a share that nothing asks for
-    assert what(fraction="mass", mass=0.5) == plain | dict(fraction="mass", mass=0.5)
-    by_side = what(rejected_fraction="mass", first_token="official")
-    assert by_side == plain | dict(rejected_fraction="mass", mass=0.8, first_token="official")
-    assert what(method="simpo", fraction="mass", first_token="official") == dict.fromkeys(plain)
+    assert what(select="mass", mass=0.5) == plain | dict(fraction="mass", mass=0.5)
+    by_side = what(rejected_select="mass", first_token="released")
+    assert by_side == plain | dict(rejected_fraction="mass", mass=0.8, first_token="released")
+    assert what(method="simpo", select="mass", first_token="released") == dict.fromkeys(plain)
 
 
 def test_the_commands_of_the_page_parse():

@@ -150,7 +150,7 @@ def test_a_mask_that_is_shut_for_good_is_told(tmp_path, shut, caplog):
 
 
 def test_the_random_mask_has_no_parameters(tmp_path):
-    trainer = make_trainer(tmp_path, mask="random", **ADAM)
+    trainer = make_trainer(tmp_path, mask_kind="random", **ADAM)
     assert trainer.mask is None
     trainer.train()
     logged = trainer.state.log_history[0]
@@ -160,7 +160,7 @@ def test_the_random_mask_has_no_parameters(tmp_path):
 def test_one_random_mask_or_two_learned(tmp_path):
     with pytest.raises(InputError, match="--independent_masks false, got true"):
         SePOConfig(
-            output_dir=str(tmp_path), use_cpu=True, method="sparsepo", mask="random",
+            output_dir=str(tmp_path), use_cpu=True, method="sparsepo", mask_kind="random",
             independent_masks=True,
         )  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_by_the_script(tmp_path):
     tiny_model(seed=1).save_pretrained(tmp_path / "reference")
     out = tmp_path / "out"
     train.main([
-        *arguments, "--output_dir", str(out), "--reference_model_name_or_path",
+        *arguments, "--output_dir", str(out), "--reference",
         str(tmp_path / "reference"), "--mask", "binary",
     ])  # fmt: skip
     assert load_mask(out).settings["binary"]

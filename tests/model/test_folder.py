@@ -403,7 +403,7 @@ def run_dpo(tmp_path, policy, name, *flags):
         (),
         ("--use_peft",),
         ("--use_peft", "--lora_target_modules", "down_proj"),
-        ("--use_peft", "--reference_model_name_or_path", "SFT"),
+        ("--use_peft", "--reference", "SFT"),
     ],
     ids=["whole", "lora", "other modules", "reference named"],
 )

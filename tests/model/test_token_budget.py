@@ -187,7 +187,7 @@ def test_a_gpu_decides_and_a_resumed_run_on_another_says_so(tmp_path, monkeypatc
     ("args", "more"),
     [
         (dict(), dict()),
-        (dict(recompute="cheap"), dict(kept="cheap")),
+        (dict(selective_checkpointing=True), dict(kept="cheap")),
         (dict(gradient_checkpointing=True), dict(kept="inputs")),
         (dict(bf16=True), dict(itemsize=2, cast=True)),
         (dict(optim="adafactor"), dict(state_bytes=1)),

@@ -109,7 +109,7 @@ def masked_jobs(path):
     rates = dict(learning_rate=5.0, mask_learning_rate=0.5)
     arguments = make_run(path, **(RUN | rates | dict(method="sparsepo", beta=2.0)))
     tiny_model(seed=1).save_pretrained(path / "reference")
-    arguments += ["--reference_model_name_or_path", str(path / "reference")]
+    arguments += ["--reference", str(path / "reference")]
     out = lambda name: ["--output_dir", str(path / name)]
     sharded = launch_environment("fsdp2") | {"SEPO_TESTS_SHARD_ON_A_CPU": "1"}
     return [

@@ -46,7 +46,7 @@ def step(method, *, masks=(None, None), swapped=False, same=False, **options):
     args = arguments(method, **(dict(beta=0.3, label_smoothing=0.0, mask_l1=0.0) | options))
     hidden, head = (draw(n, D, seed=s).requires_grad_() for n, s in ((M, 0), (V, 1)))
     ref_hidden, ref_head = (hidden, head) if same else (draw(M, D, seed=2), draw(V, D, seed=3))
-    direction = "ref||policy" if args.form == "code" else "policy||ref"
+    direction = "ref||policy" if args.form == "released" else "policy||ref"
     values = selected_logprob_kl(
         hidden, head, ref_hidden, ref_head, ROWS, TARGETS, direction=direction
     )
@@ -84,14 +84,14 @@ def test_sparsepo_with_masks_of_1_is_tdpo1():
     assert differ(paper[0], step("tdpo1")[0])
 
 
-@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("form", ["released", "paper"])
 def test_sparsepo_without_a_kl_mask_is_dpo(form):
     assert_same(step("sparsepo", masks=(ONES, ZEROS), form=form), step("dpo"))
 
 
 def test_mapo_is_sparsepo_without_l1():
     masks = draw(M, seed=4).abs(), draw(M, seed=5).abs()
-    for form in ("code", "paper"):
+    for form in ("released", "paper"):
         assert_same(step("mapo", masks=masks, form=form), step("sparsepo", masks=masks, form=form))
     dear = step("sparsepo", masks=masks, mask_l1=0.5)
     norms = [(masks[0] + masks[1])[CU_ROWS[2 * p] : CU_ROWS[2 * p + 2]].sum() for p in range(3)]
@@ -99,13 +99,13 @@ def test_mapo_is_sparsepo_without_l1():
 
 
 def test_tdpo2_at_alpha_1_has_the_value_of_tdpo1_and_another_gradient():
-    second, first = step("tdpo2", alpha=1.0), step("tdpo1")
+    second, first = step("tdpo2", tdpo2_alpha=1.0), step("tdpo1")
     assert_same(second, first, slice(1))
     assert all(differ(a, b) for a, b in zip(second[1:], first[1:], strict=True))
 
 
 def test_tdpo2_at_alpha_0_is_dpo():
-    assert_same(step("tdpo2", alpha=0.0), step("dpo"))
+    assert_same(step("tdpo2", tdpo2_alpha=0.0), step("dpo"))
 
 
 def test_sepo_with_every_token_is_simpo():
@@ -114,8 +114,8 @@ def test_sepo_with_every_token_is_simpo():
 
 
 def test_dpop_without_a_penalty_is_dpo():
-    assert_same(step("dpop", penalty=0.0), step("dpo"))
-    assert differ(step("dpop", penalty=0.5)[0], step("dpo")[0])
+    assert_same(step("dpop", dpop_lambda=0.0), step("dpo"))
+    assert differ(step("dpop", dpop_lambda=0.5)[0], step("dpo")[0])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_policy_that_is_its_reference(method):
     expected = math.log(2)
     if method == "ipo":
         expected = 1 / (4 * 0.3**2)
-    for form in ("code", "paper"):
+    for form in ("released", "paper"):
         losses, *grads = step(
             method.removeprefix("c"), masks=masks, same=True, form=form, **options
         )

@@ -110,13 +110,13 @@ STEPS = {
     "sparsepo paper": dict(form="paper"),
     "sparsepo independent": dict(independent_masks=True),
     "sparsepo independent paper": dict(independent_masks=True, form="paper", mask_layernorm=False),
-    "sparsepo binary": dict(mask="binary", independent_masks=True),
+    "sparsepo binary": dict(mask_kind="binary", independent_masks=True),
     # its norm is a constant, and a sum in float32
-    "sparsepo random": dict(mask="random", mask_l1=0.0, kl_mask_l1=0.0),
+    "sparsepo random": dict(mask_kind="random", mask_l1=0.0, kl_mask_l1=0.0),
     "mapo paper": dict(form="paper"),
     "mapo zscore": dict(mask_norm="zscore"),
 }
-OPTIONS = dict(penalty=3.0, mask_l1=0.03, kl_mask_l1=0.07, fraction=0.5)
+OPTIONS = dict(dpop_lambda=3.0, mask_l1=0.03, kl_mask_l1=0.07, fraction=0.5)
 
 
 def step_arguments(name: str) -> SePOConfig:
@@ -154,7 +154,7 @@ def mask_for(reference, args) -> SparseMask:
     options = dict(independent=args.independent_masks, layernorm=args.mask_layernorm)
     config = reference.config
     mask = SparseMask(
-        config.num_hidden_layers, config.hidden_size, binary=args.mask == "binary", **options
+        config.num_hidden_layers, config.hidden_size, binary=args.mask_kind == "binary", **options
     )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_step_equals_the_formula(arch, name, weights):
     method, reference, mask = METHODS[args.method], dict.fromkeys(("packed", "dense")), None
     if method.reference:
         reference = {reader: reference_of(arch, reader) for reader in reference}
-    if method.mask == "learned" and args.mask != "random":
+    if method.mask == "learned" and args.mask_kind != "random":
         mask = partial(mask_for, reference["dense"], args)
     pairs = without_cache(scored_pairs(2))
     pairs = weighted(pairs) if weights else pairs

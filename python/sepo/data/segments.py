@@ -41,7 +41,7 @@ def check_tokens(pair: TokenPair, vocabularies: Mapping[str, int]) -> None:
         if not 0 <= least <= largest < size:
             token = largest if largest >= size else least
             raise InputError(
-                f"row {pair.id}: token {token}, but the {role} has a vocabulary of {size}; "
+                f"pair {pair.id}: token {token}, but the {role} has a vocabulary of {size}; "
                 "it needs the tokenizer that made the pairs"
             )
 
@@ -65,7 +65,7 @@ def _segment(pair: TokenPair, side: str, selection: Selection) -> Segment:
         where = np.empty(0, np.int32)
     elif weight is not None:
         if selection.positions == "random":
-            raise InputError(f"row {pair.id}: it brings its own {side} weights, nothing to draw")
+            raise InputError(f"pair {pair.id}: it brings its own {side} weights, nothing to draw")
         _check_weight(weight, pair, side)
         where = weighted_positions(weight)
     elif selection.positions in ("all", "chosen"):
@@ -82,7 +82,7 @@ def _some_positions(pair: TokenPair, side: str, selection: Selection) -> np.ndar
     score = getattr(pair, f"{side}_score", None)
     if selection.positions == "selected" and score is None:
         raise InputError(
-            f"row {pair.id}: expected a score per {side} token (`sepo score` writes them) "
+            f"pair {pair.id}: expected a score per {side} token (`sepo score` writes them) "
             "or the user's own masks or weights"
         )
     try:
@@ -90,12 +90,12 @@ def _some_positions(pair: TokenPair, side: str, selection: Selection) -> np.ndar
             return selection.by_chance(len(getattr(pair, side)), side, pair.id)
         return selection.by_score(score, side)
     except InputError as error:
-        raise InputError(f"row {pair.id}, {side}: {error}") from error
+        raise InputError(f"pair {pair.id}, {side}: {error}") from error
 
 
 def _check_weight(weight: np.ndarray, pair: TokenPair, side: str) -> None:
     """Columns are checked as they are read; pairs made by hand come here unread."""
-    name = f"row {pair.id}: expected {side}_weight"
+    name = f"pair {pair.id}: expected {side}_weight"
     if len(weight) != len(getattr(pair, side)):
         raise InputError(
             f"{name} to hold {len(getattr(pair, side))} numbers, one a token, got {len(weight)}"

@@ -9,7 +9,7 @@ import numpy as np
 from sepo.errors import InputError
 
 Fraction = float | Literal["mass"]  # how many: a share of the tokens, or of the score they hold
-FirstToken = Literal["paper", "official"]
+FirstToken = Literal["paper", "released"]  # which was "official", and may be
 Positions = Literal["selected", "random", "all", "chosen"]
 
 
@@ -63,7 +63,7 @@ def select_positions(
     side: Literal["highest", "lowest"],
     *,
     mass: float = 0.8,  # 0 < mass <= 1, of "mass"
-    first_token: FirstToken = "paper",  # "official": as the released code, never the first of many
+    first_token: FirstToken = "paper",  # "released": as the released code, never the first of many
     min_tokens: int = 1,
 ) -> np.ndarray:  # (K,) int32 ascending
     """Positions of the K highest (chosen) or lowest (rejected) scores; ties go to the earlier.
@@ -129,7 +129,7 @@ def count_selected(
 ) -> int:
     """K = max(min_tokens, floor(fraction * T + 1e-9)), never more than T.
 
-    "official": T - 1 in place of T and no 1e-9, but a response of one token keeps it: the released
+    "released": T - 1 in place of T and no 1e-9, but a response of one token keeps it: the released
     code selects nothing of a short response and divides by zero.
     """
     if fraction == "mass" or not 0 < fraction <= 1:
@@ -141,7 +141,7 @@ def count_selected(
 
 
 def _first_candidate(num_tokens: int, first_token: FirstToken) -> int:
-    return 1 if first_token == "official" and num_tokens > 1 else 0
+    return 1 if first_token in ("released", "official") and num_tokens > 1 else 0
 
 
 def _count_of_mass(gain: np.ndarray, mass: float) -> int:  # (T,) float32 descending

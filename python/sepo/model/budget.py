@@ -62,7 +62,7 @@ def default_budget(
     again = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
     a_token = token_bytes(
         sizes,
-        kept="inputs" if again else "cheap" if args.recompute == "cheap" else "all",
+        kept="inputs" if again else "cheap" if args.selective_checkpointing else "all",
         itemsize=2 if sixteen else 4,
         fused=args.fused_layers != "none",
     )

@@ -72,7 +72,9 @@ def kept_logp(
     """Read what a store keeps of the reference; nothing is run. Raises InputError where it keeps none."""
     for pair in pairs:
         if pair.chosen_ref_logp is None or pair.rejected_ref_logp is None:
-            raise InputError(f"row {pair.id}: expected the reference's log-probabilities, got none")
+            raise InputError(
+                f"pair {pair.id}: expected the reference's log-probabilities, got none"
+            )
     return [(pair.chosen_ref_logp, pair.rejected_ref_logp) for pair in pairs]
 
 
@@ -81,7 +83,7 @@ def check_budget(pairs: list[TokenPair], max_tokens: int) -> None:
     for pair in pairs:
         if len(pair) > max_tokens:
             raise InputError(
-                f"row {pair.id}: {len(pair)} tokens, expected at most --max_tokens_per_batch "
+                f"pair {pair.id}: {len(pair)} tokens, expected at most --max_tokens_per_batch "
                 f"{max_tokens}; the longest pair has {max(map(len, pairs))}"
             )
 
@@ -107,7 +109,7 @@ def _check_finite(row: str, responses: tuple[np.ndarray, ...], model, role: str)
     for side, logp in zip(("chosen", "rejected"), responses, strict=True):
         if (bad := np.flatnonzero(~np.isfinite(logp))).size:
             raise InputError(
-                f"row {row}: the {role} ({dtype_name(model)}) gave the log-probability "
+                f"pair {row}: the {role} ({dtype_name(model)}) gave the log-probability "
                 f"{logp[bad[0]]} to {side} token {bad[0]}, expected a finite number; "
                 "check its weights, or score in float32"
             )

@@ -24,7 +24,7 @@ def settle_layers(
         args.fused_layers,
         base_of(model),
         args.device,
-        recompute=args.recompute,
+        selective=args.selective_checkpointing,
         compiled=args.torch_compile,
     )
     return f"{args.fused_layers} ({why})"
@@ -47,7 +47,7 @@ def place_and_prepare(
         model.to(args.device)
     base = base_of(model)
     if args.fused_layers == "liger" and (policy or why_not_liger(base, base.device) is None):
-        keep_products = args.recompute == "cheap"
+        keep_products = args.selective_checkpointing
         fuse_layers(model, args.liger_kernel_config, keep_products=keep_products)
     prepare_model(model, attn_impl=args.attn_impl)
 

@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
+from sepo.flags.selection import selection_flags, uses_mass
 from sepo.model.fingerprint import UNREAD, quick_hash
 from sepo.model.reference import CachedReference, LiveReference, Reference
 from sepo.model.routers import router_loss
@@ -59,13 +60,13 @@ OF_THE_OPTIMISER = {
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "mask_learning_rate", "mask_weight_decay", "optim_args",
 }  # fmt: skip
-SELECTION = ("fraction", "rejected_fraction", "mass", "first_token")
+SELECTION = ("select", "rejected_select", "fraction", "rejected_fraction", "mass", "first_token")
 # where a run lies and how it is told of, its identity, and what its identity has by contents
 NO_CHANGE = {
     "output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "disable_tqdm",
     "log_level", "log_level_replica", "log_on_each_node", "push_to_hub", "local_rank", "do_train",
     "do_eval", "do_predict", "trust_remote_code", "dtype", "use_peft", "logging_nan_inf_filter",
-    *SELECTION, *PRECISION, *RUN.keys() - {"seed"},
+    *SELECTION, *PRECISION, *RUN.keys() - {"seed", "reference"},  # which are flags by themselves
 }  # fmt: skip
 OTHERS = ("hub_", "trackio_", "lora_")  # the same by the beginning of a name
 
@@ -83,15 +84,15 @@ def describe_run(
     method = METHODS[args.method]
     selects = method.positions in ("selected", "random")
     lengths = np.stack([pairs.lengths, pairs.selected]).astype("<i8").tobytes()
-    fractions = (args.fraction, args.rejected_fraction)
+    selection = selection_flags(args)
     return {
         "method": args.method,
         "pairs": len(pairs),
         "pairs_per_step": args.pairs_per_step,
-        "fraction": args.fraction if selects else None,
-        "rejected_fraction": args.rejected_fraction if selects else None,
-        "mass": args.mass if selects and "mass" in fractions else None,
-        "first_token": args.first_token if selects else None,
+        "fraction": selection["fraction"] if selects else None,
+        "rejected_fraction": selection["rejected_fraction"] if selects else None,
+        "mass": selection["mass"] if selects and uses_mass(args) else None,
+        "first_token": selection["first_token"] if selects else None,
         "seed": data_seed(args),
         "contents": None,
         "scores": None,

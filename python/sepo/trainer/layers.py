@@ -70,7 +70,7 @@ def choose_fused(
     model: PreTrainedModel,
     device: torch.device,  # where it will run
     *,
-    recompute: str = "nothing",  # SePOConfig's
+    selective: bool = False,  # --selective_checkpointing
     compiled: bool = False,  # --torch_compile: the compiler is chosen already
 ) -> tuple[str, str]:
     """Decide what `wish` comes to, and why: (liger, compile or none; in words).
@@ -93,8 +93,8 @@ def choose_fused(
         return "none", f"auto, on a device of kind {device.type}"
     if reason is None:
         return "liger", "auto"
-    if recompute == "cheap":
-        why_none = "a compiled part hides its products from --recompute cheap"
+    if selective:
+        why_none = "a compiled part hides its GEMMs from --selective_checkpointing"
     else:
         why_none = None if has_triton() else "the compiler has no triton here"
     return ("none", f"{reason}, and {why_none}") if why_none else ("compile", reason)

@@ -26,7 +26,7 @@ def add_mask(model: nn.Module, reference: nn.Module, args: SePOConfig) -> None:
         reference.config.get_text_config(decoder=True).hidden_size,
         independent=args.independent_masks,
         layernorm=args.mask_layernorm,
-        binary=args.mask == "binary",
+        binary=args.mask_kind == "binary",
     )
     dtype = torch.promote_types(base.dtype, torch.float32)
     setattr(base, MASK, mask.to(base.device, dtype))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sepo.data.selection import Positions
+from sepo.flags.selection import uses_fraction, uses_mass
 from sepo.losses import (
     dpo_loss,
     dpop_logratio,
@@ -72,13 +73,14 @@ class Method:
         """The flags that a run looks at, of those that are not every method's."""
         names = {*self.settings}
         if self.positions in ("selected", "random"):
-            names |= {"fraction", "rejected_fraction", "first_token"}
-        if self.needs_score and "mass" in (args.fraction, args.rejected_fraction):
+            names |= {"select", "rejected_select", "rejected_fraction", "first_token"}
+            names |= {"fraction"} if uses_fraction(args) else set()
+        if self.needs_score and uses_mass(args):
             names |= {"mass"}
         if self.mask == "learned":
             names |= {"mask_learning_rate", "mask_weight_decay"}
         if self.reference is not None:
-            names |= {"reference_model_name_or_path"}
+            names |= {"reference"}
         return names
 
 
@@ -127,17 +129,17 @@ def _sparsepo(s: ResponseSums, a: SePOConfig) -> Tensor:
 
 
 def _masked_reward(s: ResponseSums, a: SePOConfig) -> Tensor:
-    return a.beta * (s.logratio + (s.kl if a.form == "code" else -s.kl))
+    return a.beta * (s.logratio + (s.kl if a.form == "released" else -s.kl))
 
 
-_LEARNED = "mask", "independent_masks", "mask_layernorm", "mask_l1", "kl_mask_l1"
+_LEARNED = "mask_kind", "independent_masks", "mask_layernorm", "mask_l1", "kl_mask_l1"
 _FORWARD, _REVERSE = "ref||policy", "policy||ref"
 _SEPO = dict(loss=_sepo, reward=lambda s, a: a.gamma * s.mean_logp, settings=("gamma", "margin"))
 _MASKED = dict(
     positions="all",
     reward=_masked_reward,
     reference="layers",
-    direction=lambda a: _FORWARD if a.form == "code" else _REVERSE,
+    direction=lambda a: _FORWARD if a.form == "released" else _REVERSE,
 )
 METHODS = {
     "sft": Method(
@@ -161,9 +163,9 @@ METHODS = {
     ),
     "dpop": Method(
         positions="all",
-        loss=lambda s, a: dpop_loss(s.logratio, beta=a.beta, penalty=a.penalty),
-        settings=("beta", "penalty"),
-        reward=lambda s, a: a.beta * dpop_logratio(s.logratio, a.penalty),
+        loss=lambda s, a: dpop_loss(s.logratio, beta=a.beta, penalty=a.dpop_lambda),
+        settings=("beta", "dpop_lambda"),
+        reward=lambda s, a: a.beta * dpop_logratio(s.logratio, a.dpop_lambda),
         reference="logp",
     ),
     "tdpo1": Method(
@@ -176,9 +178,9 @@ METHODS = {
     ),
     "tdpo2": Method(
         positions="all",
-        loss=lambda s, a: tdpo_loss(s.logratio, s.kl, beta=a.beta, variant=2, alpha=a.alpha),
-        settings=("beta", "alpha"),
-        reward=lambda s, a: a.beta * (s.logratio + a.alpha * s.kl),
+        loss=lambda s, a: tdpo_loss(s.logratio, s.kl, beta=a.beta, variant=2, alpha=a.tdpo2_alpha),
+        settings=("beta", "tdpo2_alpha"),
+        reward=lambda s, a: a.beta * (s.logratio + a.tdpo2_alpha * s.kl),
         reference="hidden",
         direction=lambda a: _FORWARD,
     ),
@@ -207,12 +209,19 @@ METHODS = {
 
 def idle_settings(args: SePOConfig) -> list[str]:
     """In words: flags that were given, but are of other methods or of another selection."""
-    reads = METHODS[args.method].reads(args)
+    method = METHODS[args.method]
+    reads = method.reads(args)
     others = {name for method in METHODS.values() for name in method.reads(args)} - reads
     if args.kl_mask_l1 == args.mask_l1:  # what it is where it wasn't given
         others -= {"kl_mask_l1"}
+    if method.needs_score:  # then it is the selection that has no use for it
+        others -= {"fraction"}
     given = given_of(args, *sorted(others))
     notes = [f"--{name} does nothing with --method {args.method}" for name in given]
     if "mass" not in reads and given_of(args, "mass"):
-        notes.append("--mass does nothing without --fraction mass")
+        notes.append("--mass does nothing without --select mass")
+    if method.needs_score and "fraction" not in reads and given_of(args, "fraction"):
+        notes.append("--fraction does nothing with --select mass")
+    if args.rejected_select == "mass" and args.rejected_fraction is not None:
+        notes.append("--rejected_fraction does nothing with --rejected_select mass")
     return notes

@@ -10,6 +10,7 @@ from sepo.data.segments import check_tokens, make_segments, num_selected
 from sepo.data.selection import Selection
 from sepo.data.types import CutPair, TokenPair
 from sepo.errors import InputError
+from sepo.flags.selection import selection_flags
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.methods import METHODS
 
@@ -71,7 +72,7 @@ class PreparedPairs(Sequence):
         longest = int(self.lengths.argmax())
         if budget is not None and self.lengths[longest] > budget:
             raise InputError(
-                f"row {self._pairs[longest].id}: expected at most {budget} tokens "
+                f"pair {self._pairs[longest].id}: expected at most {budget} tokens "
                 f"(--max_tokens_per_batch), got {self.lengths[longest]}, the most of all "
                 f"{len(self)} pairs: raise it to that, or lower --max_length"
             )
@@ -80,13 +81,10 @@ class PreparedPairs(Sequence):
 def selection_of(args: SePOConfig) -> Selection:
     """Which tokens a run uses."""
     method = METHODS[args.method]
-    draws_mask = method.mask == "learned" and args.mask == "random"
+    draws_mask = method.mask == "learned" and args.mask_kind == "random"
     return Selection(
         method.positions,
-        fraction=args.fraction,
-        rejected_fraction=args.rejected_fraction,
-        mass=args.mass,
-        first_token=args.first_token,
+        **selection_flags(args),
         mask="random" if draws_mask else None,
         seed=data_seed(args),
     )

@@ -32,5 +32,5 @@ def _masks(method: Method, args: SePOConfig) -> TokenMasks | None:
     if method.mask == "activation":
         return ActivationMasks(args.mask_norm)
     if method.mask == "learned":
-        return DrawnMasks() if args.mask == "random" else LearnedMasks()
+        return DrawnMasks() if args.mask_kind == "random" else LearnedMasks()
     return None

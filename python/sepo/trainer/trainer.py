@@ -102,7 +102,7 @@ class SePOTrainer(MaskedTrainer):
         self._vocabularies = {role: vocabulary(one) for role, one in models.items()}
         self.train_pairs = self._prepared(train_dataset, args)
         self._eval_pairs = each(self._prepared, eval_dataset, args)
-        if self.method.mask == "learned" and args.mask != "random":
+        if self.method.mask == "learned" and args.mask_kind != "random":
             add_mask(model, self.reference.model, args)
         self._reads = step_reads(self.method, args, self.reference, self._router_loss)
         run = None if self.train_pairs is None else describe_run(
@@ -125,7 +125,7 @@ class SePOTrainer(MaskedTrainer):
             lambda step: self._parts(self._train_plan(step)),
             partial(self._batches, self.train_pairs),
         )
-        if args.recompute == "cheap":
+        if args.selective_checkpointing:
             recompute_cheap(model)
         for one in models.values():
             compile_parts(one, args, self.accelerator)
@@ -202,7 +202,7 @@ class SePOTrainer(MaskedTrainer):
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         raise InputError(
             f"step {self.state.global_step + 1}: expected a finite loss and gradient, got the "
-            f"{whose} row {shown}; {self._whole()}: look at the data, or try a lower "
+            f"{whose} pair {shown}; {self._whole()}: look at the data, or try a lower "
             "--learning_rate"
         )
 
