@@ -5,7 +5,7 @@ Reading order: the public functions, their checks, the autograd Function, the op
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from sepo.ops.checks import (
 from sepo_kernels import platform
 from sepo_kernels.platform import accumulator
 from sepo_kernels.products import remark
-from sepo_kernels.registry import pick
+from sepo_kernels.registry import Impl, pick
 from sepo_kernels.selected_logprob import IMPLS
 from sepo_kernels.selected_logprob import schedule as plan
 from sepo_kernels.selected_logprob.loops import layout, new_kept
@@ -165,7 +165,7 @@ def explain_selected_logprob(
         plan.FROZEN_HEAD: "the head needs no gradient",
         plan.NO_GRAD: "nothing needs a gradient, or no_grad",
     }
-    reasons = (why[schedule],)
+    reasons: tuple[str, ...] = (why[schedule],)
     if not need_hidden and (need_weight or need_bias):
         reasons += ("hidden needs no gradient: its product is left out",)
     reasons += (*remark(hidden, layout.fused), source_of(budget, given, hidden.device))
@@ -206,7 +206,15 @@ def needs_grad(*tensors: Tensor | None) -> list[bool]:
     return [enabled and x is not None and x.requires_grad for x in tensors]
 
 
-def _schedule(chosen, hidden, weight, rows, bias, softcap, budget) -> tuple[str, int, plan.Layout]:
+def _schedule(
+    chosen: Impl,
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    budget: int | None,
+) -> tuple[str, int, plan.Layout]:
     need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
     sizes = layout(hidden, weight, softcap, chosen.fused(hidden.dtype))
     need_head = need_weight or need_bias
@@ -230,7 +238,14 @@ def out_of_memory(budget: int) -> Iterator[None]:
         ) from None
 
 
-def _check(hidden, weight, rows, targets, bias, softcap) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> None:
     check_head(hidden, weight, bias)
     check_indices(rows, targets)
     check_one_device(hidden, weight, rows, targets, bias)
@@ -239,7 +254,10 @@ def _check(hidden, weight, rows, targets, bias, softcap) -> None:
 
 class _SelectedLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+        scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+    ) -> Tensor:  # fmt: skip
         logp, lse, unit, kept = _fwd(
             hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl
         )
@@ -250,7 +268,7 @@ class _SelectedLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp):
+    def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
         grads = _bwd(grad_logp, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
         return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 7
@@ -271,33 +289,38 @@ torch.library.define(
     " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl)"
     " -> (Tensor, Tensor, Tensor)",
 )
-_BY_NAME = {impl.name: impl for impl in IMPLS}
+_BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 
 
-def _run_fwd(hidden, weight, bias, rows, targets, *args):
+def _run_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
         return _BY_NAME[args[-1]].fwd(hidden, weight, bias, as_int32(rows), targets, *args[:-1])
 
 
-def _run_bwd(grad_logp, hidden, weight, bias, rows, *args):
+def _run_bwd(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     head = (hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
         return _BY_NAME[args[-1]].bwd(grad_logp, *head, as_int32(rows), *args[:-1])
 
 
-def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
+def _fake_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+    scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     logp = hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
     M, sizes = rows.shape[0], layout(hidden, weight, softcap, _BY_NAME[impl].fused(hidden.dtype))
     kept = new_kept(hidden, schedule, M, plan.saved_rows(M, sizes, budget, schedule), sizes)
     return logp, torch.empty_like(logp), torch.empty_like(logp), kept
 
 
-def _fake_bwd(
-    grad_logp, hidden, weight, bias, rows, targets, logp, lse, unit, kept, scale, softcap,
-    schedule, budget, need_hidden, need_weight, need_bias, impl,
-):  # fmt: skip
+def _fake_bwd(grad_logp: Tensor, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    need_hidden, need_weight, need_bias = args[-4:-1]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),
