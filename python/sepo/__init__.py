@@ -7,13 +7,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what a type checker and an editor see; `__getattr__` gives the same
-    from sepo.config import SePOConfig
-    from sepo.trainer import SePOTrainer
+    from sepo.trainer.config import SePOConfig
+    from sepo.trainer.trainer import SePOTrainer
+
+from sepo import _moved
 
 __version__ = "0.1.0"
 __all__ = ["SePOConfig", "SePOTrainer"]
 
-_HOME = {"SePOConfig": "sepo.config", "SePOTrainer": "sepo.trainer"}
+_HOME = {"SePOConfig": "sepo.trainer.config", "SePOTrainer": "sepo.trainer"}
 
 
 def __getattr__(name: str):
@@ -23,4 +25,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME} - {"TYPE_CHECKING", "importlib"})
+    return sorted({*globals(), *_HOME} - {"TYPE_CHECKING", "importlib", "_moved"})
+
+
+_moved.install()

@@ -9,7 +9,7 @@ from tiny import random_scored_pairs
 from training_run import write_store
 
 from sepo.data import ScoredPair, TokenPair
-from sepo.data.store import ScoredStore
+from sepo.data.store.store import ScoredStore
 
 PAIRS = random_scored_pairs(7)
 

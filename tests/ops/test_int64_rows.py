@@ -5,7 +5,7 @@ import torch
 from ops import kl_cases, logprob_cases
 
 from sepo import ops
-from sepo.ops.checks import as_int32
+from sepo.ops._checks import as_int32
 from sepo_kernels.selected_logprob import IMPLS
 
 IMPL_NAMES = kl_cases.RUNNABLE  # both operations have the same ones

@@ -25,13 +25,15 @@ def test_operator_registration(impl, schedule, dtype):
     settings = (0.5, 4.0, schedule, 2 * 31 * 10)
     torch.library.opcheck(FWD, (*head, *settings, impl))
     if schedule != "no_grad":
-        logp, lse, unit, kept = FWD(*head, *settings, impl)
+        logp, lse, row_scale, saved = FWD(*head, *settings, impl)
         frozen = schedule == "frozen_head"
         needs = [(True, False, False), (True, True, True), (False, True, False)][
             : 1 if frozen else 3
         ]
         for need in needs:
-            torch.library.opcheck(BWD, (up, *head, logp, lse, unit, kept, *settings, *need, impl))
+            torch.library.opcheck(
+                BWD, (up, *head, logp, lse, row_scale, saved, *settings, *need, impl)
+            )
 
 
 # Dynamo makes an instance of every autograd Function it traces, and torch warns of it

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ops import implementations
 
 from sepo.data import select_positions
-from sepo.data.select import count_selected
+from sepo.data.selection import count_selected
 from sepo.errors import InputError
 from sepo.ops import segment_topk
 from sepo_kernels.segment_topk import IMPLS

@@ -10,17 +10,12 @@ from sepo.losses import (
     sparsepo_loss,
     tdpo_loss,
 )
-from sepo.ops import flops  # noqa: F401  registers the FLOP formulas
-from sepo.ops.labels import (
-    LabelRows,
-    labels_from_rows,
-    logprob_from_labels,
-    rows_from_labels,
-)
-from sepo.ops.segment_reduce import segment_mean, segment_sum
-from sepo.ops.segment_topk import SegmentTopk, segment_topk
-from sepo.ops.selected_logprob import Explanation, explain_selected_logprob, selected_logprob
-from sepo.ops.selected_logprob_kl import (
+from sepo.ops import _flops  # noqa: F401  registers the FLOP formulas
+from sepo.ops._labels import LabelRows, labels_from_rows, logprob_from_labels, rows_from_labels
+from sepo.ops._segment_reduce import segment_mean, segment_sum
+from sepo.ops._segment_topk import SegmentTopk, segment_topk
+from sepo.ops._selected_logprob import Explanation, explain_selected_logprob, selected_logprob
+from sepo.ops._selected_logprob_kl import (
     LogprobKL,
     explain_selected_logprob_kl,
     selected_logprob_kl,
