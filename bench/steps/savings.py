@@ -24,7 +24,8 @@ from bench.steps.objectives import loss, segments
 from sepo.data.pack import pack
 from sepo.data.segments import num_selected
 from sepo.data.types import CutPair, PackedBatch, ScoredPair, Segment
-from sepo.model.prepare import head, hidden_states, prepare_model, token_logprob
+from sepo.model.forward import head, hidden_states, token_logprob
+from sepo.model.prepare import prepare_model
 
 # logp (M,), the reference's or None, cu_rows (S + 1,)
 Found = tuple[Tensor, Tensor | None, Tensor]

@@ -12,7 +12,7 @@ from sepo.data.hidden import StoredHead
 from sepo.data.types import PackedBatch
 from sepo.errors import InputError
 from sepo.model.forward import Head, head, hidden_states, token_logprob, under_autocast
-from sepo.ops import selected_logprob_kl
+from sepo.ops import LogprobKL, selected_logprob_kl
 
 
 class CachedReference:
@@ -88,7 +88,7 @@ def token_logprob_kl(
     budget: int | None = None,  # bytes, see selected_logprob_kl
     impl: str = "auto",
     routers: list[Tensor] | None = None,  # the policy's, see hidden_states
-) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl: (M,) float32, nats
+) -> LogprobKL:  # logp, ref_logp, kl: (M,) float32, nats
     """Both models' log-probability of every selected token, and the KL divergence at its row.
 
     Gradients reach the policy alone. Cached rows are bfloat16: the result is that of a live
