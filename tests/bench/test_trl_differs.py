@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
-from bench.provider import missing
 from tiny import tiny_model
 from tokenizers_for_tests import chat, chatml_tokenizer, llama2_tokenizer, one
 
+from bench.contender import missing
 from bench.steps import trl
 from bench.steps.case import be_quiet
 from bench.steps.pairs import text
