@@ -5,7 +5,7 @@ Reading order: the public functions, their checks, the autograd Function, the op
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,13 +45,13 @@ def selected_logprob(
     There is no shift inside: rows[m] must be the state that predicts targets[m]. Index values
     are checked on the CPU; on a GPU that would wait, and what made them has checked them.
 
-    The work is scheduled by `budget` and by which inputs need a gradient, as told by
-    `explain_selected_logprob`. The result is the same up to the rounding of chunk sums: bit for bit
-    where budget, sizes and device are. By default it is 1 GiB on a CPU, on a GPU what saving dlogits
-    of every row takes (3 products), at most an eighth of its whole memory: what is free at the moment
-    is not asked, so a run that is resumed rounds as before. Under autocast the inputs are used in
-    the dtype they come in. The backward may run more than once (`retain_graph`); it cannot be
-    differentiated again.
+    `explain_selected_logprob` tells how the work is scheduled: by `budget` and by which inputs need
+    a gradient. The result is the same up to the rounding of chunk sums, and bit for bit where
+    budget, sizes and device are. By default the budget is 1 GiB on a CPU. On a GPU it is what
+    saving dlogits of every row takes (3 GEMMs), at most an eighth of its whole memory. What is free
+    at the moment is not asked, so a resumed run rounds as before. Under autocast the inputs are
+    used in the dtype they come in. The backward may run more than once (`retain_graph`); it cannot
+    be differentiated again.
 
     Args:
         hidden: (N, D) floating point with contiguous rows, the states after the final norm.
@@ -251,7 +251,14 @@ def out_of_memory(budget: int) -> Iterator[None]:
         ) from None
 
 
-def _check(hidden, weight, rows, targets, bias, softcap) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> None:
     check_head(hidden, weight, bias)
     check_indices(rows, targets)
     check_one_device(hidden, weight, rows, targets, bias)
@@ -260,7 +267,10 @@ def _check(hidden, weight, rows, targets, bias, softcap) -> None:
 
 class _SelectedLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+        scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+    ) -> Tensor:  # fmt: skip
         logp, lse, row_scale, saved = _fwd(
             hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl
         )
@@ -271,7 +281,7 @@ class _SelectedLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp):
+    def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
         grads = _bwd(grad_logp, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
         return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 7
@@ -292,23 +302,30 @@ torch.library.define(
     " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl)"
     " -> (Tensor, Tensor, Tensor)",
 )
-_BY_NAME = {impl.name: impl for impl in IMPLS}
+_BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 
 
-def _run_fwd(hidden, weight, bias, rows, targets, *args):
+def _run_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
         return _BY_NAME[args[-1]].fwd(hidden, weight, bias, as_int32(rows), targets, *args[:-1])
 
 
-def _run_bwd(grad_logp, hidden, weight, bias, rows, *args):
+def _run_bwd(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     head = (hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
         return _BY_NAME[args[-1]].bwd(grad_logp, *head, as_int32(rows), *args[:-1])
 
 
-def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
+def _fake_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+    scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     logp = hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
     M = rows.shape[0]
     layout = layout_of(hidden, weight, softcap, _BY_NAME[impl].fused(hidden.dtype))
@@ -317,10 +334,8 @@ def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, bud
     return logp, torch.empty_like(logp), torch.empty_like(logp), saved
 
 
-def _fake_bwd(
-    grad_logp, hidden, weight, bias, rows, targets, logp, lse, row_scale, saved, scale, softcap,
-    schedule, budget, need_hidden, need_weight, need_bias, impl,
-):  # fmt: skip
+def _fake_bwd(grad_logp: Tensor, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    need_hidden, need_weight, need_bias = args[-4:-1]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),

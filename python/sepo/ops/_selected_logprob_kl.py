@@ -3,7 +3,7 @@
 Reading order: the public functions, their checks, the autograd Function, the operator boundary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,7 +161,17 @@ def explain_selected_logprob_kl(
 
 
 def _check(
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, direction, scale, softcap
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    rows: Tensor,
+    targets: Tensor,
+    direction: str,
+    scale: float,
+    softcap: float | None,
 ) -> None:
     check_head(hidden, weight, bias)
     check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
@@ -185,10 +195,11 @@ def _check(
 class _SelectedLogprobKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, scale, softcap,
-        direction, schedule, budget, impl,
-    ):  # fmt: skip
-        ref = (ref_hidden, ref_weight, ref_bias)
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor,
+        ref_weight: Tensor, ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float,
+        softcap: float | None, direction: str, schedule: str, budget: int, impl: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ref: tuple[Tensor | None, ...] = (ref_hidden, ref_weight, ref_bias)
         settings = (scale, softcap, direction, schedule, budget)
         found = _fwd(hidden, weight, bias, *ref, rows, targets, *settings, impl)
         logp, ref_logp, kl = found[:3]
@@ -202,7 +213,9 @@ class _SelectedLogprobKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp, _, grad_kl):
+    def backward(
+        ctx: Any, grad_logp: Tensor, _: Tensor, grad_kl: Tensor
+    ) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
         grads = _bwd(grad_logp, grad_kl, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
         return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 11
@@ -226,10 +239,13 @@ torch.library.define(
     " float scale, float? softcap, str direction, str schedule, SymInt budget, bool need_hidden,"
     " bool need_weight, bool need_bias, str impl) -> (Tensor, Tensor, Tensor)",
 )
-_BY_NAME = {impl.name: impl for impl in IMPLS}
+_BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 
 
-def _run_fwd(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, *args):
+def _run_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor,
+    ref_bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     # autocast would also reach the products inside, and round the logits
@@ -238,8 +254,10 @@ def _run_fwd(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targe
 
 
 def _run_bwd(
-    grad_logp, grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, *args
-):
+    grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, rows: Tensor,
+    *args: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     upstream = (grad_logp, grad_kl)
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
@@ -247,15 +265,18 @@ def _run_bwd(
 
 
 def _fake_fwd(
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, scale, softcap,
-    direction, schedule, budget, impl,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor,
+    ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float, softcap: float | None,
+    direction: str, schedule: str, budget: int, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     kernels, M = _BY_NAME[impl].kernels, rows.shape[0]
     num_saved = schedules.saved_rows(M, kernels.layout_of(hidden, weight), budget, schedule)
     return outputs(kernels, hidden, weight, rows, schedule, num_saved)
 
 
-def _fake_bwd(grad_logp, grad_kl, hidden, weight, *args):
+def _fake_bwd(
+    grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     need_hidden, need_weight, need_bias = args[-4:-1]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),

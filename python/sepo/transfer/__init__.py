@@ -1,21 +1,5 @@
 """Carry an oracle's scores to a policy whose tokenizer is another."""
 
-from sepo.transfer.store import (
-    FRACTION,
-    MODELS,
-    OWNER,
-    add_arguments,
-    read_preferences,
-    run,
-    transfer_store,
-)
+from sepo.transfer.store import read_preferences, transfer_store
 
-__all__ = [
-    "FRACTION",
-    "MODELS",
-    "OWNER",
-    "add_arguments",
-    "read_preferences",
-    "run",
-    "transfer_store",
-]
+__all__ = ["read_preferences", "transfer_store"]

@@ -1,4 +1,4 @@
-"""The README's tables, made of bench/results: `python -m bench.readme` writes them, --check compares.
+"""The README's tables, made of bench/results: `python -m tools.readme` writes them, --check compares.
 
 A block begins with <!-- bench:TABLE MACHINE --> and ends with <!-- /bench -->; MACHINE names a file of
 bench/results. A table tells of one run: the latest of those that measured most of its contenders.
