@@ -79,8 +79,9 @@ def why_not(operator: str, device: torch.device) -> str | None:
     if MISSING is not None:
         return MISSING
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
-    known = key is not None and hasattr(torch.ops.sepo, operator)
-    if not known or not torch._C._dispatch_has_kernel_for_dispatch_key(f"sepo::{operator}", key):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    known = hasattr(torch.ops.sepo, operator)
+    if key is None or not known or not has_kernel(f"sepo::{operator}", key):
         return f"the native extension was built without a {device.type} kernel for {operator}"
     return None
 

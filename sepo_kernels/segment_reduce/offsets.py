@@ -14,8 +14,10 @@ def fwd(
 ) -> Tensor:  # (S,)
     # in double, because it adds one value after the other, and float32 would lose four digits of
     # 70 000; unsafe: skips a check that would synchronise
-    options = dict(offsets=cu_rows.long(), initial=0.0, unsafe=True)
-    return torch.segment_reduce(values.double(), "sum", **options).to(values.dtype)
+    sums = torch.segment_reduce(
+        values.double(), "sum", offsets=cu_rows.long(), initial=0.0, unsafe=True
+    )
+    return sums.to(values.dtype)
 
 
 def bwd(

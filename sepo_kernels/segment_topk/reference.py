@@ -21,7 +21,8 @@ def segment_topk(
         K = min(T, max(min_tokens, math.floor(fraction * T + 1e-9)))
         highest = side == "highest" or (side == "alternate" and segment % 2 == 0)
 
-        def rank(t, highest=highest):  # best first; NaN last on both sides; ties to the earlier
+        # best first; NaN last on both sides; ties to the earlier
+        def rank(t: int, highest: bool = highest) -> tuple[bool, float]:
             value = values[t]
             return (math.isnan(value), 0.0 if math.isnan(value) else -value if highest else value)
 

@@ -40,7 +40,14 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:  # (M, V) each -> (M,)
     return (log_p.exp() * ratio).sum(-1)
 
 
-def _log_softmax(hidden, weight, bias, rows, scale, softcap) -> Tensor:  # (M, V)
+def _log_softmax(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor,  # (M,)
+    scale: float,
+    softcap: float | None,
+) -> Tensor:  # (M, V)
     logits = hidden[rows] @ weight.T * scale
     if bias is not None:
         logits = logits + bias
