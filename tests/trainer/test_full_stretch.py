@@ -132,7 +132,7 @@ def test_cheap_things_are_made_again_and_products_are_not(tmp_path, arch, bf16):
 
 @pytest.mark.parametrize("flag", ["gradient_checkpointing", "torch_compile"])
 def test_one_way_to_recompute(tmp_path, flag):
-    with pytest.raises(InputError, match=f"--recompute cheap: expected without --{flag}"):
+    with pytest.raises(InputError, match=f"--selective_checkpointing: expected without --{flag}"):
         make_trainer(tmp_path, selective_checkpointing=True, **{flag: True})
 
 
