@@ -5,6 +5,8 @@
 
 import importlib
 
+from sepo.errors import needs
+
 __version__ = "0.1.0"
 __all__ = ["SePOConfig", "SePOTrainer"]
 
@@ -14,4 +16,5 @@ _HOME = {"SePOConfig": "sepo.config", "SePOTrainer": "sepo.trainer"}
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'sepo' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    with needs("train", f"sepo.{name}"):
+        return getattr(importlib.import_module(_HOME[name]), name)

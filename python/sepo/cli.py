@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
-from sepo.errors import InputError, exit_with_one_line
+from sepo import __version__
+from sepo.errors import EXTRAS, InputError, exit_with_one_line, needs
 from sepo.settings import check_settings
 
 
@@ -20,12 +22,19 @@ def main() -> None:
 def run(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     check_settings()
+    command = argv[0] if argv else "COMMAND"
+    with needs(command if command in EXTRAS else "train", f"sepo {command}"):
+        _run(argv)
+
+
+def _run(argv: list[str]) -> None:
     if argv and argv[0] == "train":  # SePOConfig has a parser of its own
         from sepo.train import main as train
 
         return train(argv[1:])
     parser = argparse.ArgumentParser(prog="sepo", description=__doc__)
     parser.error = _raise_input_error
+    parser.add_argument("--version", action="version", version=f"sepo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a policy, an oracle or a reference", add_help=False)
     for name, module_name, text in COMMANDS:
@@ -61,9 +70,7 @@ PACKAGES = (
 
 def env(args: argparse.Namespace) -> None:
     """Print what a bug report needs. What can't be found out is a line that says why."""
-    import sepo
-
-    print(f"sepo {sepo.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"sepo {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in PACKAGES:
         _show(name, lambda name=name: version(name))
     _show("compiler", lambda: _first_line(os.environ.get("CXX") or "c++", "--version"))
@@ -148,7 +155,6 @@ def _fast_dtype(device: str) -> str:
 def _implementations(device: str, dtype: str) -> str:
     """What `auto` comes to for tensors on this device."""
     torch = _torch()
-    from sepo import attention
     from sepo_kernels import segment_topk, selected_logprob, selected_logprob_kl
     from sepo_kernels.registry import pick
 
@@ -160,9 +166,17 @@ def _implementations(device: str, dtype: str) -> str:
         "top-k": pick(segment_topk.IMPLS, "auto", x[0], ids),
     }
     takes = {name: impl.name + " fused" * impl.fused(dtype) for name, impl in chosen.items()}
-    terms = attention.Terms(device=x.device, dtype=dtype, width=64, value_width=64, gradient=True)
-    takes["attention"] = attention.choose("auto", terms).name
+    takes["attention"] = _attention(x)
     return ", ".join(f"{operation} {name}" for operation, name in takes.items())
+
+
+def _attention(x) -> str:
+    if find_spec("transformers") is None:  # it is a function of transformers' interface
+        return "needs transformers"
+    from sepo import attention
+
+    terms = attention.Terms(device=x.device, dtype=x.dtype, width=64, value_width=64, gradient=True)
+    return attention.choose("auto", terms).name
 
 
 def _raise_input_error(message: str) -> None:
