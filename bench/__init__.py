@@ -6,7 +6,7 @@ providers/   the contenders, one file each        end_to_end/ whole steps beside
 kl_steps/    steps with a KL of both models       measure.py  clock and allocator
 roof.py      a product and a copy beside a case   base.py     the same cases at another commit
 report.py    tables and JSON lines                figure.py   the same as bars
-readme.py    the README's tables, from results/   gpu.py      everything on a GPU: `make gpu`
+readme.py    docs/benchmarks.md, of results/   gpu.py      everything on a GPU: `make gpu`
 dtypes.py    what a device multiplies fastest
 cost/        FLOP and bytes of a step             hours.py    GPU-hours made of them
 plan.py      how full and even the steps are
