@@ -53,9 +53,9 @@ def _cases(path: Path) -> list[Stage]:
     suites = [("head", head), ("kl", kl), ("select", topk)]
     absent = jobs.lacking("attention")
     if not absent:
-        from bench.operations import attention
+        from bench.operations import attention, block_mask
 
-        suites.append(("attention", attention))
+        suites += [("attention", attention), ("attention", block_mask)]
     found = []
     for group, module in suites:
         cases = sorted(module.cases("cuda"), key=lambda case: "large" not in case.name)

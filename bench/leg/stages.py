@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.leg import ledger
+from bench import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSED, FAILED, STOPPED, SKIPPED = "passed", "failed", "stopped", "skipped"
@@ -79,12 +79,21 @@ def _run(
         if code >= 0 and code != ledger.BROKEN:
             break
         how = signal.Signals(-code).name if code < 0 else "the device is broken"
-        deaths.append(f"its process died in {ledger.mark(path)} ({how})")
+        deaths.append(f"its process died in {mark(path)} ({how})")
     else:
         return FAILED, "; ".join(deaths)
     if code != 0:
         deaths.append(f"exit status {code}")
     return (FAILED, "; ".join(deaths)) if deaths else (PASSED, "")
+
+
+def mark(path: Path) -> str:
+    """The last thing that a dead process was at, which is marked."""
+    found = path.read_text().splitlines() if path.exists() else []
+    last = found[-1] if found and not found[-1].startswith(ledger.DEAD) else "its start"
+    with path.open("a") as file:
+        file.write(f"{ledger.DEAD}{last}\n")
+    return last
 
 
 def _wait(command: Sequence[str], env: dict[str, str], left: float) -> int | None:

@@ -93,20 +93,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def one_step(name: str, count: int, device: str):
     """A function: a SePO step of drawn pairs, with clipping and AdamW."""
-    from bench.end_to_end import job, models, ours, rows
-    from bench.end_to_end.objectives import SETTINGS
-    from bench.end_to_end.weights import Weights
+    from bench.steps import case, models, ours, pairs
+    from bench.steps.objectives import SETTINGS
 
-    job.be_quiet()
-    weights = Weights(models.load(name, device)[0])
-    drawn = rows.drawn_pairs(count, weights.model.config.vocab_size, 512)
-    rounds = rows.deal([rows.with_scores(pair) for pair in drawn], 1, count)
+    case.be_quiet()
+    weights = models.Weights(models.load(name, device)[0])
+    drawn = pairs.drawn_pairs(count, weights.model.config.vocab_size, 512)
+    rounds = pairs.deal([pairs.with_scores(pair) for pair in drawn], 1, count)
     bf16 = device == "cuda"
     contender = ours.contender("sepo", "sepo", weights, rounds, SETTINGS["sepo"], bf16=bf16)
     contender.lower()
 
     def step() -> None:
-        contender.step(1)
+        contender.run(1)
         weights.finish()
 
     return step

@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:  # run as a program
     sys.path[:1] = [str(Path(__file__).resolve().parents[2])]
 
-from bench.leg import ledger  # noqa: E402
+from bench import ledger  # noqa: E402
 
 FOUND = 9  # the exit status that it is told to take when it has found something
 SUMMARY = "ERROR SUMMARY"  # its last line, and racecheck's begins otherwise

@@ -7,10 +7,12 @@ Python stays as it is, and nothing is looked up anywhere.
 """
 
 import argparse
+import email
 import importlib.metadata
 import platform
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,10 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def install(wheels: Path = WHEELS, site: Path = SITE) -> int:
-    """Those of the folder that this Python does not have, into `site`; PYTHONPATH names it."""
-    names = sorted({file.name.partition("-")[0].replace("_", "-") for file in wheels.glob("*.whl")})
+    """Those of the folder that this Python does not have, into `site`; PYTHONPATH names it.
+
+    Left out, and said, is what needs another version than this Python has, and what needs that:
+    half a package is found, and then can't be imported.
+    """
+    files = {file.name.partition("-")[0].replace("_", "-"): file for file in wheels.glob("*.whl")}
+    names = sorted(files)
     lacking = [name for name in names if not is_here(name)]
     print(f"carried: {', '.join(names) or 'nothing'}; lacking: {', '.join(lacking) or 'nothing'}")
+    left_out = unmet({name: files[name] for name in lacking})
+    for name, reason in left_out.items():
+        print(f"{name} is left out: {reason}")
+    lacking = [name for name in lacking if name not in left_out]
     if not lacking:
         return 0
     # a dependency that nobody carried is named by whatever can't be imported for want of it
@@ -54,6 +65,38 @@ def install(wheels: Path = WHEELS, site: Path = SITE) -> int:
     return subprocess.call(
         [*pip, "--no-index", "--find-links", wheels, "--target", site, "--upgrade", *lacking]
     )
+
+
+def unmet(wheels: dict[str, Path]) -> dict[str, str]:
+    """Name -> what keeps a wheel from working with what this Python has."""
+    try:
+        from packaging.requirements import Requirement
+        from packaging.utils import canonicalize_name
+    except ImportError:  # of a machine with torch alone, which has no versions that could clash
+        return {}
+    needed = {name: list(map(Requirement, _requires(file))) for name, file in wheels.items()}
+    found: dict[str, str] = {}
+    while True:
+        more = {}
+        for name in needed.keys() - found.keys():
+            for one in needed[name]:
+                if one.marker is not None and not one.marker.evaluate({"extra": ""}):
+                    continue
+                if (other := canonicalize_name(one.name)) in found:
+                    more[name] = f"it needs {other}"
+                elif is_here(other):
+                    here = importlib.metadata.version(other)
+                    if not one.specifier.contains(here, prereleases=True):
+                        more[name] = f"it needs {other} {one.specifier}, got {here}"
+        if not more:
+            return dict(sorted(found.items()))
+        found |= more
+
+
+def _requires(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name)).get_all("Requires-Dist", [])
 
 
 def is_here(name: str) -> bool:

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from examples.precision.arithmetic import Float64Only, tf32
-from sepo.data.select import random_positions, select_positions
+from sepo.data.selection import random_positions, select_positions
 from sepo.data.types import TokenPair
 from sepo.demo import evaluate
-from sepo.model import load_model
-from sepo.response_logp import response_logp
+from sepo.model.prepare import load_model
+from sepo.score.logp import response_logp
 
 MAX_TOKENS = 1024  # of a batch
 # what a user may do: the arithmetic of the oracle's pass, that of the reference's

@@ -21,19 +21,19 @@ import transformers
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from examples.precision import overlap
-from sepo.config import SePOConfig
-from sepo.data.read import read_pairs
-from sepo.data.store import ScoredStore
+from sepo.data.read.read import read_pairs
+from sepo.data.store.store import ScoredStore
 from sepo.data.types import TokenPair
 from sepo.demo import DATA
 from sepo.demo.evaluate import clustered_mean, kl_per_token
 from sepo.demo.judge import sentiment
 from sepo.demo.run import ORACLE, POLICY, continue_openings, read_lines, score, train
+from sepo.demo.smollm2 import save_smollm2
 from sepo.errors import InputError
-from sepo.model import load_model, load_tokenizer
-from sepo.score import score_dataset
-from sepo.smollm2 import save_smollm2
-from sepo.trainer import SePOTrainer
+from sepo.model.prepare import load_model, load_tokenizer
+from sepo.score.score import score_dataset
+from sepo.trainer.config import SePOConfig
+from sepo.trainer.trainer import SePOTrainer
 
 ORACLE_PAIRS = 160  # the demo's: one pass is its 40 steps
 POLICY_ORACLE = 40  # steps

@@ -32,19 +32,19 @@ from frontier_report import write_report
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sepo
-from sepo.data.files import Atomic
-from sepo.data.read import read_pairs
-from sepo.data.store import ScoredStore
+from sepo.data.read.read import read_pairs
+from sepo.data.store.store import ScoredStore
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.demo import DATA
 from sepo.demo.evaluate import Estimate, clustered_mean, first_of_each, token_kl
 from sepo.demo.judge import sentiment
 from sepo.demo.run import continue_openings, read_lines, score, train
 from sepo.demo.sample import Completion
+from sepo.demo.smollm2 import save_smollm2
 from sepo.errors import InputError, exit_with_one_line
-from sepo.methods import METHODS
-from sepo.model import load_model, load_tokenizer
-from sepo.smollm2 import save_smollm2
+from sepo.model.prepare import load_model, load_tokenizer
+from sepo.system.files import Atomic
+from sepo.trainer.methods import METHODS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULT = "result.json"

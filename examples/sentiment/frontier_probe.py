@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from frontier_masks import states_of, summary, words
 from torch import Tensor
 
-from sepo.data.read import read_pairs
+from sepo.data.read.read import read_pairs
 from sepo.data.types import TokenPair
 from sepo.demo import DATA
 from sepo.errors import exit_with_one_line
 from sepo.masks import load_mask
-from sepo.model import load_model, load_tokenizer
+from sepo.model.prepare import load_model, load_tokenizer
 
 TRAINED_ON = 96  # pairs, of those that the policies are trained on
 DECAY = 1e-3

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sepo.demo import DATA
 from sepo.demo.judge import sentiment
 from sepo.demo.sample import Completion, end_tokens, sample
-from sepo.smollm2 import save_smollm2
+from sepo.demo.smollm2 import save_smollm2
 
 
 def main() -> None:

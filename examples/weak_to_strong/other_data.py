@@ -8,7 +8,7 @@ alone; its oracle has never seen a pair of B. Stages that small_oracle.py has ma
 
 from stages import Stages, parser
 
-from sepo.smollm2 import save_smollm2
+from sepo.demo.smollm2 import save_smollm2
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stages import Stages, parser
 
-from sepo.smollm2 import save_smollm2
+from sepo.demo.smollm2 import save_smollm2
 
 HERE = Path(__file__).parent
 REPAIR = "--method sft --learning_rate 1e-3 --num_train_epochs 2 --pairs_per_step 16 --seed 0"

@@ -19,13 +19,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sepo.data.segments import make_segments
-from sepo.data.store import ScoredStore
+from sepo.data.store.store import ScoredStore
 from sepo.demo import DATA
 from sepo.demo.evaluate import clustered_mean, kl_per_token, response_logp
 from sepo.demo.judge import sentiment
 from sepo.demo.lexicon import in_lexicon
 from sepo.demo.sample import sample
-from sepo_kernels.platform import fast_dtype
+from sepo_kernels.devices import fast_dtype
 
 FRACTION, SEED = 0.3, 0
 FILMS_PER_TEMPLATE = 12  # consecutive openings that differ by their film alone
@@ -142,7 +142,7 @@ def parser(about: str) -> argparse.ArgumentParser:
 
 def sepo(command: str) -> None:
     print(f"sepo {' '.join(command.split())}", flush=True)
-    subprocess.run([sys.executable, "-m", "sepo.cli", *shlex.split(command)], check=True)
+    subprocess.run([sys.executable, "-m", "sepo.commands.main", *shlex.split(command)], check=True)
 
 
 # Measurements

@@ -4,7 +4,7 @@ Arguments are SePOConfig's, on the command line or in `--config run.yaml`; the c
 """
 
 from sepo.errors import InputError, exit_with_one_line, in_one_line, needs
-from sepo.settings import check_settings
+from sepo.system.settings import check_settings
 
 if __name__ == "__main__":
     with in_one_line():  # before the imports that read the environment
@@ -20,24 +20,24 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sepo.adapters import lora_config, quantization_config
-from sepo.arguments import parse
-from sepo.checkpoints import completed_step
-from sepo.config import SePOConfig
-from sepo.data.load import default_split
-from sepo.data.read import read_pairs
-from sepo.data.store import ScoredStore, is_store
+from sepo.data.read.load import default_split
+from sepo.data.read.read import read_pairs
+from sepo.data.store.store import ScoredStore, is_store
 from sepo.data.types import TokenPair
-from sepo.folder import ModelFolder, find_folder
-from sepo.inherited import given_of
-from sepo.lock import contents, lock
-from sepo.methods import METHODS
-from sepo.model import explain_attention, load_model, load_tokenizer
-from sepo.options import say_idle
-from sepo.reference import Reference, cached_reference, load_reference
-from sepo.resumable import of_rank_0
+from sepo.flags.options import say_idle
+from sepo.model.folder import ModelFolder, find_folder
+from sepo.model.prepare import explain_attention, load_model, load_tokenizer
+from sepo.model.reference import Reference, cached_reference, load_reference
+from sepo.system.lock import contents, lock
 from sepo.terminal import release_warnings, say
-from sepo.trainer import SePOTrainer
+from sepo.trainer.adapters import lora_config, quantization_config
+from sepo.trainer.arguments import parse
+from sepo.trainer.checkpoints import completed_step
+from sepo.trainer.config import SePOConfig
+from sepo.trainer.inherited import given_of
+from sepo.trainer.methods import METHODS
+from sepo.trainer.resume import of_rank_0
+from sepo.trainer.trainer import SePOTrainer
 
 
 def main(argv: list[str] | None = None) -> None:

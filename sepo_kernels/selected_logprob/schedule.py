@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from sepo_kernels import waves
-from sepo_kernels.platform import accumulator, row_stride
+from sepo_kernels.devices import accumulator, row_stride
 
 SAVE, PARTIAL, RECOMPUTE = "save", "partial", "recompute"
 FROZEN_HEAD, NO_GRAD = "frozen_head", "no_grad"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from sepo_kernels import waves
-from sepo_kernels.platform import accumulator, row_stride
+from sepo_kernels.devices import accumulator, row_stride
 from sepo_kernels.selected_logprob.schedule import (
     DEFAULT_BUDGET,
     FROZEN_HEAD,
@@ -209,7 +209,7 @@ def saved_gradient(M: int, layout: Layout, budget: int, schedule: str) -> Gradie
     return Gradient(rows, chunk_columns(rows, layout, budget - rows * layout.kept))
 
 
-def made_gradient(M: int, layout: Layout, budget: int, schedule: str) -> Gradient:
+def chunk_gradient(M: int, layout: Layout, budget: int, schedule: str) -> Gradient:
     """Of a chunk of rows whose blocks are made where it is."""
     saved = saved_rows(M, layout, budget, schedule)
     rows = chunk_rows(M, layout, budget, schedule, backward=schedule != FROZEN_HEAD)
@@ -233,7 +233,7 @@ def bytes_alive(
     alive = saved_gradient(M, layout, budget, schedule).bytes(layout) if saved else 0
     if schedule == SAVE:
         return M * layout.kept + max(fwd * layout.scratch, alive)
-    made = made_gradient(M, layout, budget, schedule)
+    made = chunk_gradient(M, layout, budget, schedule)
     both = made.rows * (layout.kept + layout.scratch) + made.bytes(layout)
     if schedule == FROZEN_HEAD:
         return both

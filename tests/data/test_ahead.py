@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from sepo.data.ahead import ahead
+from sepo.model.ahead import ahead
 
 
 def names():

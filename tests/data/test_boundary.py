@@ -12,7 +12,7 @@ from tokenizers_for_tests import (
     text_ids,
 )
 
-from sepo.data.formats import Drop, Why
+from sepo.data.read.formats import Drop, Why
 
 # pieces that merge across the boundary, that byte-level BPE splits, that trimming eats
 PIECES = ["\n", " ", "Hello", "The river", "é", "e\u0301", "😀", "\u3000", "a", "\u200d", "[/INST]"]

@@ -20,8 +20,8 @@ from tokenizers_for_tests import (
 from vocabularies import ALL, NASTY, TRAINED
 
 from sepo.data import transfer_scores, transfer_selection
-from sepo.data.crossvocab import TokenBytes, shift
-from sepo.data.render import spans
+from sepo.data.align import TokenBytes, shift
+from sepo.data.read.render import spans
 from sepo.errors import InputError
 
 

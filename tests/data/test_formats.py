@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from sepo.data.formats import Drop, Preference, Why, find_format, read_row
+from sepo.data.read.formats import Drop, Preference, Why, find_format, read_row
 from sepo.errors import InputError
 
 USER = {"role": "user", "content": "Which river?"}

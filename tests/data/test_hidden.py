@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sepo.data import all_positions, pack, truncate
 from sepo.data.hidden import HEAD_FILE, HiddenFile, HiddenRows, StoredHead, check_room, size_name
-from sepo.data.store import ScoredStore, StoreWriter
+from sepo.data.store.store import ScoredStore, StoreWriter
 from sepo.data.types import ScoredPair
 from sepo.errors import InputError
 

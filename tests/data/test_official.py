@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_tokenizer
 
-from sepo.data.formats import Drop, Why, find_format, read_row
-from sepo.data.official import COLUMNS
-from sepo.data.read import read_pairs
+from sepo.data.read.formats import Drop, Why, find_format, read_row
+from sepo.data.read.read import read_pairs
+from sepo.data.read.sepo_csv import COLUMNS
 from sepo.data.segments import make_segments
-from sepo.data.select import select_positions
+from sepo.data.selection import select_positions
 from sepo.errors import InputError
 
 datasets = pytest.importorskip("datasets")

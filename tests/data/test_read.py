@@ -6,9 +6,9 @@ import sys
 import pytest
 from tokenizers_for_tests import chatml_tokenizer, plain_tokenizer
 
-from sepo.data.formats import Why
-from sepo.data.read import REPEATED_ID, read_pairs
-from sepo.data.tokenise import Note
+from sepo.data.read.formats import Why
+from sepo.data.read.read import REPEATED_ID, read_pairs
+from sepo.data.read.tokenise import Note
 from sepo.errors import InputError
 
 datasets = pytest.importorskip("datasets")

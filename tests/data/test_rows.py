@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers_for_tests import chatml_tokenizer, plain_tokenizer
 
-from sepo.data.load import is_rows, load_rows
-from sepo.data.read import read_pairs
-from sepo.data.reasons import Why
+from sepo.data.read.load import is_rows, load_rows
+from sepo.data.read.read import read_pairs
+from sepo.data.read.reasons import Why
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sepo.data import all_positions, random_positions, select_positions
-from sepo.data.select import count_selected, random_mask, weighted_positions
+from sepo.data.selection import count_selected, random_mask, weighted_positions
 from sepo.errors import InputError
 
 

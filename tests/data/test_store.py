@@ -15,7 +15,7 @@ from manifests import manifest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sepo.data.store import (
+from sepo.data.store.store import (
     FORMAT,
     ScoredStore,
     StoreWriter,
@@ -26,7 +26,7 @@ from sepo.data.store import (
 )
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
-from sepo.lock import lock
+from sepo.system.lock import lock
 
 FIELDS = list(ScoredPair.__dataclass_fields__)
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from template_table import BEGIN, END, PAGE, ROWS, TEMPLATES, outcome, table, template
+from transformers.utils import chat_template_utils
 
-from sepo.data.reasons import Drop, Note, Why
+from sepo.data.read.reasons import Drop, Note, Why
 
 NOTHING, REASONED = (), ("\nIt is long.\n", "\nIt is short.\n")
 # template -> of a plain row: the prompt, what ends a response
@@ -102,6 +103,14 @@ def test_reasoning_in_a_field_of_its_own(name):
         assert chosen.startswith("Le Rhin.") and Note.LOST_RESPONSE in notes
 
 
+def test_reasoning_reaches_a_template_that_reads_the_other_name(monkeypatch):
+    """The first transformers that are declared hand messages over as they are."""
+    as_it_is = lambda chat: chat
+    monkeypatch.setattr(chat_template_utils, "_alias_reasoning_fields", as_it_is, raising=False)
+    _, chosen, _, notes = outcome("gpt_oss", "reasoning_content")
+    assert "<|message|>It is long.<|end|>" in chosen and notes == NOTHING
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_earlier_turn_may_lose_its_reasoning_as_it_does_at_inference(name):
     prompt, *_, notes = outcome(name, "earlier")
@@ -144,7 +153,7 @@ def test_tools_that_a_template_does_not_know(name):
 
 def test_the_page_is_as_the_script_writes_it():
     found = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    assert found.strip() == table(), "python tests/template_table.py writes it"
+    assert found.strip() == table(), "python tests/helpers/template_table.py writes it"
 
 
 TRLS = {  # template -> the file in which TRL carries the model's own

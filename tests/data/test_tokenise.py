@@ -17,8 +17,8 @@ from tokenizers_for_tests import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sepo.data.formats import Drop, Preference, Why
-from sepo.data.tokenise import Note, Tokenised, tokenise
+from sepo.data.read.formats import Drop, Preference, Why
+from sepo.data.read.tokenise import Note, Tokenised, tokenise
 from sepo.errors import InputError
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from whole_stores import flip, read_all, write_whole
 
 from sepo.data.hidden import HEAD_FILE
-from sepo.data.store import MANIFEST, ScoredStore, verify_store
+from sepo.data.store.store import MANIFEST, ScoredStore, verify_store
 from sepo.errors import InputError
 
 OLD = Path(__file__).parents[1] / "fixtures" / "old_store"  # written before there were checksums

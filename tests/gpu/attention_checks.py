@@ -10,7 +10,7 @@ from tiny import V, tiny_model
 from bench.measure import peak_bytes
 from sepo.attention import Layout
 from sepo.data import all_positions, pack, truncate
-from sepo.model import prepare_model, token_logprob
+from sepo.model.prepare import prepare_model, token_logprob
 
 # blocks of 128 rows that are whole, part and empty; a rejected response that is missing
 LENGTHS = [(150, 70, 200), (5, 0, 40), (60, 90, 0), (1, 1, 1), (33, 140, 20)]

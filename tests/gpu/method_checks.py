@@ -9,11 +9,11 @@ from tiny import random_scored_pairs, tiny_model
 from sepo import SePOConfig
 from sepo.data import pack
 from sepo.masks import SparseMask, num_layers
-from sepo.methods import METHODS, reduce_segments
-from sepo.model import prepare_model
-from sepo.prepared import PreparedPairs
-from sepo.reference import LiveReference
-from sepo.tokens import MASK, TokenStep
+from sepo.model.prepare import prepare_model
+from sepo.model.reference import LiveReference
+from sepo.trainer.methods import METHODS, reduce_segments
+from sepo.trainer.pairs import PreparedPairs
+from sepo.trainer.step import MASK, TokenStep
 
 CASES = {
     "tdpo1": {},

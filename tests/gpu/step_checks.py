@@ -11,7 +11,7 @@ from tiny import random_scored_pairs, tiny_model
 from bench.measure import peak_bytes
 from sepo.data import pack
 from sepo.data.segments import make_segments
-from sepo.model import prepare_model
+from sepo.model.prepare import prepare_model
 from sepo.ops import segment_mean, segment_topk, selected_logprob, selected_logprob_kl
 from sepo_kernels.selected_logprob_kl.chunked import TILE_BYTES
 

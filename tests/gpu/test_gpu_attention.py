@@ -7,7 +7,7 @@ from gpu.test_gpu_waits import nothing_waits
 
 from sepo.attention import varlen
 from sepo.errors import InputError
-from sepo.model import explain_attention, prepare_model
+from sepo.model.prepare import explain_attention, prepare_model
 
 # Dynamo's and Inductor's warnings are about themselves
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

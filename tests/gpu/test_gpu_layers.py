@@ -6,8 +6,8 @@ from accelerate.utils import TorchDynamoPlugin
 from gpu.step_checks import layers_agree
 from test_full_stretch import compiled
 
-from sepo.fused import fuse_layers
-from sepo.layers import compile_layers
+from sepo.trainer.fused import fuse_layers
+from sepo.trainer.layers import compile_layers
 
 HOW = ("liger", "compile")
 DTYPES = (None, torch.bfloat16)

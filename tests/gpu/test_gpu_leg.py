@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import pytest
 import torch
 from gpu.test_gpu_stages import python
 
-from bench import gpu, jobs, report, run
-from bench.leg import ledger, plan, watched, wheels
+from bench import gpu, jobs, ledger, report, run
+from bench.leg import plan, watched, wheels
 from bench.leg import trace as tracing
 from bench.leg.found import summary
 from bench.leg.stages import Result, run_stages
@@ -210,26 +211,42 @@ def test_where_stages_run(device):
     assert report.default_path("cuda").name == "nvidia-test-1.jsonl"
 
 
-def test_carried_wheels_are_installed_where_they_lack(tmp_path, capfd):
-    import zipfile
+def write_wheel(folder: Path, name: str, *needs: str) -> None:
+    about = f"{name}-9.1.dist-info"
+    lines = "Metadata-Version: 2.1", f"Name: {name}", "Version: 9.1"
+    with zipfile.ZipFile(folder / f"{name}-9.1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "")
+        needed = [f"Requires-Dist: {need}" for need in needs]
+        wheel.writestr(f"{about}/METADATA", "\n".join((*lines, *needed)))
+        wheel.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
+        )
+        wheel.writestr(f"{about}/RECORD", "")
 
+
+def test_carried_wheels_are_installed_where_they_lack(tmp_path, capfd):
     folder, site = tmp_path / "wheels", tmp_path / "site"
     folder.mkdir()
     for name in ("sepo_carried", "torch"):  # of which one is here
-        about = f"{name}-9.1.dist-info"
-        with zipfile.ZipFile(folder / f"{name}-9.1-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(f"{name}.py", "")
-            wheel.writestr(
-                f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.1"
-            )
-            wheel.writestr(
-                f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
-            )
-            wheel.writestr(f"{about}/RECORD", "")
+        write_wheel(folder, name)
     assert wheels.install(folder, site) == 0
     assert (site / "sepo_carried.py").exists() and not (site / "torch.py").exists()
     assert "lacking: sepo-carried" in capfd.readouterr().out
     assert wheels.install(tmp_path / "none", site) == 0
+
+
+def test_carried_wheels_that_clash_with_what_is_there_are_left_out(tmp_path, capfd):
+    """As pandas 3 does with numpy 2.0: datasets would be found, and could not be imported."""
+    folder, site = tmp_path / "wheels", tmp_path / "site"
+    folder.mkdir()
+    write_wheel(folder, "sepo_newer", "torch>=99", 'numpy>=99; extra == "more"')
+    write_wheel(folder, "sepo_of_newer", "sepo-newer")
+    write_wheel(folder, "sepo_fine", "torch>=2", "sepo-absent>=3", 'numpy>=99; extra == "more"')
+    assert wheels.install(folder, site) == 0
+    assert [file.name for file in site.glob("*.py")] == ["sepo_fine.py"]
+    said = capfd.readouterr().out
+    assert "sepo-newer is left out: it needs torch >=99, got 2." in said
+    assert "sepo-of-newer is left out: it needs sepo-newer" in said and said.count("left out") == 2
 
 
 def test_a_trace_in_words():
@@ -266,12 +283,15 @@ def test_benchmark_fails_if_ours_is_wrong_or_missing(monkeypatch, tmp_path, stat
 
         def gate(self):
             gated = [s.replace("measured", "passed") for s in statuses]
-            rows = [Row("head", "case", f"sepo:{s}", "", s, ours=True) for s in gated]
-            return [*rows, Row("head", "case", "peer", "", "refused", ours=False)]
+            self.rows = [Row("head", "case", f"sepo:{s}", s, ours=True) for s in gated]
+            self.rows.append(Row("head", "case", "peer", "refused"))
 
         def finish(self):
-            rows = [Row("head", "case", f"sepo:{s}", "", s, ours=True) for s in statuses]
-            return [*rows, Row("head", "case", "peer", "", "measured", ours=False)]
+            self.rows = [Row("head", "case", f"sepo:{s}", s, ours=True) for s in statuses]
+            self.rows.append(Row("head", "case", "peer", "measured"))
+
+        def records(self):
+            return [row.record() for row in self.rows]
 
     monkeypatch.setattr(jobs, "jobs", lambda *suites, **options: [Job()] if statuses else [])
     monkeypatch.setattr(report, "machine", lambda device: Device.name)

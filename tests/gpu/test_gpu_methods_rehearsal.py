@@ -3,7 +3,7 @@
 import pytest
 from gpu import method_checks as checks
 
-from sepo import tokens
+from sepo.trainer import step as tokens
 
 
 @pytest.mark.parametrize("case", checks.CASES)

@@ -8,8 +8,8 @@ from gpu import step_checks
 from gpu.attention_checks import LENGTHS, SHAPE, batch_of
 from tiny import tiny_model
 
-from sepo.feed import feed
-from sepo.model import prepare_model
+from sepo.model.feed import feed
+from sepo.model.prepare import prepare_model
 
 # entering the mode warns that it is a prototype
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

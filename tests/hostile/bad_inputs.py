@@ -8,9 +8,9 @@ from enum import Enum
 from pathlib import Path
 from types import NoneType
 
-from sepo.config import CHOICES, NOT_NEGATIVE, POSITIVE, SEEDS, SePOConfig
-from sepo.inherited import FIELDS, Refused
-from sepo.values import kinds
+from sepo.flags.values import kinds
+from sepo.trainer.config import CHOICES, NOT_NEGATIVE, POSITIVE, SEEDS, SePOConfig
+from sepo.trainer.inherited import FIELDS, Refused
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from test_trainer import make_trainer
 from whole_stores import read_all, whole_pairs, write_whole
 
-from sepo.checkpoints import find_checkpoint, read_mark
 from sepo.errors import InputError
+from sepo.trainer.checkpoints import find_checkpoint, read_mark
 
 REFUSED, HARMLESS, SILENT = "refused", "harmless", "silent"
 

@@ -16,7 +16,7 @@ from odd_inputs import odd_cases
 from processes import ENVIRONMENT
 from training_run import make_run
 
-from sepo import cli
+from sepo.commands import main as cli
 from sepo.errors import exit_with_one_line
 
 ALL = [*cases(), *odd_cases()]
@@ -92,9 +92,9 @@ def in_this_process(argv: list[str], capfd) -> tuple[int | None, str, bool]:
 
 
 def in_a_process(argv: list[str], folder: Path, environment: dict) -> tuple[int | None, str, bool]:
-    """The same of `python -m sepo.cli`, which may use some memory and no more."""
+    """The same of `python -m sepo.commands.main`, which may use some memory and no more."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "sepo.cli", *argv],
+        [sys.executable, "-m", "sepo.commands.main", *argv],
         cwd=folder,
         env=ENVIRONMENT | environment,
         stdout=subprocess.DEVNULL,

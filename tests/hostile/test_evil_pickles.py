@@ -14,13 +14,13 @@ from test_trainer import make_trainer
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import write_store
 
-from sepo.checkpoints import MARK
-from sepo.data.manifest import sealed
-from sepo.data.read import read_pairs
-from sepo.data.store import verify_store
-from sepo.fingerprint import checkpoint_hash
-from sepo.model import load_model, load_tokenizer
+from sepo.data.read.read import read_pairs
+from sepo.data.store.manifest import sealed
+from sepo.data.store.store import verify_store
+from sepo.model.fingerprint import checkpoint_hash
+from sepo.model.prepare import load_model, load_tokenizer
 from sepo.report.runs import read_run
+from sepo.trainer.checkpoints import MARK
 
 
 class Evil:

@@ -12,12 +12,12 @@ from tokenizers_for_tests import chatml_tokenizer
 sys.path.append(str(Path(__file__).parents[1] / "report"))
 from reports import scored, write_store
 
-from sepo.data.store import MANIFEST, ScoredStore, StoreWriter, read_manifest, verify_store
+from sepo.data.store.store import MANIFEST, ScoredStore, StoreWriter, read_manifest, verify_store
 from sepo.errors import InputError
-from sepo.reference import cached_reference
+from sepo.model.reference import cached_reference
 from sepo.report import collect, render_page
-from sepo.score import score_dataset
-from sepo.transfer import transfer_store
+from sepo.score.score import score_dataset
+from sepo.transfer.store import transfer_store
 
 DEEP = json.loads("[" * 200 + "]" * 200)
 VALUES = (

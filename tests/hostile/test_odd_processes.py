@@ -9,7 +9,7 @@ import pytest
 from processes import ENVIRONMENT
 from training_run import make_run
 
-SEPO = f"exec {sys.executable} -m sepo.cli"
+SEPO = f"exec {sys.executable} -m sepo.commands.main"
 INSPECT = f"{SEPO} inspect HOME/pairs.jsonl --model_name_or_path HOME/model"
 NOTHING = f"{SEPO} inspect HOME/nothing.jsonl --model_name_or_path HOME/model"
 REPORT = f"{SEPO} report HOME/store --model_name_or_path HOME/model"

@@ -16,8 +16,8 @@ sys.path.append(str(Path(__file__).parents[1] / "report"))
 from reports import scored, write_metrics
 from reports import write_store as write_scored
 
-from sepo import cli
-from sepo.data.store import ScoredStore, verify_store
+from sepo.commands import main as cli
+from sepo.data.store.store import ScoredStore, verify_store
 from sepo.errors import InputError
 
 __all__ = ["processes"]  # a fixture

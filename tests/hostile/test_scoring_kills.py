@@ -8,9 +8,9 @@ import pytest
 from scoring_for_tests import QUIET, make_pairs
 from test_score_resume import KEPT, MODELS, everything, one_thread, processes, run_and_maybe_die
 
-from sepo.data.store import verify_store
+from sepo.data.store.store import verify_store
 from sepo.errors import InputError
-from sepo.score import score_dataset
+from sepo.score.score import score_dataset
 
 __all__ = ["one_thread", "processes"]  # fixtures
 NEVER = 1000

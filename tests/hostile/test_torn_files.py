@@ -8,7 +8,7 @@ from itertools import permutations
 import pytest
 from damage import READ, outcome
 
-from sepo.data.store import verify_store
+from sepo.data.store.store import verify_store
 from sepo.errors import InputError
 
 PAGE = 512

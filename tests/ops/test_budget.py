@@ -12,7 +12,7 @@ from sepo.ops import (
     selected_logprob,
     selected_logprob_kl,
 )
-from sepo_kernels import platform
+from sepo_kernels import devices
 from sepo_kernels.selected_logprob import loops
 from sepo_kernels.selected_logprob import schedule as plan
 from sepo_kernels.selected_logprob_kl import schedule as two_heads
@@ -52,8 +52,8 @@ def test_on_a_cpu_one_gibibyte():
 
 @pytest.fixture
 def a_gpu_of_one_mebibyte(monkeypatch):
-    monkeypatch.setattr(platform, "multiprocessors", lambda device: 2)
-    monkeypatch.setattr(platform, "memory", lambda device: 1 << 20)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(devices, "memory", lambda device: 1 << 20)
 
 
 def test_where_it_comes_from(a_gpu_of_one_mebibyte):
@@ -84,7 +84,7 @@ def test_memory_that_does_not_suffice_is_one_line(monkeypatch):
             "CUDA out of memory. Tried to allocate 2.00 GiB.\nA page of advice"
         )
 
-    monkeypatch.setattr(loops, "new_slope", full)
+    monkeypatch.setattr(loops, "new_block", full)
     hidden, weight, _, rows, targets, _ = make_inputs(8, 5, 16, 31)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         selected_logprob(hidden.requires_grad_(), weight, rows, targets, budget=4096)
@@ -99,7 +99,7 @@ def test_a_compiler_takes_the_gpus_numbers_as_constants():
 
     def fn(x):
         device = torch.device("cuda", 0)
-        budget = min(x.shape[0], platform.memory(device)) + platform.multiprocessors(device)
+        budget = min(x.shape[0], devices.memory(device)) + devices.multiprocessors(device)
         return x * (2 if budget < 100 else 3)
 
     for dynamic in (None, True):
@@ -113,5 +113,5 @@ def test_a_compiler_takes_the_gpus_numbers_as_constants():
 def test_fake_tensors_of_a_gpu_that_is_not_here_have_one():
     with FakeTensorMode():
         device = torch.empty(3, device="cuda").device
-    assert platform.multiprocessors(device) == 132 and platform.memory(device) == 80 * GIB
-    assert platform.multiprocessors(torch.device("cpu")) == 0
+    assert devices.multiprocessors(device) == 132 and devices.memory(device) == 80 * GIB
+    assert devices.multiprocessors(torch.device("cpu")) == 0

@@ -132,4 +132,4 @@ def test_any_vocabulary(V):
         assert told[0].schedule == "save"
         assert (
             max(k.bytes for k in found.others) < 4 * case.M * V
-        )  # a copy of a slope moves as much
+        )  # a copy of dlogits moves as much

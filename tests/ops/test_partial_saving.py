@@ -13,7 +13,7 @@ from sepo.ops import (
     selected_logprob,
     selected_logprob_kl,
 )
-from sepo_kernels import platform, products, waves
+from sepo_kernels import devices, gemm, waves
 from sepo_kernels.selected_logprob import reference as one_head
 from sepo_kernels.selected_logprob import schedule as plan
 from sepo_kernels.selected_logprob_kl import chunked
@@ -28,8 +28,8 @@ SAVED = [8, 24, 32]  # rows
 @pytest.fixture(autouse=True)
 def a_small_gpu(monkeypatch):
     """Of two multiprocessors that take tiles of eight rows; it computes as chunked does on a CPU."""
-    monkeypatch.setattr(platform, "multiprocessors", lambda device: MULTIPROCESSORS)
-    monkeypatch.setattr(platform, "memory", lambda device: 1 << 40)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(devices, "memory", lambda device: 1 << 40)
     monkeypatch.setattr(waves, "TILE_ROWS", TILE)
     monkeypatch.setattr(waves, "RESIDENT_ROWS", {1: 8, 2: 6})
     monkeypatch.setattr(waves, "ENOUGH_ROWS", 1)
@@ -198,7 +198,7 @@ def test_operator_registration():
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("saved", SAVED)
 def test_all_blocks_together_are_within_budget(op, saved, dtype, monkeypatch):
-    monkeypatch.setattr(products, "WIDE_TILE_BYTES", 1 << 14)
+    monkeypatch.setattr(gemm, "WIDE_TILE_BYTES", 1 << 14)
     wide = 4001
     monkeypatch.setattr(chunked, "TILE_BYTES", {"cpu": 4 * wide})
     torch.use_deterministic_algorithms(False)  # filling with NaN is not free either

@@ -8,7 +8,7 @@ from recorder import Recorder, allocator_peak
 from torch.utils.flop_counter import FlopCounterMode
 
 from sepo.ops import explain_selected_logprob_kl, selected_logprob_kl
-from sepo_kernels import products
+from sepo_kernels import gemm
 from sepo_kernels.selected_logprob_kl import IMPLS, chunked, schedule
 
 N, M, D, D_REF, V = 640, 300, 8, 6, 4001
@@ -55,7 +55,7 @@ def test_largest_block_is_within_budget(impl, dtype, kind, softcap):
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_all_blocks_together_are_within_budget(impl, dtype, kind, direction, monkeypatch):
     """Counts what ATen allocates inside an operation too, such as the copies of a log-sum-exp."""
-    monkeypatch.setattr(products, "WIDE_TILE_BYTES", 1 << 14)
+    monkeypatch.setattr(gemm, "WIDE_TILE_BYTES", 1 << 14)
     monkeypatch.setattr(chunked, "TILE_BYTES", {"cpu": 4 * V})  # one row, up to seven temporaries
     torch.use_deterministic_algorithms(False)  # filling with NaN is not free either
     budget = budget_of(kind, dtype, impl)

@@ -12,7 +12,7 @@ from manifests import manifest
 from tokenizers_for_tests import chatml_tokenizer, text_ids
 
 from sepo.data import ScoredPair
-from sepo.data.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
+from sepo.data.store.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 HOSTILE = "</script><img src=x onerror=console.error(1)>"

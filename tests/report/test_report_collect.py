@@ -11,7 +11,7 @@ from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_token
 
 from sepo.data.counts import count_tokens
 from sepo.data.segments import make_segments
-from sepo.data.select import select_positions
+from sepo.data.selection import select_positions
 from sepo.errors import InputError
 from sepo.report import collect
 from sepo.report.charts import METRICS

@@ -10,9 +10,9 @@ from processes import cut_short
 from reports import scored, write_metrics, write_store
 from tokenizers_for_tests import chatml_tokenizer, plain_tokenizer
 
-from sepo import cli
+from sepo.commands import main as cli
 from sepo.errors import exit_with_one_line
-from sepo.lock import lock
+from sepo.system.lock import lock
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def bare():
 
 def test_what_can_not_be_written(home, capsys, monkeypatch):
     """Refused before anything is read."""
-    monkeypatch.setattr("sepo.report.command.collect", None)
+    monkeypatch.setattr("sepo.commands.report.collect", None)
     (home / "file").write_text("")
     sealed = Path("/proc/sepo")  # where nobody can make a folder, root neither
     for argv, line in (

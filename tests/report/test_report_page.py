@@ -14,7 +14,7 @@ from tokenizers_for_tests import chatml_tokenizer
 from sepo.report import collect, render_page
 from sepo.report.charts import Chart, Series, run_charts, short_names, store_charts, table
 from sepo.report.figures import draw, tick_text, ticks
-from sepo.report.page import encode_score
+from sepo.report.html import encode_score
 
 VOID = {"meta", "input", "br"}
 

@@ -25,7 +25,7 @@ from workers import fsdp2_step
 from workers.phases import PHASES, stop_in_phase
 
 from sepo import train
-from sepo.checkpoints import last_checkpoint
+from sepo.trainer.checkpoints import last_checkpoint
 
 
 def main(path: str) -> None:

@@ -17,10 +17,10 @@ from tiny import tiny_model
 from triton.runtime import interpreter as interpreter_of_triton
 
 from sepo.errors import InputError
-from sepo.fused import fuse_layers
-from sepo.layers import fused_names, why_not_liger
-from sepo.model import prepare_model, probe_logprob
-from sepo_kernels.platform import INTERPRET
+from sepo.model.prepare import prepare_model, probe_logprob
+from sepo.trainer.fused import fuse_layers
+from sepo.trainer.layers import fused_names, why_not_liger
+from sepo_kernels.devices import INTERPRET
 
 CPU = torch.device("cpu")
 ARCHS = {  # what Liger's kernels take the place of

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from sepo import metrics, resumable, trainer
+from sepo.trainer import metrics, trainer
+from sepo.trainer import resume as resumable
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps are those of tests/test_resume.py: 12 of them, 6 an epoch, a checkpoint every 2."""
+    """Steps are those of tests/trainer/test_resume.py: 12 of them, 6 an epoch, a checkpoint every 2."""
 
     stop: Callable[[Callable], None]  # patches this process, so that it pauses there
     checkpoint: str | None  # the last whole one that the kill leaves

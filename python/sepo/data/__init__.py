@@ -1,10 +1,10 @@
 """From rows of a data set to one packed micro-batch. numpy until the packer's last line."""
 
+from sepo.data.align import transfer_scores, transfer_selection
 from sepo.data.cost import attention_cost, pair_costs
-from sepo.data.crossvocab import transfer_scores, transfer_selection
 from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
-from sepo.data.select import all_positions, random_positions, select_positions
+from sepo.data.selection import all_positions, random_positions, select_positions
 from sepo.data.truncate import truncate
 from sepo.data.types import PackedBatch, ScoredPair, Segment, TokenPair
 

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from sepo.data.part import TOKENS, WEIGHTS
+from sepo.data.store.part import TOKENS, WEIGHTS
 from sepo.data.types import TokenPair
 
 PAIRS = ("id", *TOKENS, *WEIGHTS)

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sepo.data.check import check_about, crc32_of_json, crc32_of_tensor, damaged, parse_about
 from sepo.errors import InputError
+from sepo.system.checksums import check_about, crc32_of_json, crc32_of_tensor, damaged, parse_about
 
 ROWS = "hidden"
 HEAD_FILE = "reference_head.safetensors"

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from sepo.data.pack import PackablePair
-from sepo.data.select import (
+from sepo.data.selection import (
     FirstToken,
     Fraction,
     all_positions,

@@ -11,7 +11,7 @@ from sepo.data.hidden import HiddenRows
 from sepo.data.move import follow, laid_out
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenPair:
     """One tokenised preference pair. A response includes its end-of-turn token, if it has one."""
 
@@ -26,8 +26,22 @@ class TokenPair:
         """Tokens of the pair with the prompt stored once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
+    def __eq__(self, other: object) -> bool:
+        """Compare kind, id and all numbers; of hidden rows, which lie on the disk, their count."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+def _same(a, b) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, HiddenRows) and isinstance(b, HiddenRows):
+        return len(a) == len(b)
+    return type(a) is type(b) and a == b
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoredPair(TokenPair):
     """A pair with what the scorer wrote of it: scores, and what it kept of the reference."""
 

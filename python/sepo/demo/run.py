@@ -18,11 +18,10 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sepo.config import SePOConfig
 from sepo.data.counts import count_rows, count_tokens
-from sepo.data.read import read_pairs
+from sepo.data.read.read import read_pairs
 from sepo.data.segments import make_segments
-from sepo.data.store import ScoredStore
+from sepo.data.store.store import ScoredStore
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.demo import DATA
 from sepo.demo.estimate import estimate
@@ -30,14 +29,15 @@ from sepo.demo.evaluate import chosen_wins, kl_per_token, mean_sentiment, pair_a
 from sepo.demo.lexicon import selection_lift
 from sepo.demo.report import print_report
 from sepo.demo.sample import Completion, sample
+from sepo.demo.smollm2 import save_smollm2
 from sepo.errors import InputError
-from sepo.lock import contents, lock
-from sepo.model import load_model, load_tokenizer
-from sepo.options import positive, seed
-from sepo.score import score_dataset
-from sepo.smollm2 import save_smollm2
-from sepo.trainer import SePOTrainer
-from sepo_kernels.platform import fast_dtype
+from sepo.flags.options import positive, seed
+from sepo.model.prepare import load_model, load_tokenizer
+from sepo.score.score import score_dataset
+from sepo.system.lock import contents, lock
+from sepo.trainer.config import SePOConfig
+from sepo.trainer.trainer import SePOTrainer
+from sepo_kernels.devices import fast_dtype
 
 FOLDERS = ("reference", "oracle", "scored", "sepo", "sepo_rand")
 SUMMARY = "summary.json"

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sepo.data.types import PackedBatch
 from sepo.errors import InputError
-from sepo.model import hidden_states
+from sepo.model.prepare import hidden_states
 
 
 def num_layers(model: PreTrainedModel) -> int:

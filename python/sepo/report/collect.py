@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import sepo
-from sepo.data.store import ScoredStore
+from sepo.data.store.store import ScoredStore
 from sepo.data.types import ScoredPair
 from sepo.errors import InputError
 from sepo.report.ranks import GRID, SHOWN, USUAL, levels

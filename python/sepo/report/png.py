@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from sepo.data.files import Atomic
 from sepo.errors import needs
 from sepo.report.charts import Chart
 from sepo.report.figures import COLOURS, DASHES, ranges
+from sepo.system.files import Atomic
 
 # of the style sheet's light half
 PALETTE = ("#1f5fa8", "#b3590a", "#5c6570", "#0f766e", "#8a3ab0", "#a61e4d")

@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 
-from sepo.data.select import count_selected
+from sepo.data.selection import count_selected
 from sepo.data.types import TokenPair
 
 SHOWN = (0.1, 0.3, 0.5)  # the shares whose tokens the page marks, as the paper's case studies do

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sepo.data.store import ScoredStore
+from sepo.data.store.store import ScoredStore
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
 from sepo.report.ranks import GRID, SHOWN, USUAL, levels, rank

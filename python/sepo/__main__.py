@@ -1,0 +1,5 @@
+"""Run `python -m sepo COMMAND`."""
+
+from sepo.commands.main import main
+
+main()

@@ -1,0 +1,206 @@
+"""`sepo score`: its flags, and the models and pairs they name."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import string_to_bool
+
+from sepo.data.read.read import read_pairs
+from sepo.data.store.store import ScoredStore, is_store, tokenizer_hash
+from sepo.data.types import TokenPair
+from sepo.errors import InputError
+from sepo.flags.dtype_note import warn_if_slow
+from sepo.flags.options import device, positive, say_idle, say_idle_of_a_store, whole_number
+from sepo.model.budget import scoring_budget
+from sepo.model.folder import find_folder
+from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.reference import cached_reference
+from sepo.score.score import KEEP, SAMPLE, score_dataset, shard_name
+from sepo.system.lock import lock
+from sepo.terminal import release_warnings, say
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sepo score`."""
+    add = parser.add_argument
+    add(
+        "--dataset_name",
+        required=True,
+        help="hub id or local path of preference pairs; or a store that keeps logp of them, which "
+        "is taken as it is: then the reference is not run again",
+    )
+    add("--dataset_config", help="the data set's configuration, if it has several")
+    add("--split", default="train")
+    add("--limit", type=positive, help="read the first so many rows only")
+    add("--max_length", type=whole_number(2), help="tokens of a prompt and one response")
+    add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
+    add("--strict", action="store_true", help="drop every row that would be kept with a note")
+    add(
+        "--reference",
+        required=True,
+        help="the model the oracle started from; its tokenizer is used",
+    )
+    add("--oracle", help="the trained model; without it only log-probabilities can be kept")
+    add("--output_dir", required=True)
+    add(
+        "--keep",
+        nargs="+",
+        action="extend",
+        default=[],
+        choices=KEEP[1:],
+        help="also keep the reference's log-probabilities (logp, for dpo), its states (hidden)",
+    )
+    for role in ("", "oracle_", "reference_"):
+        whose = f"of the {role[:-1]}" if role else "of both models"
+        add(f"--{role}dtype", choices=DTYPES, help=f"arithmetic {whose}; float32 if not given")
+        add(f"--{role}device", type=device, help=f"device {whose}; cuda if there is one, else cpu")
+    add(
+        "--max_tokens_per_batch",
+        type=positive,
+        help="tokens of one batch; what a GPU's memory holds, up to 65536, if not given; 8192 elsewhere",
+    )
+    add("--pairs_per_part", type=positive, default=128, help="what a killed run repeats at most")
+    add("--shard", type=_shard, metavar="i/n", help="score every n-th part only; RANK/WORLD_SIZE")
+    add(
+        "--precision_check",
+        type=whole_number(0),
+        metavar="n",
+        help=f"score n pairs in float32 too and compare; {SAMPLE} if a dtype is lower, 0: never",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """`sepo score`. Raises InputError as `score_dataset` does, and for tokenizers that differ.
+
+    A data set that is a store with the reference's log-probabilities spares its pass, and the
+    memory of its weights; `cached_reference` says when it is another reference's.
+    """
+    if args.oracle is None and not args.keep:
+        raise InputError("expected --oracle, which a score needs, or --keep logp or hidden")
+    with lock(args.output_dir, shard_name(args.shard)):  # before the models are loaded
+        _score(args)
+
+
+def _score(args: argparse.Namespace) -> None:
+    folders = {
+        role: find_folder(path)
+        for role in ("reference", "oracle")
+        if (path := getattr(args, role)) is not None
+    }
+    for role, folder in folders.items():
+        say(f"{role}: {folder}")
+    tokenizer = load_tokenizer(args.reference)
+    if args.oracle is not None:
+        _check_same_tokenizer(args.oracle, args.reference, tokenizer)
+    dtypes = {
+        role: DTYPES[getattr(args, f"{role}_dtype") or args.dtype or "float32"]
+        for role in ("reference", "oracle")
+    }
+    data = _read(args, tokenizer, dtypes["reference"])
+    models, slow = dict(reference=None, oracle=None), {}
+    for role, dtype in dtypes.items():
+        place = getattr(args, f"{role}_device") or args.device or _default_device()
+        needed = getattr(args, role) and not (role == "reference" and data.has_reference)
+        if needed:
+            models[role] = load_model(folders[role], dtype=dtype, device=place)
+        if needed and dtype == torch.bfloat16:
+            own = f"{role}_" * (getattr(args, f"{role}_dtype") is not None)
+            slow[place] = f"--{own}dtype bfloat16"
+    for place, flag in slow.items():
+        warn_if_slow(flag, place)
+    if args.oracle is None:
+        given = [flag for flag in ("oracle_dtype", "oracle_device") if getattr(args, flag)]
+        say_idle([f"--{flag} does nothing without --oracle" for flag in given])
+    tokens = args.max_tokens_per_batch
+    if tokens is None:
+        itemsize = max(dtypes[role].itemsize for role, model in models.items() if model is not None)
+        tokens, why = scoring_budget(models, itemsize)
+        say(f"batches: {why}")
+    wants_score = args.oracle is not None or not args.keep
+    release_warnings()
+    score_dataset(
+        data.pairs,
+        args.output_dir,
+        **models,
+        tokenizer=tokenizer,
+        keep=["score"] * wants_score + args.keep,
+        max_tokens=tokens,
+        pairs_per_part=args.pairs_per_part,
+        shard=args.shard,
+        precision_check=args.precision_check,
+        report=data.report,
+        max_length=data.max_length,
+    )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Pairs to score, and what the manifest tells of how they were read."""
+
+    pairs: Sequence[TokenPair]
+    report: dict | None
+    max_length: int | None
+    has_reference: bool  # all that scoring asks of it
+
+
+def _read(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> _Data:
+    name = args.dataset_name
+    if not is_store(name):
+        data = read_pairs(
+            name,
+            tokenizer,
+            split=args.split,
+            config=args.dataset_config,
+            max_length=args.max_length,
+            append_eos=args.append_eos,
+            strict=args.strict,
+            limit=args.limit,
+            progress=True,
+        )
+        say(str(data.report))
+        return _Data(data.pairs, data.report.as_dict(), args.max_length, has_reference=False)
+    for flag in ("limit", "max_length", "strict"):
+        if getattr(args, flag):
+            raise InputError(
+                f"--{flag}: {name} is a scored store, whose pairs are taken as they are"
+            )
+    say_idle_of_a_store(args, name, "split", "dataset_config", "append_eos")
+    store = ScoredStore.open(name, tokenizer)
+    kept = cached_reference(args.reference, {name: store}, tokenizer, keep="logp", dtype=dtype)
+    # its states are written by a pass of the model, which says the rest again
+    has_reference = kept is not None and args.oracle is not None and "hidden" not in args.keep
+    if has_reference:
+        say(f"reference: not run, {name} keeps its log-probabilities")
+    about = store.manifest
+    return _Data(store, about["reading"], about["max_length"], has_reference)
+
+
+def _check_same_tokenizer(oracle: str, reference: str, tokenizer) -> None:
+    found, expected = tokenizer_hash(load_tokenizer(oracle)), tokenizer_hash(tokenizer)
+    if found != expected:
+        raise InputError(
+            f"oracle {oracle} and reference {reference} have different tokenizers "
+            f"({found[:12]}, {expected[:12]}); a score needs both models on the same tokens"
+        )
+
+
+def _default_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError:
+        index, count = 0, 0
+    if not 0 <= index < count:
+        raise argparse.ArgumentTypeError(f"expected i/n, as in 0/4, got {text}")
+    return index, count

@@ -1,0 +1,326 @@
+"""Rows of any known format as one small value: a prompt and the two responses to it.
+
+A format is known by its columns. Conversations stay messages here; the chat template is applied
+in `sepo.data.read.tokenise`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sepo.data.read import cells
+from sepo.data.read import sepo_csv as official
+from sepo.data.read.reasons import Drop, Why
+from sepo.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """One row before tokenising: all three texts are messages, or strings, or token ids.
+
+    Messages and two strings, as SePO's released code has them, are text after the generation prompt.
+    """
+
+    id: str
+    prompt: list[dict] | str | np.ndarray  # turns, a string, or (T0,) int32
+    chosen: dict | str | np.ndarray  # one assistant message, a string, or (T1,) int32
+    rejected: dict | str | np.ndarray  # one assistant message, a string, or (T2,) int32
+    chosen_weight: np.ndarray | None = None  # (T1,) float32 >= 0, token ids only
+    rejected_weight: np.ndarray | None = None  # (T2,) float32 >= 0, token ids only
+    tools: list | None = None  # what the chat template calls tools, messages only
+    template_kwargs: dict | None = None  # what else the row tells the template, messages only
+    selected: tuple[official.Selected, official.Selected] | None = None  # of chosen and rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What a set of columns means."""
+
+    name: str
+    columns: tuple[str, ...]  # the columns it is known by
+    read: Callable[[dict, str], Preference | Drop]  # (row, id) -> value
+    serves: frozenset[str]  # columns that it reads beside those, if they are filled
+
+
+def find_format(
+    columns: Sequence[str],
+    *,
+    fields: Mapping[str, str] | None = None,  # field of the format -> the data's column name
+) -> Format:
+    """The format that these columns belong to.
+
+    Raises InputError, naming the columns found and those expected, if there is none, if `fields`
+    names a column that is not there, or if a mask or weights come without token ids.
+    """
+    fields = dict(fields or {})
+    found = ", ".join(columns)
+    unknown = sorted(fields.keys() - FIELDS)
+    if unknown:
+        raise InputError(f"expected fields out of {', '.join(sorted(FIELDS))}; got {unknown[0]}")
+    absent = [column for column in fields.values() if column not in columns]
+    if absent:
+        raise InputError(f"expected a column {absent[0]}, got the columns {found}")
+    names = (set(columns) - set(fields.values())) | set(fields)
+    for form in FORMATS:
+        if names.issuperset(form.columns):
+            break
+    else:
+        expected = "; ".join(f"{', '.join(form.columns)} ({form.name})" for form in FORMATS)
+        raise InputError(f"expected the columns of one of: {expected}; got the columns {found}")
+    weights = sorted(names & WEIGHTS)
+    if weights and form.read is not _read_ids:
+        # the number of tokens of a text is the tokenizer's business, so nobody could have aligned
+        # a mask with it
+        raise InputError(
+            f"expected {weights[0]} to come with prompt_ids, chosen_ids and rejected_ids (token "
+            f"ids); got it with {', '.join(form.columns)}: a mask cannot be aligned with text"
+        )
+    return form
+
+
+def read_row(
+    row: Mapping[str, Any],
+    number: int,  # of the row in its file, counted from 0
+    form: Format,
+    *,
+    fields: Mapping[str, str] | None = None,
+) -> Preference | Drop:
+    """One row as a Preference, or why it cannot be one.
+
+    The id is the column `id` if it is there and filled, else the row's number. Raises InputError
+    naming row and field for a value of the wrong type; null and blank responses are drops, and so
+    is what has a meaning in some format and would be left out here.
+    """
+    fields = fields or {}
+    moved = {field: row.get(column) for field, column in fields.items()}
+    row = {name: cell for name, cell in row.items() if name not in fields.values()} | moved
+    own = row.get("id")
+    id = str(number) if own is None or own == "" else str(own)
+    for name in CONVERSATIONS & row.keys():
+        row[name] = cells.unquoted(row[name], id, name)
+    one = form.read(row, id)
+    if isinstance(one, Drop):
+        return one
+    # no template writes plain text, so nothing beside it reaches the model
+    served = PLAIN if isinstance(one.prompt, str) else form.serves
+    for column in BESIDE:
+        if column in row and column not in served and cells.is_filled(row[column]):
+            return Drop(one.id, Why.UNSERVED, f"{column}, beside {_written(one)}")
+    if isinstance(one.prompt, list) and (media := _media(one)):
+        return Drop(one.id, Why.UNSERVED, f"{media}, as part of a message")
+    return one
+
+
+def _written(one: Preference) -> str:
+    if isinstance(one.prompt, np.ndarray):
+        return "token ids"
+    return "plain text" if isinstance(one.prompt, str) else "messages"
+
+
+def _media(one: Preference) -> str | None:
+    """The kind of a part of a message that is no text: a picture, a sound."""
+    for message in (*one.prompt, one.chosen, one.rejected):
+        if isinstance(message, dict) and isinstance(message.get("content"), list):
+            for part in message["content"]:
+                kind = part.get("type") if isinstance(part, dict) else None
+                if isinstance(kind, str) and not MEDIA.isdisjoint(kind.split("_")):
+                    return kind
+    return None
+
+
+# --- one reader for each format ------------------------------------------------------------------
+
+SIDES = ("chosen", "rejected")
+CONVERSATIONS = {"prompt", "conversations", *SIDES}
+WEIGHTS = {f"{side}_{kind}" for side in SIDES for kind in ("mask", "weights")}
+MEDIA = {f"{kind}{s}" for kind in ("image", "video", "audio") for s in ("", "s")}
+CHAT = frozenset({"system", "tools", "chat_template_kwargs"})
+PLAIN = frozenset()
+# what has a meaning in some format, and no row may lose in silence
+BESIDE = (
+    *sorted(MEDIA),
+    *sorted(CHAT),
+    "history",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)
+TRANSCRIPT_MARK = "\n\nAssistant:"
+
+
+def _read_ids(row: dict, id: str) -> Preference | Drop:
+    """prompt_ids, chosen_ids, rejected_ids, each side with a mask or weights if the user has any."""
+    ids = {
+        name: cells.token_ids(row[f"{name}_ids"], id, f"{name}_ids") for name in ("prompt", *SIDES)
+    }
+    if any(len(ids[side]) == 0 for side in SIDES):
+        return Drop(id, Why.EMPTY)
+    if len(ids["prompt"]) == 0:
+        return Drop(id, Why.NO_PROMPT)
+    weights = {side: cells.weight(row, id, side, len(ids[side])) for side in SIDES}
+    if any(weight is not None and not weight.any() for weight in weights.values()):
+        return Drop(id, Why.ZERO_WEIGHT)
+    return Preference(
+        id=id, **ids, chosen_weight=weights["chosen"], rejected_weight=weights["rejected"]
+    )
+
+
+def _read_sharegpt(row: dict, id: str) -> Preference | Drop:
+    """conversations [{from, value}], chosen and rejected {from, value}; system, tools if present."""
+    turns = cells.messages(row["conversations"], id, "conversations")
+    return _conversations(row, id, _with_system(row, id, turns))
+
+
+def _read_question(row: dict, id: str) -> Preference | Drop:
+    """system, history, question (or instruction and input), chosen, rejected: one turn each."""
+    field = next(name for name in ("question", "instruction", "input") if name in row)
+    question = cells.string(row[field], id, field)
+    if field == "instruction" and (extra := cells.string(row.get("input"), id, "input")):
+        question = f"{question}\n{extra}"
+    if not question.strip():
+        return Drop(id, Why.NO_PROMPT)
+    asked = [*cells.history(row, id), {"role": "user", "content": question}]
+    return _conversations(row, id, cells.system_turn(row, id) + asked)
+
+
+def _read_preference(row: dict, id: str) -> Preference | Drop:
+    """prompt, chosen, rejected: strings, message lists, or a string and whole conversations."""
+    prompt = row["prompt"]
+    if isinstance(prompt, list | dict):
+        turns = cells.messages(prompt, id, "prompt")
+        return _conversations(row, id, _with_system(row, id, turns))
+    prompt = cells.string(prompt, id, "prompt")
+    # strings stay plain text, unless something beside them has a role
+    if "system" in row or any(isinstance(row[side], list | dict) for side in SIDES):
+        turns = [{"role": "user", "content": prompt}] if prompt.strip() else []
+        return _conversations(row, id, cells.system_turn(row, id) + turns)
+    chosen, rejected = (cells.string(row[side], id, side) for side in SIDES)
+    return _texts(id, prompt, chosen, rejected)
+
+
+def _read_implicit(row: dict, id: str) -> Preference | Drop:
+    """chosen and rejected hold the prompt too: as messages, or as hh-rlhf's transcripts."""
+    if any(isinstance(row[side], list | dict) for side in SIDES):
+        return _conversations(row, id, cells.system_turn(row, id))
+    parts = []
+    for side in SIDES:
+        text = cells.string(row[side], id, side)
+        if not text.strip():
+            return Drop(id, Why.EMPTY)
+        # the last mark: the earlier ones are turns of the prompt. Where two responses begin alike,
+        # their common prefix reaches into both, so it says nothing about the prompt.
+        head, mark, response = text.rpartition(TRANSCRIPT_MARK)
+        if not mark:
+            raise InputError(
+                f"row {id}: expected {side}, without a prompt column, to be a list of messages or "
+                f"a transcript with {TRANSCRIPT_MARK!r}, got {cells.short(text)}; add a column prompt"
+            )
+        parts.append((head + mark, response))
+    (prompt, chosen), (other, rejected) = parts
+    return Drop(id, Why.PROMPTS_DIFFER) if prompt != other else _texts(id, prompt, chosen, rejected)
+
+
+def _read_official(row: dict, id: str) -> Preference | Drop:
+    """The CSV of SePO's released code: a user's message, two texts with their end tokens, indices."""
+    fields = ("prompt", *(f"{side}_response" for side in SIDES))
+    prompt, chosen, rejected = (official.read_text(row[field], id, field) for field in fields)
+    if not prompt.strip():
+        return Drop(id, Why.NO_PROMPT)
+    texts = _texts(id, prompt, chosen, rejected)
+    if isinstance(texts, Drop):
+        return texts
+    selected = tuple(official.read_selected(row, id, side) for side in SIDES)
+    if any(len(one.before) == 0 for one in selected):
+        return Drop(id, Why.ZERO_WEIGHT)
+    return replace(texts, prompt=[{"role": "user", "content": prompt}], selected=selected)
+
+
+ASKED = CHAT | {"history"}
+FORMATS = (
+    Format("token ids", ("prompt_ids", "chosen_ids", "rejected_ids"), _read_ids, PLAIN),
+    Format("ShareGPT ranking", ("conversations", "chosen", "rejected"), _read_sharegpt, CHAT),
+    Format(
+        "TRL, OpenRLHF, UltraFeedback", ("prompt", "chosen", "rejected"), _read_preference, CHAT
+    ),
+    Format("Orca", ("question", "chosen", "rejected"), _read_question, ASKED),
+    Format("Alpaca ranking", ("instruction", "chosen", "rejected"), _read_question, ASKED),
+    Format("Orca", ("input", "chosen", "rejected"), _read_question, ASKED),
+    Format("messages, or hh-rlhf transcripts", ("chosen", "rejected"), _read_implicit, CHAT),
+    Format("SePO's released code", official.COLUMNS, _read_official, PLAIN),
+)
+FIELDS = {name for form in FORMATS for name in form.columns} | WEIGHTS | CHAT | {"id", "history"}
+
+
+# --- what the readers share ----------------------------------------------------------------------
+
+
+def _texts(id: str, prompt: str, chosen: str, rejected: str) -> Preference | Drop:
+    if not chosen.strip() or not rejected.strip():
+        return Drop(id, Why.EMPTY)
+    return Preference(id=id, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _conversations(row: dict, id: str, shared: list[dict]) -> Preference | Drop:
+    """The turns that both sides share are the prompt; each response is one assistant message."""
+    whole = []
+    for side in SIDES:
+        turns = row[side]
+        if isinstance(turns, str) or turns is None:
+            turns = [{"role": "assistant", "content": turns}]
+        turns = cells.messages(turns, id, side)
+        if not turns:
+            return Drop(id, Why.EMPTY)
+        repeats = bool(shared) and _is_among(shared, turns[:-1])  # the side repeats the prompt
+        if turns[0]["role"] in ("system", "user"):
+            if turns[0]["role"] == "user":
+                turns = _with_system(row, id, turns)
+            if not repeats and not _is_among(shared, turns):
+                return Drop(id, Why.PROMPT_ELSEWHERE)
+        elif not repeats:
+            turns = shared + turns
+        whole.append(turns)
+    for turns in whole:
+        if turns[-1]["role"] != "assistant":
+            return Drop(id, Why.LAST_ROLE, f"got {turns[-1]['role']}")
+        if _is_blank(turns[-1]):
+            return Drop(id, Why.EMPTY)
+    chosen, rejected = whole
+    if chosen[:-1] != rejected[:-1]:
+        return Drop(id, Why.PROMPTS_DIFFER)
+    if not chosen[:-1]:
+        return Drop(id, Why.NO_PROMPT)
+    return Preference(
+        id=id,
+        prompt=chosen[:-1],
+        chosen=chosen[-1],
+        rejected=rejected[-1],
+        tools=cells.tools(row, id),
+        template_kwargs=cells.template_kwargs(row, id),
+    )
+
+
+def _with_system(row: dict, id: str, turns: list[dict]) -> list[dict]:
+    """The turns after what the column `system` says, once."""
+    system = cells.system_turn(row, id)
+    is_there = bool(turns) and turns[0]["role"] == "system"
+    return turns if is_there and _texts_of(turns[:1]) == _texts_of(system) else system + turns
+
+
+def _is_among(shared: list[dict], turns: list[dict]) -> bool:
+    """Whether every turn of the prompt column occurs in the conversation."""
+    texts = _texts_of(turns)
+    return all(text in texts for text in _texts_of(shared))
+
+
+def _texts_of(turns: list[dict]) -> list[str]:
+    return [str(turn.get("content")).strip() for turn in turns]
+
+
+def _is_blank(message: dict) -> bool:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    # a tool call is an answer without content
+    rest = [k for k, v in message.items() if k not in ("role", "content") and v is not None]
+    return not rest and not (content or "").strip()

@@ -1,0 +1,205 @@
+"""The whole text of a pair's two sides, and where in it each response is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from sepo.data.read import content
+from sepo.data.read.formats import Preference
+from sepo.data.read.reasons import Drop, Note, Why
+from sepo.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One side's whole text; the response is text[start:end], its end-of-turn token comes after."""
+
+    text: str
+    start: int
+    end: int
+    is_chat: bool
+    notes: tuple[Note, ...] = ()  # what the text is not, that the row or inference says it is
+
+
+def spans(
+    preference: Preference,  # messages or strings
+    tokenizer: Any,  # of transformers, with a chat template for messages
+) -> tuple[Span, Span] | Drop:
+    """The whole text of the chosen and of the rejected side, or why there is none.
+
+    Messages are rendered by the chat template, prompt and response in one; plain text is the
+    prompt, which the template may have rendered, followed by the response. What the text lacks of
+    the row, and whether it goes on from the prompt as inference renders it, is looked up for each
+    side. Raises InputError for messages without a chat template.
+    """
+    if preference.chosen == preference.rejected:
+        return Drop(preference.id, Why.SAME)
+    if isinstance(preference.prompt, str):
+        return _plain_spans(preference.prompt, preference)
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"row {preference.id}: expected a tokenizer with a chat template for messages, got "
+            f"{tokenizer.name_or_path or type(tokenizer).__name__} without one; use an instruct "
+            "model's tokenizer or plain strings"
+        )
+    render = partial(_render, tokenizer, preference)
+    try:
+        return _chat_spans(preference, render)
+    except _Refused as refused:
+        return Drop(preference.id, Why.REFUSED, str(refused))
+
+
+def _plain_spans(prompt: str, p: Preference, notes: tuple[Note, ...] = ()) -> tuple[Span, Span]:
+    notes += (Note.REPEATS,) * content.repeats_prompt(p)
+    chosen, rejected = (
+        Span(prompt + response, len(prompt), len(prompt + response), is_chat=False, notes=notes)
+        for response in (p.chosen, p.rejected)
+    )
+    return chosen, rejected
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+Render = Callable[..., str]
+
+
+class _Refused(Exception):
+    """The template can't write a conversation, in one line."""
+
+
+def _render(tokenizer: Any, p: Preference, messages: list[dict], **how: Any) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        messages = [content.with_reasoning(message) for message in messages]
+        return tokenizer.apply_chat_template(
+            messages, tools=p.tools, tokenize=False, **(p.template_kwargs or {}), **how
+        )
+    # a template is a program: it can fail in any way that Python can
+    except Exception as error:
+        reason = (str(error) or "without a reason").split("\n")[0]
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        raise _Refused(kind + reason) from error
+
+
+def _chat_spans(p: Preference, render: Render) -> tuple[Span, Span] | Drop:
+    p = _with_strings(p, render)
+    if isinstance(p.chosen, str):
+        opening = render(p.prompt, add_generation_prompt=True)
+        return _plain_spans(opening, p, _lost_prompt(p, opening))
+    texts = [render([*p.prompt, answer]) for answer in (p.chosen, p.rejected)]
+    try:
+        opening = render(p.prompt, add_generation_prompt=True)
+    except _Refused:  # it writes the prompt before an answer only, so nobody can ask for one
+        opening = None
+    places = _directly_after(opening, p, texts)
+    if places is None:
+        frame = _frame(p, render)
+        places = [
+            _locate(text, answer, frame, opening, p.prompt, render)
+            for text, answer in zip(texts, (p.chosen, p.rejected), strict=True)
+        ]
+    if None in places:
+        return Drop(p.id, Why.REWRITTEN)
+    if any(start == end for start, end in places):
+        return Drop(p.id, Why.EMPTY, "nothing is left of it in the chat template")
+    sides, repeats = [], (Note.REPEATS,) * content.repeats_prompt(p)
+    for text, answer, (start, end) in zip(texts, (p.chosen, p.rejected), places, strict=True):
+        notes = _lost_prompt(p, text[:start])
+        if opening is None or not text.startswith(opening):
+            notes = (Note.UNSEEN, *notes)
+        if not content.is_shown(answer, text[start:]):
+            notes += (Note.LOST_RESPONSE,)
+        sides.append(Span(text, start, end, is_chat=True, notes=notes + repeats))
+    return tuple(sides)
+
+
+def _lost_prompt(p: Preference, text: str) -> tuple[Note, ...]:
+    whole = all(content.is_shown(turn, text, is_earlier=True) for turn in p.prompt)
+    whole = whole and all(map(partial(content.shows, text), content.tool_names(p.tools)))
+    return () if whole else (Note.LOST_PROMPT,)
+
+
+def _with_strings(p: Preference, render: Render) -> Preference:
+    """The row with a string for content that is in parts, if the template knows strings only."""
+    answers = [p.chosen, p.rejected] if isinstance(p.chosen, dict) else []
+    if not any(isinstance(turn.get("content"), list) for turn in (*p.prompt, *answers)):
+        return p
+    try:
+        texts = [render([*p.prompt, answer]) for answer in answers] or [render(p.prompt)]
+    except _Refused:
+        texts = []
+    if texts and all(
+        content.shows_parts(turn, text)
+        for text, answer in zip(texts, answers or [p.prompt[-1]], strict=True)
+        for turn in (*p.prompt, answer)
+    ):
+        return p
+    prompt = [content.with_string(turn) for turn in p.prompt]
+    if not answers:
+        return replace(p, prompt=prompt)
+    chosen, rejected = map(content.with_string, answers)
+    return replace(p, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _directly_after(
+    opening: str | None, p: Preference, texts: list[str]
+) -> list[tuple[int, int]] | None:
+    """Where the responses are, if both follow the prompt as they are and the same follows them."""
+    places, rests = [], set()
+    for text, answer in zip(texts, (p.chosen, p.rejected), strict=True):
+        answer = answer["content"] if answer.keys() == {"role", "content"} else None
+        if not opening or not isinstance(answer, str) or not answer:
+            return None
+        if not text.startswith(opening) or not text.startswith(answer, len(opening)):
+            return None
+        places.append((len(opening), len(opening) + len(answer)))
+        rests.add(text[places[-1][1] :])
+    return places if len(rests) == 1 else None
+
+
+def _frame(p: Preference, render: Render) -> tuple[str, str] | None:
+    """What the template writes before and after the content of a last assistant message.
+
+    Learned from a message that cannot be confused with anything, so that it holds whatever the
+    template does to the content itself (trims it, puts reasoning before it).
+    """
+    stand_in = "sepo0response"
+    while stand_in in str(p.prompt):
+        stand_in += "0"
+    said = stand_in
+    if isinstance(p.chosen.get("content"), list):
+        said = [{"type": "text", "text": stand_in}]
+    before, found, after = render([*p.prompt, {"role": "assistant", "content": said}]).partition(
+        stand_in
+    )
+    return (before, after) if found else None
+
+
+def _locate(
+    text: str,
+    answer: dict,
+    frame: tuple[str, str] | None,
+    opening: str | None,
+    prompt: list[dict],
+    render: Render,
+) -> tuple[int, int] | None:
+    if frame is None:
+        return None
+    before, after = frame
+    is_call = bool(answer.get("tool_calls"))
+    if not text.endswith(after):  # so too if the template shows the content a second time
+        if not is_call:
+            return None
+        after = ""  # a call may end in a token of its own
+    if not text.startswith(before):
+        # a template that writes reasoning where a plain answer has an empty block: fall back on
+        # the text after which the model itself begins to write
+        before = opening
+        if before is None or not text.startswith(before):
+            return None
+        if before == render(prompt) and not is_call:  # it does not say where an answer begins
+            return None
+    end = len(text) - len(after)
+    return (len(before), end) if len(before) <= end else None

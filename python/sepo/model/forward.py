@@ -1,0 +1,174 @@
+"""A transformers decoder on packed batches: its hidden states, its head, its log-probabilities."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+from transformers import PreTrainedModel
+
+from sepo import attention
+from sepo.data.types import PackedBatch
+from sepo.errors import InputError
+from sepo.model.folder import is_adapter
+from sepo.ops import selected_logprob
+
+
+def token_logprob(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    *,
+    budget: int | None = None,  # bytes for logits or probabilities, see selected_logprob
+    impl: str = "auto",
+    routers: list[Tensor] | None = None,  # see hidden_states
+) -> Tensor:  # (M,) float32, natural log-probability of batch.targets at batch.rows
+    """Log-probability of every selected token; differentiable unless under no_grad.
+
+    Call it inside the wrapped module's forward (`prepare_model` arranges that), or the hooks of DDP
+    and FSDP2 do not fire.
+    """
+    hidden = hidden_states(model, batch, routers=routers)
+    return logprob(model, batch, hidden, budget=budget, impl=impl)
+
+
+def logprob(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    hidden: Tensor,  # (N, D)
+    *,
+    budget: int | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (M,) float32
+    weight, bias, scale, softcap = head(model)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return selected_logprob(
+        hidden,
+        weight,
+        batch.rows,
+        batch.targets,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        budget=budget,
+        impl=impl,
+    )
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    *,
+    routers: list[Tensor] | None = None,  # to fill with every layer's (N, experts) router logits
+) -> Tensor:  # (N, D)
+    """The trunk's output after the final norm, for every row of the packed buffer."""
+    return trunk(model, batch, attention.Layout(batch, attn_impl(model)), routers)
+
+
+def trunk(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    layout: attention.Layout,
+    routers: list[Tensor] | None = None,
+) -> Tensor:  # (N, D)
+    base = base_of(model)
+    use_packed_attention(base)  # any other would let the pairs see each other
+    output = base.get_decoder()(
+        input_ids=batch.tokens[None],
+        position_ids=batch.position_ids[None],
+        attention_mask=None,  # a 2-D mask of ones would let the pairs see each other
+        use_cache=False,
+        packed_layout=layout,
+        **({} if routers is None else {"output_router_logits": True}),
+    )
+    if routers is not None:
+        routers += [logits.flatten(0, -2) for logits in output.router_logits]
+    return output.last_hidden_state.squeeze(0)  # a select's backward would fill zeros
+
+
+class Head(NamedTuple):
+    """logits = softcap * tanh((hidden @ weight.T * scale + bias) / softcap)"""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    scale: float
+    softcap: float | None
+
+
+def head(model: PreTrainedModel) -> Head:
+    """What the model does after its trunk. Raises InputError for a head that isn't one matrix."""
+    model = base_of(model)
+    module = model.get_output_embeddings()
+    if reason := _why_not_head(model, module):
+        raise InputError(f"{type(model).__name__}: expected an nn.Linear head, {reason}")
+    config = model.config.get_text_config(decoder=True)
+    divisor = getattr(config, "logits_scaling", None)  # Granite divides
+    factor = getattr(config, "logit_scale", None)  # Cohere multiplies
+    return Head(
+        weight=_full(module.weight),
+        bias=None if module.bias is None else _full(module.bias),
+        scale=(factor or 1.0) / (divisor or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens the model can both read and predict."""
+    base = base_of(model)
+    # not the weights' shapes: ZeRO-3 leaves those empty
+    sizes = base.get_input_embeddings().num_embeddings, base.get_output_embeddings().out_features
+    return min(sizes)
+
+
+def attn_impl(model: PreTrainedModel) -> str:
+    """The attention that prepare_model was asked for."""
+    return getattr(base_of(model), "packed_attn_impl", "auto")
+
+
+def use_packed_attention(base: PreTrainedModel) -> None:
+    if base.config._attn_implementation != attention.ATTENTION:
+        base.own_attention = base.config._attn_implementation
+        base.set_attn_implementation(attention.ATTENTION)
+
+
+def restore_attention(model: PreTrainedModel) -> None:
+    """Give a prepared model the attention that it had, until a batch needs ours again."""
+    base = base_of(model)
+    if base.config._attn_implementation == attention.ATTENTION and hasattr(base, "own_attention"):
+        base.set_attn_implementation(base.own_attention)
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PeftModel, whose adapters are in its layers; else itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _why_not_head(model: PreTrainedModel, module: nn.Module | None) -> str | None:
+    name = type(module).__name__
+    if is_adapter(module):
+        return f"got {name} of peft; an adapter on the head is not supported"
+    tied = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    if tied and is_adapter(model.get_input_embeddings()):
+        return (
+            "got one tied to an embedding with an adapter; an adapter on the head is not supported"
+        )
+    if not isinstance(module, nn.Linear):
+        return f"got {name}"
+    if getattr(model, "tp_size", None) not in (None, 1):
+        return f"got {name} split by tensor parallelism"
+    plain = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    tensors = (Tensor, nn.Parameter, DTensor)
+    if type(module.weight) not in tensors or module.weight.dtype not in plain:
+        kind = f"{type(module.weight).__name__} of {module.weight.dtype}"
+        return f"got {name} with a quantised weight ({kind}); leave the head out of quantisation"
+    return None
+
+
+def _full(parameter: Tensor) -> Tensor:
+    """All of a head that FSDP2 shards on its own; a head in the root's group is whole already."""
+    if isinstance(parameter, DTensor):
+        # every rank used all of it for its own pairs: gradients average, like FSDP2's own
+        return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+    return parameter

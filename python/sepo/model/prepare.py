@@ -1,0 +1,281 @@
+"""Which models are served: prepared for packed batches, compared with themselves, loaded."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from types import MethodType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from sepo import attention
+from sepo.data import all_positions, pack, truncate
+from sepo.data.types import PackedBatch
+from sepo.errors import InputError
+from sepo.model.folder import ADAPTER, ModelFolder, find_file, find_folder, read_model
+from sepo.model.forward import (
+    Head,
+    attn_impl,
+    base_of,
+    head,
+    hidden_states,
+    logprob,
+    restore_attention,
+    token_logprob,
+    trunk,
+    use_packed_attention,
+    vocabulary,
+)
+
+__all__ = [
+    "Head", "attention_needs", "attn_impl", "explain_attention", "head", "hidden_states", "load_model",
+    "load_tokenizer", "prepare_model", "probe_logprob", "restore_attention", "token_logprob",
+    "vocabulary",
+]  # fmt: skip
+
+
+def explain_attention(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> str:
+    """One line for a log: which attention a training step takes on the model's device, and why.
+
+    dtype is that of autocast, if the step runs under it.
+    """
+    base = base_of(model)
+    return attention.explain(attn_impl(base), _terms(base, dtype or base.dtype))
+
+
+def attention_needs(
+    model: PreTrainedModel,
+    *,
+    dtype: torch.dtype | None = None,  # of autocast, if the model runs under it
+) -> list[tuple[str, attention.Terms]]:
+    """What its layers will ask of a batch's attention, for `attention.with_arrays`."""
+    base = base_of(model)
+    terms = _terms(base, dtype or base.dtype)
+    windows = dict.fromkeys(attention.windows(base.config))
+    return [(attn_impl(base), replace(terms, window=window)) for window in windows]
+
+
+def prepare_model(
+    model: PreTrainedModel,  # or a PeftModel around one, before or after it was prepared
+    *,
+    attn_impl: str | None = None,  # a name of attention.IMPLS; None: what it was, else auto
+) -> PreTrainedModel:
+    """Make `model(batch=PackedBatch)` return token_logprob, and refuse a model that it can't serve.
+
+    With `compute=f` the call returns f(model, batch) instead, for a loss that reads more than the
+    log-probabilities. It goes through the module's own forward, so wrapping it in DDP or FSDP2
+    afterwards is enough. Any other call is the model's own, with the attention that it had; under
+    activation checkpointing no such call belongs between a batch's forward and its backward, which
+    runs the layers once more.
+    The attention is chosen where it runs: prepare again after moving the model to another device,
+    or what runs there was not compared with the model. Raises InputError naming the model and the
+    reason.
+    """
+    base = base_of(model)
+    if attn_impl is not None:
+        attention.check_name(attn_impl)
+        base.packed_attn_impl = attn_impl
+    if reason := _why_not(model):
+        raise InputError(f"{type(base).__name__} is not supported: {reason}")
+    head(base)
+    probes = {} if _without_storage(base) else _runnable(base)
+    for name, dtype in probes.items():
+        probe = (base.device.type, base.dtype, name)
+        checked = getattr(base, "packed_checked", frozenset())
+        if probe not in checked:
+            with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype != base.dtype):
+                _check_against_itself(base, name)
+            base.packed_checked = checked | {probe}
+    use_packed_attention(base)
+    base.forward = MethodType(_forward_of(type(base)), base)
+    return model
+
+
+def _forward_of(cls: type[PreTrainedModel]) -> Callable:
+    @wraps(cls.forward)  # its signature decides what `generate` hands over: masks, position ids
+    def forward(
+        self,
+        *args,
+        batch: PackedBatch | None = None,
+        compute: Callable | None = None,  # (model, batch) -> tensors
+        **kwargs,
+    ):
+        if batch is None:
+            restore_attention(self)
+            return type(self).forward(self, *args, **kwargs)
+        return (compute or token_logprob)(self, batch)
+
+    return forward
+
+
+def load_model(
+    path: str | ModelFolder,  # hub id or local directory, or what find_folder said of it
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attn_impl: str = "auto",  # or a name of attention.IMPLS
+    quantization_config=None,  # transformers' BitsAndBytesConfig; then it chooses the device
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A prepared model in eval mode, from safetensors, adapters merged.
+
+    Raises InputError if it can't be loaded whole, as `find_folder` and `read_model` do.
+    """
+    attention.check_name(attn_impl)  # before minutes of reading
+    folder = path
+    if not isinstance(path, ModelFolder):
+        folder = find_folder(path, trust_remote_code=trust_remote_code)
+    model = read_model(folder, dtype=dtype, quantization_config=quantization_config)
+    if quantization_config is None and not folder.quantised:
+        model = model.to(device)
+    return prepare_model(model.eval(), attn_impl=attn_impl)
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False):
+    """The tokenizer saved beside a model, or beside the base of an adapter without one.
+
+    Raises InputError if there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if find_file(path, ADAPTER) is not None:
+            base = find_folder(path, trust_remote_code=trust_remote_code).base.path
+            return load_tokenizer(base, trust_remote_code=trust_remote_code)
+        raise InputError(f"can't load a tokenizer from {path}: {reason}") from error
+
+
+def _why_not(model: PreTrainedModel) -> str | None:
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        return f"{adapter.peft_type.value} adapters put tokens or keys before every sequence"
+    return attention.why_not(base_of(model))
+
+
+def _without_storage(model: PreTrainedModel) -> bool:
+    """On no device yet, or in shards: only collectives could run it."""
+    return any(p.is_meta or isinstance(p, DTensor) or p.numel() == 0 for p in model.parameters())
+
+
+def _runnable(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """The attentions that the wish comes to on this device, each with a dtype that it runs in.
+
+    A float32 model may be trained under autocast, where another is chosen. A model for a GPU's
+    attention may still be on the CPU: then it is what "auto" takes there.
+    """
+    found, refusal, wish = {}, None, attn_impl(model)
+    dtypes = [model.dtype] + [torch.bfloat16] * (model.dtype == torch.float32)
+    for dtype in dtypes:
+        terms = _terms(model, dtype)
+        try:
+            found.setdefault(attention.choose(wish, terms).name, dtype)
+        except InputError as error:
+            refusal = error
+            if model.device.type == "cpu":
+                found.setdefault(attention.choose("auto", terms).name, dtype)
+    if not found:
+        raise refusal
+    return found
+
+
+def _terms(model: PreTrainedModel, dtype: torch.dtype) -> attention.Terms:
+    """What the layers of a training step will ask, as far as the model tells before it runs."""
+    config = model.config.get_text_config(decoder=True)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dropouts = [0.0]
+    for name, module in model.named_modules():
+        if name.endswith("attn_dropout") and isinstance(module, nn.Dropout):  # GPT-2's place for it
+            dropouts.append(module.p)
+        if isinstance(own := getattr(module, "attention_dropout", None), float):
+            dropouts.append(own)
+    return attention.Terms(
+        device=model.device,
+        dtype=dtype,
+        width=width,
+        value_width=getattr(config, "v_head_dim", None) or width,
+        gradient=True,
+        dropout=max(dropouts) if model.training else 0.0,
+        window=getattr(config, "sliding_window", None),
+        softcap=getattr(config, "attn_logit_softcapping", None),
+    )
+
+
+@torch.no_grad()
+def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
+    """Compare a small packed batch with the model's own forward on separate sequences.
+
+    What `why_not` and `head` do not know by name (a new kind of layer, a transform of the logits)
+    shows here, before anything is trained on it.
+    """
+    training, implementation = model.training, model.config._attn_implementation
+    device, expected = model.device, []
+    triples, batch = _probe(model)
+    layout = attention.Layout(batch, impl)
+    model.eval()
+    try:
+        model.set_attn_implementation("eager")  # the definition: sdpa ignores a soft cap
+        for prompt, *responses in triples:
+            for response in responses:
+                ids = torch.from_numpy(np.concatenate([prompt, response])).long().to(device)
+                logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+                logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+                expected.append(logp.gather(-1, ids[len(prompt) :, None])[:, 0])
+        model.set_attn_implementation(attention.ATTENTION)
+        found = logprob(model, batch, trunk(model, batch, layout))
+    finally:
+        model.set_attn_implementation(implementation)
+        model.train(training)
+    if attention.windows_missed(model.config, layout):
+        raise InputError(
+            f"{type(model).__name__} is not supported: its layers do not tell the attention their "
+            "sliding windows"
+        )
+    expected = torch.cat(expected)
+    error = (found - expected).abs().max().item()
+    allowed = rounding(model, expected)
+    if not error <= allowed:
+        raise InputError(
+            f"{type(model).__name__} is not supported: packed log-probabilities differ from its own "
+            f"by {error:.2g} nats"
+        )
+
+
+@torch.no_grad()
+def probe_logprob(model: PreTrainedModel) -> Tensor | None:  # (M,) float32
+    """Of a few random tokens, where the model is now; None while it is on no device, or in shards."""
+    base = base_of(model)
+    if _without_storage(base):
+        return None
+    (name, dtype), *_ = _runnable(base).items()
+    _, batch = _probe(base)
+    training = model.training
+    model.eval()
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype != base.dtype):
+        logp = logprob(model, batch, trunk(model, batch, attention.Layout(batch, name)))
+    model.train(training)
+    return logp
+
+
+def rounding(model: PreTrainedModel, logp: Tensor) -> float:
+    """Nats by which the same computation in another order may differ."""
+    # rounding of a random token's log-probability (about ln V) through the whole trunk; a head that
+    # is very sure of itself rounds larger numbers
+    # (models round some steps to float32 even in float64)
+    # (a quantised model computes in 16 bits or fewer, whatever its other weights are)
+    coarse = model.dtype.itemsize == 2 or getattr(model, "is_quantized", False)
+    coarse |= torch.is_autocast_enabled(model.device.type)
+    size = max(1, logp.abs().max().item() / 10)
+    return 0.5 if coarse else 1e3 * torch.finfo(torch.float32).eps * size
+
+
+def _probe(model: PreTrainedModel) -> tuple[list[tuple[np.ndarray, ...]], PackedBatch]:
+    """Two small pairs of random tokens, as (prompt, chosen, rejected) and packed."""
+    size = vocabulary(model)
+    draw = lambda n, seed: np.random.default_rng(seed).integers(0, size, n).astype(np.int32)
+    triples = [(draw(4, 0), draw(3, 1), draw(5, 2)), (draw(2, 3), draw(6, 4), draw(2, 5))]
+    whole = lambda response: truncate(response, all_positions(len(response)))
+    return triples, pack([(p, whole(c), whole(r)) for p, c, r in triples]).to(model.device)

@@ -1,0 +1,313 @@
+"""selected_logprob: log-probabilities of chosen tokens straight from hidden states.
+
+Reading order: the public functions, their checks, the autograd Function, the operator boundary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sepo.ops._checks import (
+    as_int32,
+    check_head,
+    check_index_values,
+    check_indices,
+    check_one_device,
+    check_reverse_mode,
+    check_softcap,
+)
+from sepo_kernels import devices
+from sepo_kernels.devices import accumulator
+from sepo_kernels.gemm import dtype_note
+from sepo_kernels.registry import pick
+from sepo_kernels.selected_logprob import IMPLS
+from sepo_kernels.selected_logprob import schedule as plan
+from sepo_kernels.selected_logprob.loops import layout, new_saved
+
+
+def selected_logprob(
+    hidden: Tensor,  # (N, D) after the final norm
+    weight: Tensor,  # (V, D), same dtype as hidden
+    rows: Tensor,  # (M,) int32 or int64, 0 <= rows < N, may repeat
+    targets: Tensor,  # (M,) int64, 0 <= targets < V
+    *,
+    bias: Tensor | None = None,  # (V,), same dtype as hidden
+    scale: float = 1.0,  # multiplies the logits before the bias
+    softcap: float | None = None,  # logits = softcap * tanh(logits / softcap), as in Gemma 2
+    budget: int | None = None,  # bytes of logits or probabilities alive at once; None: see below
+    impl: str = "auto",
+) -> Tensor:  # (M,) float32 nats, or float64 for float64 inputs
+    """Return log p(targets[m] | hidden[rows[m]]), the lp_t of SePO eq. 11, and no (N, V) tensor.
+
+    There is no shift inside: rows[m] must be the state that predicts targets[m]. Index values
+    are checked on the CPU; on a GPU that would wait, and what made them has checked them.
+
+    The work is scheduled by `budget` and by which inputs need a gradient, as told by
+    `explain_selected_logprob`. The result is the same up to the rounding of chunk sums: bit for bit
+    where budget, sizes and device are. By default it is 1 GiB on a CPU, on a GPU what saving dlogits
+    of every row takes (3 products), at most an eighth of its whole memory: what is free at the moment
+    is not asked, so a run that is resumed rounds as before. Under autocast the inputs are used in
+    the dtype they come in. The backward may run more than once (`retain_graph`); it cannot be
+    differentiated again.
+
+    Args:
+        hidden: (N, D) floating point with contiguous rows, the states after the final norm.
+        weight: (V, D) with contiguous rows, the head, in the dtype of hidden.
+        rows: (M,) int32 or int64, 0 <= rows < N, may repeat: the states that predict.
+        targets: (M,) int64, 0 <= targets < V: the token ids that they predict.
+        bias: (V,) of the head, in the dtype of hidden.
+        scale: multiplies the logits before the bias.
+        softcap: logits = softcap * tanh(logits / softcap), as in Gemma 2; None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device, see above.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        Tensor: (M,) float32, or float64 for float64 inputs, natural logarithms; differentiable in
+        hidden, weight and bias.
+
+    Raises:
+        ValueError: for shapes, strides, dtypes or devices that do not fit, for indices on the CPU
+            out of range, for a budget that holds not even one row or is more than the GPU's memory,
+            and for an `impl` that is unknown or cannot run.
+        torch.OutOfMemoryError: in one line, where the memory that is left does not suffice.
+        NotImplementedError: for an input with a tangent (jvp): there is no forward mode.
+    """
+    _check(hidden, weight, rows, targets, bias, softcap)
+    check_reverse_mode("selected_logprob", hidden, weight, bias)
+    chosen = pick(IMPLS, impl, hidden, weight)
+    schedule, budget, _ = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
+    args = (hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, chosen.name)
+    if schedule == plan.NO_GRAD:
+        return _fwd(*args)[0]
+    return _SelectedLogprob.apply(*args)
+
+
+class Explanation(NamedTuple):
+    """Name what a head operation would do, and why.
+
+    Attributes:
+        impl: the implementation's name.
+        schedule: "save", "partial", "recompute", "frozen_head" or "no_grad".
+        fwd_chunk: rows at once in the forward.
+        bwd_chunk: rows at once in the backward, 0 where it makes no logits.
+        bytes: of all (rows, V) buffers alive at once, the larger of both directions.
+        gemms: matrix products of 2 M D V FLOP, both directions together.
+        saved: rows of which the forward keeps (V,) numbers for the backward.
+        budget: bytes.
+        reasons: of the schedule, and where the budget comes from, a sentence each.
+    """
+
+    impl: str
+    schedule: str  # "save" | "partial" | "recompute" | "frozen_head" | "no_grad"
+    fwd_chunk: int  # rows
+    bwd_chunk: int  # rows, 0 where the backward makes no logits
+    bytes: int  # of all (rows, V) buffers alive at once, the larger of both directions
+    gemms: float  # matrix products of 2 M D V FLOP, both directions together
+    saved: int  # rows whose dlogits the forward saves
+    budget: int  # bytes
+    reasons: tuple[str, ...]  # of the schedule, and where the budget comes from
+
+
+def explain_selected_logprob(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    rows: Tensor,  # (M,) int32 or int64
+    targets: Tensor,  # (M,) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    scale: float = 1.0,
+    softcap: float | None = None,
+    budget: int | None = None,  # bytes
+    impl: str = "auto",
+) -> Explanation:
+    """Return the schedule that `selected_logprob` takes for the same arguments; computes nothing.
+
+    Grad mode and `requires_grad` are read now.
+
+    Args:
+        hidden: (N, D) floating point, the states after the final norm.
+        weight: (V, D), the head, in the dtype of hidden.
+        rows: (M,) int32 or int64, the states that predict.
+        targets: (M,) int64, the token ids that they predict.
+        bias: (V,) of the head, in the dtype of hidden.
+        scale: multiplies the logits before the bias.
+        softcap: of the logits; None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        Explanation: implementation, schedule, sizes in rows and bytes, GEMMs, and reasons.
+
+    Raises:
+        ValueError: as `selected_logprob`, but for index values, which are not read.
+    """
+    _check(hidden, weight, rows, targets, bias, softcap)
+    chosen = pick(IMPLS, impl, hidden, weight)
+    given, M, dtype = budget, len(rows), hidden.dtype
+    schedule, budget, layout = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
+    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
+
+    saved = plan.saved_rows(M, layout, budget, schedule)
+    fwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=False)
+    bwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=True)
+    if schedule not in (plan.PARTIAL, plan.RECOMPUTE):
+        bwd_chunk = 0
+    too_large = f"saving takes {plan.save_bytes(M, layout)} bytes, budget {budget}: the logits"
+    why = {
+        plan.SAVE: f"(M, V) = ({M}, {layout.V}) in {dtype} takes {M * layout.kept} bytes, "
+        f"budget {budget}",
+        plan.PARTIAL: f"{too_large} of {M - saved} of {M} rows are made twice",
+        plan.RECOMPUTE: f"{too_large} are made twice",
+        plan.FROZEN_HEAD: "the head needs no gradient",
+        plan.NO_GRAD: "nothing needs a gradient, or no_grad",
+    }
+    reasons = (why[schedule],)
+    if not need_hidden and (need_weight or need_bias):
+        reasons += ("hidden needs no gradient: its product is left out",)
+    reasons += (*dtype_note(hidden, layout.fused), source_of(budget, given, hidden.device))
+    rows_again = plan.bwd_rows(M, saved, schedule, need_hidden, need_weight)
+    return Explanation(
+        chosen.name, schedule, fwd_chunk, bwd_chunk, plan.bytes_alive(M, layout, budget, schedule),
+        plan.fwd_gemms(schedule) + share(rows_again, M), saved, budget, reasons,
+    )  # fmt: skip
+
+
+def share(rows: int, M: int) -> float:
+    """Products of all M rows that as many rows make."""
+    whole, rest = divmod(rows, max(1, M))
+    return whole + round(rest / M, 3) if rest else whole
+
+
+def source_of(budget: int, given: int | None, device: torch.device) -> str:
+    if given is not None:
+        return f"budget {budget} bytes, as given"
+    if devices.multiprocessors(device) == 0:
+        return f"budget {budget} bytes, the default of a CPU"
+    if budget < devices.memory(device) // plan.MEMORY_SHARE:
+        return f"budget {budget} bytes, what the call makes use of"
+    return f"budget {budget} bytes, 1/{plan.MEMORY_SHARE} of the memory of {device}"
+
+
+def check_budget(budget: int, row: int, device: torch.device) -> None:
+    if budget < row:
+        raise ValueError(f"expected a budget of at least one row, {row} bytes, got {budget}")
+    if devices.multiprocessors(device) and budget > (most := devices.memory(device)):
+        raise ValueError(
+            f"expected a budget of at most {most} bytes, the memory of {device}, got {budget}"
+        )
+
+
+def needs_grad(*tensors: Tensor | None) -> list[bool]:
+    enabled = torch.is_grad_enabled()
+    return [enabled and x is not None and x.requires_grad for x in tensors]
+
+
+def _schedule(chosen, hidden, weight, rows, bias, softcap, budget) -> tuple[str, int, plan.Layout]:
+    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
+    sizes = layout(hidden, weight, softcap, chosen.fused(hidden.dtype))
+    need_head = need_weight or need_bias
+    asked = rows.shape[0], sizes
+    if budget is None:
+        memory = devices.memory(hidden.device)
+        budget = plan.default_budget(*asked, memory, need_hidden, need_head)
+    check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
+    return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes
+
+
+@contextmanager
+def out_of_memory(budget: int) -> Iterator[None]:
+    """One line of what was asked for, in place of the allocator's page."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"expected {budget} bytes for logits or probabilities (budget=, --head_budget) and the "
+            f"gradients beside them, got: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _check(hidden, weight, rows, targets, bias, softcap) -> None:
+    check_head(hidden, weight, bias)
+    check_indices(rows, targets)
+    check_one_device(hidden, weight, rows, targets, bias)
+    check_softcap(softcap)
+
+
+class _SelectedLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
+        logp, lse, row_scale, saved = _fwd(
+            hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl
+        )
+        ctx.save_for_backward(hidden, weight, bias, rows, targets, logp, lse, row_scale, saved)
+        ctx.settings = (scale, softcap, schedule, budget)
+        ctx.impl = impl
+        return logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logp):
+        need = ctx.needs_input_grad[:3]
+        grads = _bwd(grad_logp, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
+        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 7
+
+
+# The operator boundary: one opaque node per direction for torch.compile, FakeTensor, the
+# profiler and the FLOP counter. It knows nothing of autograd.
+
+torch.library.define(
+    "sepo::selected_logprob_fwd",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, float scale,"
+    " float? softcap, str schedule, SymInt budget, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "sepo::selected_logprob_bwd",
+    "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets,"
+    " Tensor logp, Tensor lse, Tensor row_scale, Tensor saved, float scale, float? softcap, str schedule,"
+    " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+_BY_NAME = {impl.name: impl for impl in IMPLS}
+
+
+def _run_fwd(hidden, weight, bias, rows, targets, *args):
+    check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
+    # autocast would also reach the products inside, and round the logits
+    with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
+        return _BY_NAME[args[-1]].fwd(hidden, weight, bias, as_int32(rows), targets, *args[:-1])
+
+
+def _run_bwd(grad_logp, hidden, weight, bias, rows, *args):
+    head = (hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
+        return _BY_NAME[args[-1]].bwd(grad_logp, *head, as_int32(rows), *args[:-1])
+
+
+def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
+    logp = hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
+    M, sizes = rows.shape[0], layout(hidden, weight, softcap, _BY_NAME[impl].fused(hidden.dtype))
+    saved = new_saved(hidden, schedule, M, plan.saved_rows(M, sizes, budget, schedule), sizes)
+    return logp, torch.empty_like(logp), torch.empty_like(logp), saved
+
+
+def _fake_bwd(
+    grad_logp, hidden, weight, bias, rows, targets, logp, lse, row_scale, saved, scale, softcap,
+    schedule, budget, need_hidden, need_weight, need_bias, impl,
+):  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
+    )
+
+
+torch.library.impl("sepo::selected_logprob_fwd", ("cpu", "cuda"), _run_fwd)
+torch.library.impl("sepo::selected_logprob_bwd", ("cpu", "cuda"), _run_bwd)
+torch.library.register_fake("sepo::selected_logprob_fwd", _fake_fwd)
+torch.library.register_fake("sepo::selected_logprob_bwd", _fake_bwd)
+_fwd = torch.ops.sepo.selected_logprob_fwd.default
+_bwd = torch.ops.sepo.selected_logprob_bwd.default

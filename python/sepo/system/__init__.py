@@ -1,0 +1,1 @@
+"""Stand between a process and its machine: whole files, checksums, locks, variables."""

@@ -1,0 +1,226 @@
+"""The whole path on real architectures: packed, truncated, shared and fused equals dense, masked
+and naive, in loss and in every parameter gradient.
+"""
+
+from dataclasses import replace
+from functools import cache, partial
+
+import numpy as np
+import pytest
+import torch
+from dense import dense_losses
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from recorder import Recorder
+from tiny import CONFIGS, V, random_scored_pairs, tiny_model
+
+from sepo import SePOConfig
+from sepo.data import ScoredPair, pack
+from sepo.data.segments import make_segments
+from sepo.masks import SparseMask
+from sepo.model.prepare import prepare_model, token_logprob
+from sepo.model.reference import LiveReference
+from sepo.trainer.methods import METHODS, reduce_segments
+from sepo.trainer.pairs import PreparedPairs
+from sepo.trainer.step import TokenStep
+
+F64 = dict(dtype=torch.float64)
+# of another architecture and width than the policy
+WIDE = dict(hidden_size=48, num_hidden_layers=3, tie_word_embeddings=False, seed=1)
+REFERENCE_ARCH = {"llama": "gpt_neox", "gpt_neox": "llama"}
+
+
+@cache
+def arguments(method: str, **options) -> SePOConfig:
+    defaults = dict(gamma=2.0, margin=0.5, beta=0.7, label_smoothing=0.1, seed=5)
+    return SePOConfig(output_dir="-", use_cpu=True, method=method, **(defaults | options))
+
+
+def scored_pairs(seed: int) -> list[ScoredPair]:
+    """One to four pairs; whole-numbered scores, so that ties are common."""
+    return random_scored_pairs(1 + seed % 4, seed=seed, longest=9, ties=True)
+
+
+def packed_loss(model, reference, pairs, args, *, together=True):
+    """What the trainer computes of these pairs: in one micro-batch, or in one a pair."""
+    prepare_model(model)
+    method, live = METHODS[args.method], None
+    if reference is not None:
+        live = LiveReference(prepare_model(reference))
+    prepared, losses = PreparedPairs(pairs, args), []
+    for part in [list(prepared)] if together else [[pair] for pair in prepared]:
+        batch = pack(part)
+        tokens = model(batch=batch, compute=TokenStep(method, args, live))
+        losses.append(method.loss(reduce_segments(tokens, batch.weights, batch.cu_rows), args))
+    return torch.cat(losses).sum()
+
+
+def dense_loss(model, pairs, method, fraction):
+    """The definition, of a method whose reference is in the pairs."""
+    return dense_losses(model, None, pairs, arguments(method, fraction=fraction)).sum()
+
+
+def loss_and_gradients(compute, arch, *args, mask=None, **options):
+    model = tiny_model(arch, **F64)
+    if mask is not None:
+        model.sparse_mask = mask()
+    loss = compute(model, *args, **options)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal(found, expected):
+    (loss, grads), (dense, dense_grads) = found, expected
+    torch.testing.assert_close(loss, dense, rtol=1e-10, atol=1e-10)
+    for name, expected in dense_grads.items():
+        found = grads[name]
+        expected = torch.zeros_like(found) if expected is None else expected
+        torch.testing.assert_close(
+            found, expected, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+WITHOUT_REFERENCE = ["dpo", "sepo", "sepo-rand", "sft", "simpo"]  # or with one in the pairs
+
+
+@pytest.mark.parametrize("method", WITHOUT_REFERENCE)
+@pytest.mark.parametrize("arch", sorted(CONFIGS))
+@settings(
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(seed=st.integers(0, 10_000), fraction=st.sampled_from([0.1, 0.3, 0.5, 1.0]))
+def test_packed_equals_dense(arch, method, seed, fraction):
+    args = scored_pairs(seed), arguments(method, fraction=fraction)
+    found = loss_and_gradients(packed_loss, arch, None, *args)
+    assert_equal(found, loss_and_gradients(dense_loss_sum, arch, None, *args))
+
+
+def dense_loss_sum(*args):
+    return dense_losses(*args).sum()
+
+
+# Every method, and every choice that changes its step
+STEPS = {
+    **{method: {} for method in METHODS},
+    "ipo sum": dict(ipo_reduce="sum"),
+    "rrhf mean": dict(sft_reduce="mean", sft_weight=0.25),
+    "tdpo1 recomputed": dict(head_budget=8 * V * 8),
+    "sparsepo paper": dict(form="paper"),
+    "sparsepo independent": dict(independent_masks=True),
+    "sparsepo independent paper": dict(independent_masks=True, form="paper", mask_layernorm=False),
+    "sparsepo binary": dict(mask="binary", independent_masks=True),
+    # its norm is a constant, and a sum in float32
+    "sparsepo random": dict(mask="random", mask_l1=0.0, kl_mask_l1=0.0),
+    "mapo paper": dict(form="paper"),
+    "mapo zscore": dict(mask_norm="zscore"),
+}
+OPTIONS = dict(penalty=3.0, mask_l1=0.03, kl_mask_l1=0.07, fraction=0.5)
+
+
+def step_arguments(name: str) -> SePOConfig:
+    return arguments(name.split()[0], **(OPTIONS | STEPS[name]))
+
+
+def weighted(pairs: list[ScoredPair]) -> list[ScoredPair]:
+    """With the user's weights, nothing at all on some tokens."""
+    rng = np.random.default_rng(0)
+
+    def draw(tokens):
+        weight = rng.choice([0, 0.5, 2], len(tokens)).astype(np.float32)
+        weight[rng.integers(len(tokens))] = 2
+        return weight
+
+    sides = ("chosen", "rejected")
+    return [
+        replace(pair, **{f"{side}_weight": draw(getattr(pair, side)) for side in sides})
+        for pair in pairs
+    ]
+
+
+def without_cache(pairs: list[ScoredPair]) -> list[ScoredPair]:
+    return [replace(pair, chosen_ref_logp=None, rejected_ref_logp=None) for pair in pairs]
+
+
+@cache
+def reference_of(arch: str, reader: str):
+    """One for packed and one for dense passes: a prepared model attends in its own way."""
+    return tiny_model(REFERENCE_ARCH[arch], **WIDE, **F64)
+
+
+def mask_for(reference, args) -> SparseMask:
+    """Weights large enough that some tokens are shut and others far from it."""
+    options = dict(independent=args.independent_masks, layernorm=args.mask_layernorm)
+    config = reference.config
+    mask = SparseMask(
+        config.num_hidden_layers, config.hidden_size, binary=args.mask == "binary", **options
+    )
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in mask.double().parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, **F64))
+    return mask
+
+
+CASES = [(arch, name, False) for arch in sorted(REFERENCE_ARCH) for name in STEPS]
+# weights leave nothing to draw at random, and are not the architecture's business
+CASES += [("llama", name, True) for name in STEPS if name != "sepo-rand"]
+
+
+@pytest.mark.parametrize(("arch", "name", "weights"), CASES)
+def test_a_step_equals_the_formula(arch, name, weights):
+    """Together in one buffer and a pair at a time, with a live reference of another width."""
+    args = step_arguments(name)
+    method, reference, mask = METHODS[args.method], dict.fromkeys(("packed", "dense")), None
+    if method.reference:
+        reference = {reader: reference_of(arch, reader) for reader in reference}
+    if method.mask == "learned" and args.mask != "random":
+        mask = partial(mask_for, reference["dense"], args)
+    pairs = without_cache(scored_pairs(2))
+    pairs = weighted(pairs) if weights else pairs
+    run = lambda compute, reader, **how: loss_and_gradients(
+        compute, arch, reference[reader], pairs, args, mask=mask, **how
+    )
+    expected = run(dense_loss_sum, "dense")
+    assert_equal(run(packed_loss, "packed"), expected)
+    assert_equal(run(packed_loss, "packed", together=False), expected)
+    of_mask = [grad for name, grad in expected[1].items() if "sparse_mask" in name]
+    assert len(of_mask) == (0 if mask is None else len([*mask().parameters()]))
+    assert all(grad.abs().max() > 1e-6 for grad in of_mask)
+
+
+@pytest.mark.parametrize("arch", sorted(REFERENCE_ARCH))
+@pytest.mark.parametrize("name", ["sparsepo", "sparsepo binary", "mapo", "mapo zscore"])
+def test_the_masks_of_these_steps_differ_from_token_to_token(arch, name):
+    """Or a mask that is read wrongly would be the same."""
+    args, model = step_arguments(name), prepare_model(tiny_model(arch, **F64))
+    reference = prepare_model(reference_of(arch, "packed"))
+    model.sparse_mask = mask_for(reference, args)
+    batch = pack([*PreparedPairs(scored_pairs(3), args)])
+    step = TokenStep(METHODS[args.method], args, LiveReference(reference))
+    values = model(batch=batch, compute=step)
+    for mask in (values.reward_mask, values.kl_mask):
+        assert mask.std() > 0.1
+        if args.method == "sparsepo":
+            assert 0.1 < (mask == 0).double().mean() < 0.9
+
+
+@pytest.mark.parametrize("rows", [7, 1000], ids=["recompute", "save"])
+@pytest.mark.parametrize("arch", sorted(CONFIGS))
+def test_no_logits_in_a_whole_step(arch, rows):
+    """Forward and backward of the model: nothing V wide is larger than the budget."""
+    budget = rows * V * 4
+    model = prepare_model(tiny_model(arch))
+    pairs = random_scored_pairs(20)
+    batch = pack([make_segments(pair, "all") for pair in pairs])
+    N, M = len(batch.tokens), len(batch.rows)
+    assert (M > rows) == (rows == 7), "neither schedule is tested by accident"
+    with Recorder() as recorder:
+        model(batch=batch, compute=partial(token_logprob, budget=budget)).sum().backward()
+    weights = {tuple(p.shape) for p in model.parameters()}
+    weights |= {shape[::-1] for shape in weights}
+    logits = [
+        (shape, size) for shape, size in recorder.made if V in shape[1:] and shape not in weights
+    ]
+    assert logits, "the recorder did not see inside the operator"
+    assert max(size for _, size in logits) <= budget
+    assert all(shape[0] != N for shape, _ in logits)
