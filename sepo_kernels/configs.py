@@ -21,7 +21,7 @@ class Config(NamedTuple):
 
     @property
     def resident(self) -> int:
-        """Programs, uncapped, that a multiprocessor of 65 536 registers and 64 warps runs at once."""
+        """Return the uncapped programs that fit in a multiprocessor: 65 536 registers, 64 warps."""
         return min(64, (1 << 16) // (32 * self.registers)) // self.num_warps
 
 

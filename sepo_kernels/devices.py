@@ -59,6 +59,11 @@ def row_stride(columns: int, dtype: torch.dtype, gpu: bool) -> int:
     return -(-columns // entries) * entries
 
 
+def row_bytes(columns: int, dtype: torch.dtype, gpu: bool) -> int:
+    """Return the bytes from one row of a block to the next."""
+    return row_stride(columns, dtype, gpu) * dtype.itemsize
+
+
 # whether torch's libraries have bfloat16 instructions for this CPU. Read from its features, not
 # measured: a run that is resumed must round as it did before
 BFLOAT16_GEMMS = (

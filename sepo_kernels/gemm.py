@@ -16,7 +16,7 @@ def logits(
     x: Tensor,  # (chunk, D)
     weight: Tensor,  # (V, D), x's dtype
 ) -> None:
-    """Write x @ weight.T, summed and stored in out's dtype: bfloat16 logits would cost 1e-2 nats."""
+    """Write x @ weight.T, summed and stored in out's dtype: bfloat16 logits cost 1e-2 nats."""
     V, D = weight.shape
     if x.dtype == out.dtype:
         torch.mm(x, weight.T, out=out)

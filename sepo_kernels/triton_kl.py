@@ -1,14 +1,14 @@
 """The Triton kernels of two heads' rows.
 
 With a, b the logits of policy and reference, each less a reference of the row (its logit of the
-target, or its largest where the target is hopeless), A and B the sums of e^a and e^b, and d = b - a:
+target, or its largest where the target is hopeless), A, B the sums of e^a and e^b, and d = b - a:
 
     log p = a - log A      log q = b - log B      log q - log p = d - (log B - log A)
 
-`kl_row` reads both rows once. For bfloat16 inputs it writes max(e^a, e^b) and, in float16, d, because
-A and B are known only at the end. Of p and q the larger is exact to its rounding and the other is it
-times e^-|d|; near the reference p - q comes from d, not from two rounded numbers.
-`kl_combine_ratios` computes the gradient from the two. For float16 and float32 inputs see
+`kl_row` reads both rows once. For bfloat16 inputs it writes max(e^a, e^b) and, in float16, d,
+because A and B are known only at the end. Of p and q the larger is exact to its rounding and the
+other is it times e^-|d|; near the reference p - q comes from d, not from two rounded numbers.
+`kl_combine_ratios` computes the gradient from both. For float16 and float32 inputs see
 triton_kl_dlogits.py.
 """
 
@@ -240,7 +240,8 @@ def _sums(
 def _sums_tile(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
     ref_reference, target, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr,
-    POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
+    POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK_V)
     a, _ = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, WHOLE)

@@ -2,10 +2,10 @@
 
 `logprob_row` reads the target's logit first and then the row once, summing e^(z - z_target). The
 dlogits that it writes are final up to one factor a row, 1 / sum, which the loops multiply onto rows
-of width D. In bfloat16 that is all. float16 has too small a range, and float32 dlogits overwrite the
-logits, so that a row could not be done a second time: there `logprob_row` only sums, and
-`logprob_dlogits` reads the row again. The second launch costs nothing: the rows under way at once
-are larger than any L2 cache.
+of width D. In bfloat16 that is all. float16 has too small a range, and float32 dlogits overwrite
+the logits, so that a row could not be redone: there `logprob_row` only sums, and `logprob_dlogits`
+reads the row again. The second launch costs nothing: the rows under way at once are larger than
+any L2 cache.
 """
 
 import triton
@@ -32,7 +32,7 @@ def logprob_row(
     lse_ptr,  # (rows,) out
     reference_ptr,  # (rows,) out: the target's logit, or the largest where that is hopeless
     row_scale_ptr,  # (rows,) out: 1 / sum of e^(z - reference)
-    dlogits_ptr,  # (rows, V) out: dlogits / row_scale, not the logits; anything if not WRITE_DLOGITS
+    dlogits_ptr,  # (rows, V) out: dlogits / row_scale, apart from logits; anything if not written
     stride_logits,
     stride_dlogits,
     V,
@@ -54,8 +54,8 @@ def logprob_row(
     column = tl.where(known, target, -1).to(tl.int32)
     reference = at_target
     others = _exponentials(
-        logits_ptr, bias_ptr, dlogits_ptr, reference, column, V, has_bias, scale, softcap, CAPPED,
-        WRITE_DLOGITS, BLOCK_V,
+        logits_ptr, bias_ptr, dlogits_ptr, reference, column, V, has_bias, scale, softcap,
+        CAPPED, WRITE_DLOGITS, BLOCK_V,
     )  # fmt: skip
     own = 1.0
     logp = -log1p(others)  # keeps the digits of a row that is sure of its target
@@ -63,8 +63,8 @@ def logprob_row(
         tl.debug_barrier()  # the second time an entry may be another thread's
         reference = _largest(logits_ptr, bias_ptr, V, has_bias, scale, softcap, CAPPED, BLOCK_V)
         others = _exponentials(
-            logits_ptr, bias_ptr, dlogits_ptr, reference, column, V, has_bias, scale, softcap, CAPPED,
-            WRITE_DLOGITS, BLOCK_V,
+            logits_ptr, bias_ptr, dlogits_ptr, reference, column, V, has_bias, scale, softcap,
+            CAPPED, WRITE_DLOGITS, BLOCK_V,
         )  # fmt: skip
         own = tl.where(known, tl.exp(at_target - reference), 0.0)
         logp = (at_target - reference) - tl.log(others + own)
@@ -108,13 +108,13 @@ def logprob_dlogits(
     row_scale = tl.load(row_scale_ptr + row)
     if start + BLOCK_V <= V:
         _dlogits_tile(
-            logits_ptr, bias_ptr, dlogits_ptr, target, logp, reference, row_scale, start, V, has_bias,
-            scale, softcap, CAPPED, True, BLOCK_V,
+            logits_ptr, bias_ptr, dlogits_ptr, target, logp, reference, row_scale, start, V,
+            has_bias, scale, softcap, CAPPED, True, BLOCK_V,
         )  # fmt: skip
     else:
         _dlogits_tile(
-            logits_ptr, bias_ptr, dlogits_ptr, target, logp, reference, row_scale, start, V, has_bias,
-            scale, softcap, CAPPED, False, BLOCK_V,
+            logits_ptr, bias_ptr, dlogits_ptr, target, logp, reference, row_scale, start, V,
+            has_bias, scale, softcap, CAPPED, False, BLOCK_V,
         )  # fmt: skip
 
 
@@ -128,13 +128,13 @@ def _exponentials(
     whole = V // BLOCK_V * BLOCK_V
     for start in range(0, whole, BLOCK_V):
         total += _exponentials_tile(
-            logits_ptr, bias_ptr, dlogits_ptr, reference, target, start, V, has_bias, scale, softcap,
-            CAPPED, WRITE_DLOGITS, True, BLOCK_V,
+            logits_ptr, bias_ptr, dlogits_ptr, reference, target, start, V, has_bias, scale,
+            softcap, CAPPED, WRITE_DLOGITS, True, BLOCK_V,
         )  # fmt: skip
     if whole < V:
         total += _exponentials_tile(
-            logits_ptr, bias_ptr, dlogits_ptr, reference, target, whole, V, has_bias, scale, softcap,
-            CAPPED, WRITE_DLOGITS, False, BLOCK_V,
+            logits_ptr, bias_ptr, dlogits_ptr, reference, target, whole, V, has_bias, scale,
+            softcap, CAPPED, WRITE_DLOGITS, False, BLOCK_V,
         )  # fmt: skip
     return tl.sum(total, 0)
 
@@ -166,8 +166,8 @@ def _largest(
 
 @triton.jit
 def _dlogits_tile(
-    logits_ptr, bias_ptr, dlogits_ptr, target, logp, reference, row_scale, start, V, has_bias, scale,
-    softcap, CAPPED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, bias_ptr, dlogits_ptr, target, logp, reference, row_scale, start, V, has_bias,
+    scale, softcap, CAPPED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK_V)
     z, derivative = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, WHOLE)

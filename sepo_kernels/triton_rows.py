@@ -22,8 +22,8 @@ from sepo_kernels.configs import CONFIGS
 UNSPECIALISED = {
     "do_not_specialize": ["V", "has_bias", "has_ref_bias", "column"],
     "do_not_specialize_on_alignment": [
-        "targets_ptr", "logp_ptr", "ref_logp_ptr", "lse_ptr", "reference_ptr", "row_scale_ptr", "kl_ptr",
-        "state_ptr", "grad_logp_ptr", "grad_kl_ptr",
+        "targets_ptr", "logp_ptr", "ref_logp_ptr", "lse_ptr", "reference_ptr", "row_scale_ptr",
+        "kl_ptr", "state_ptr", "grad_logp_ptr", "grad_kl_ptr",
     ],
 }  # fmt: skip
 # finite: in a tile of nothing but -inf (a padded vocabulary's bias), e^(-inf - top) = 0 needs a top
@@ -116,7 +116,7 @@ def store(ptr, values, v, V, WHOLE: tl.constexpr):
 
 @triton.jit
 def logp_dlogits(p, derivative, v, target, logp):
-    """Return -dlogp/dz, expm1(logp) for the target: p - 1 has the error of an exponential near 1."""
+    """Return -dlogp/dz; the target has expm1(logp), because p - 1 rounds an exponential near 1."""
     return tl.where(v == target, expm1(logp), p) * derivative
 
 
@@ -140,7 +140,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """Return log(1 + x); for |x| < 1/2 by the series of 2 atanh(x / (2 + x)), to 1e-8 of the sum."""
+    """Return log(1 + x); for |x| < 1/2 by the series of 2 atanh(x / (2 + x)), to 1e-8 of it."""
     y = x / (2.0 + x)
     series = 1.0 / 15
     for n in tl.static_range(13, 0, -2):

@@ -112,7 +112,7 @@ def tdpo(read, z, **options):
 
 def sparsepo(read, z, *, form, masks, l1=0.0):
     """Through reward and KL of both models at once, as the trainer reads them."""
-    tokens = read(z, direction=FORWARD if form == "code" else REVERSE)
+    tokens = read(z, direction=FORWARD if form == "released" else REVERSE)
     reward_mask, kl_mask = masks
     u = segment_sum(reward_mask * (tokens.logp - tokens.ref_logp), tokens.cu_rows)
     d = segment_sum(kl_mask * tokens.kl, tokens.cu_rows)
@@ -136,12 +136,12 @@ CASES = {
     "rrhf_rank_correct_swapped_pair": lambda f, z: rrhf(f, z, swapped=True, sft_weight=0.0),
     "rrhf_paper_total_sumNLL": lambda f, z: rrhf(f, z),
     "rrhf_meanNLL_total": lambda f, z: rrhf(f, z, reduce=segment_mean),
-    "sparsepo_code_common_beta0.1": lambda f, z: sparsepo(f, z, form="code", masks=COMMON),
-    "sparsepo_code_indep_beta0.1": lambda f, z: sparsepo(f, z, form="code", masks=INDEPENDENT),
+    "sparsepo_code_common_beta0.1": lambda f, z: sparsepo(f, z, form="released", masks=COMMON),
+    "sparsepo_code_indep_beta0.1": lambda f, z: sparsepo(f, z, form="released", masks=INDEPENDENT),
     "sparsepo_code_indep_beta0.1_l1_0.001": lambda f, z: sparsepo(
-        f, z, form="code", masks=INDEPENDENT, l1=0.001
+        f, z, form="released", masks=INDEPENDENT, l1=0.001
     ),
-    "sparsepo_code_ones_beta0.1": lambda f, z: sparsepo(f, z, form="code", masks=(ONES, ONES)),
+    "sparsepo_code_ones_beta0.1": lambda f, z: sparsepo(f, z, form="released", masks=(ONES, ONES)),
     "sparsepo_paper_common_beta0.1": lambda f, z: sparsepo(f, z, form="paper", masks=COMMON),
     "sparsepo_paper_indep_beta0.1": lambda f, z: sparsepo(f, z, form="paper", masks=INDEPENDENT),
     "sparsepo_paper_ones_beta0.1": lambda f, z: sparsepo(f, z, form="paper", masks=(ONES, ONES)),
@@ -268,5 +268,5 @@ def test_refuses_other_choices():
         rrhf_loss(zeros, zeros)
     with pytest.raises(ValueError, match="expected variant 1 or 2, got 3"):
         tdpo_loss(zeros, zeros, beta=0.1, variant=3)
-    with pytest.raises(ValueError, match='expected form "code" or "paper", got "both"'):
+    with pytest.raises(ValueError, match='expected form "paper" or "released", got "both"'):
         sparsepo_loss(zeros, zeros, beta=0.1, form="both")

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 import sepo
 from bench.contender import Contender
-from sepo.attention import IMPLS, Layout, Terms, choose, explain
+from sepo.attention import IMPLS, PackedLayout, Terms, choose, explain
 from sepo.errors import InputError
 
 
 def _packed(inputs, impl: str) -> dict:
-    layout = inputs.layouts.setdefault(impl, Layout(inputs.batch, impl))
+    layout = inputs.layouts.setdefault(impl, PackedLayout(inputs.batch, impl))
     leaves = inputs.leaves()
     return inputs.result(layout.attend(*leaves, scale=None), leaves, inputs.upstream)
 

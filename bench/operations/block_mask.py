@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import sepo
-from bench.end_to_end.rows import drawn_pairs
-from bench.provider import Provider
+from bench.contender import Contender
+from bench.steps.pairs import drawn_pairs
 from sepo.attention import flex
 
 
@@ -56,10 +56,10 @@ def _build(inputs: MaskInputs) -> dict[str, np.ndarray]:
     return flex.arrays(inputs.spans, None)
 
 
-MASK = Provider(
+MASK = Contender(
     "sepo:flex mask", _build, ours=True, gated=False, version=lambda: f"sepo {sepo.__version__}",
     note=lambda inputs: f"{len(inputs.spans)} pairs, on the host",
-    work=lambda inputs, seconds: f"{inputs.case.tokens / seconds / 1e6:.1f} million tokens/s",
+    rate=lambda inputs, seconds: f"{inputs.case.tokens / seconds / 1e6:.1f} million tokens/s",
 )  # fmt: skip
 
 

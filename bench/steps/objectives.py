@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.data.types import ScoredPair
 from sepo.losses import dpo_loss, sepo_loss, simpo_loss
 from sepo.ops import segment_mean, segment_sum
@@ -23,7 +24,7 @@ SETTINGS = {
 def segments(objective: str, pairs: list[ScoredPair]) -> list:
     """What the method reads of each pair: prompt, chosen, rejected, truncated."""
     positions = METHODS[objective].positions
-    return [make_segments(pair, positions, fraction=FRACTION) for pair in pairs]
+    return [make_segments(pair, Selection(positions, fraction=FRACTION)) for pair in pairs]
 
 
 def loss(

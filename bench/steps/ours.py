@@ -18,7 +18,8 @@ from sepo.data.segments import num_selected
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.masks import SparseMask, num_layers
-from sepo.model.prepare import explain_attention, head, prepare_model
+from sepo.model.forward import head
+from sepo.model.prepare import explain_attention, prepare_model
 from sepo.model.reference import CachedReference
 from sepo.score.logp import response_logp
 from sepo.trainer.config import SePOConfig

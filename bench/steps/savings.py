@@ -21,17 +21,18 @@ from bench.steps import work
 from bench.steps.inputs import Truth
 from bench.steps.models import Weights
 from bench.steps.objectives import loss, segments
-from sepo.data.pack import PackablePair, pack
+from sepo.data.pack import pack
 from sepo.data.segments import num_selected
-from sepo.data.types import PackedBatch, ScoredPair, Segment
-from sepo.model.prepare import head, hidden_states, prepare_model, token_logprob
+from sepo.data.types import CutPair, PackedBatch, ScoredPair, Segment
+from sepo.model.forward import head, hidden_states, token_logprob
+from sepo.model.prepare import prepare_model
 
 # logp (M,), the reference's or None, cu_rows (S + 1,)
 Found = tuple[Tensor, Tensor | None, Tensor]
 EMPTY = Segment(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
 
 
-def unpacked(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
+def unpacked(model, cut: list[CutPair], pairs: list[ScoredPair]) -> Found:
     device = model.device
     ids, mask = plain.padded(pairs, device)
     logp = plain.of_targets(plain.vocabulary_logp(model, ids, mask)[0], ids[:, 1:])  # (2P, L - 1)
@@ -43,7 +44,7 @@ def unpacked(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
     return found, batch.ref_logp, batch.cu_rows
 
 
-def packed(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
+def packed(model, cut: list[CutPair], pairs: list[ScoredPair]) -> Found:
     alone = [
         (prompt, segment, EMPTY)  # the empty segment has no rows
         for prompt, *two in untruncated(cut, pairs)
@@ -54,31 +55,31 @@ def packed(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
     return every_row(model, batch), batch.ref_logp, batch.cu_rows[0::2].contiguous()
 
 
-def shared(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
+def shared(model, cut: list[CutPair], pairs: list[ScoredPair]) -> Found:
     return _found(model, untruncated(cut, pairs), every_row)
 
 
-def truncated(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
+def truncated(model, cut: list[CutPair], pairs: list[ScoredPair]) -> Found:
     return _found(model, cut, every_row)
 
 
-def selected(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
+def selected(model, cut: list[CutPair], pairs: list[ScoredPair]) -> Found:
     return _found(model, cut, selected_rows)
 
 
-def fused(model, cut: list[PackablePair], pairs: list[ScoredPair]) -> Found:
+def fused(model, cut: list[CutPair], pairs: list[ScoredPair]) -> Found:
     return _found(model, cut, token_logprob)
 
 
 SAVINGS = (unpacked, packed, shared, truncated, selected, fused)
 
 
-def _found(model, triples: list[PackablePair], logprob: Callable) -> Found:
+def _found(model, triples: list[CutPair], logprob: Callable) -> Found:
     batch = pack(triples).to(model.device)
     return logprob(model, batch), batch.ref_logp, batch.cu_rows
 
 
-def untruncated(cut: list[PackablePair], pairs: list[ScoredPair]) -> list[PackablePair]:
+def untruncated(cut: list[CutPair], pairs: list[ScoredPair]) -> list[CutPair]:
     """The same selected tokens, with all of both responses read."""
     return [
         (prompt, replace(chosen, response=pair.chosen), replace(rejected, response=pair.rejected))
@@ -143,7 +144,7 @@ def _contender(
     )  # fmt: skip
 
 
-def _work(saving: Callable, cut: list[PackablePair], pairs: list[ScoredPair], model) -> work.Work:
+def _work(saving: Callable, cut: list[CutPair], pairs: list[ScoredPair], model) -> work.Work:
     whole = untruncated(cut, pairs)
     triples = whole if saving in (unpacked, packed, shared) else cut
     sizes = [(len(p), len(c.response), len(r.response)) for p, c, r in triples]

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.data.store.store import ScoredStore
 from sepo.demo import DATA
 from sepo.demo.evaluate import clustered_mean, kl_per_token, response_logp
@@ -212,7 +213,7 @@ def compare_selections(stores: dict[str, Path], baseline: str, tokenizer) -> dic
 
 
 def positions(pair, how: str) -> list[np.ndarray]:
-    _, *sides = make_segments(pair, how, fraction=FRACTION, seed=SEED)
+    _, *sides = make_segments(pair, Selection(how, fraction=FRACTION, seed=SEED))
     return [side.positions for side in sides]
 
 

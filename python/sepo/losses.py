@@ -234,14 +234,14 @@ def tdpo_loss(
 
 def sparsepo_loss(
     logratio: Tensor,  # (S,) sum over each response of m_u (logp - ref_logp)
-    kl: Tensor,  # (S,) sum over each response of m_d KL: of ref || policy for "code"
+    kl: Tensor,  # (S,) sum over each response of m_d KL: of ref || policy for "released"
     *,
     beta: float,  # per nat
-    form: Literal["code", "paper"] = "code",
+    form: Literal["paper", "released"] = "released",
 ) -> Tensor:  # (P,)
     """SparsePO (arXiv 2410.05102), with u and d = chosen - rejected of logratio and kl:
 
-    "code", what its authors ran: -log sigmoid(beta (u + d)); with masks of 1 it is TDPO1;
+    "released", what its authors ran: -log sigmoid(beta (u + d)); with masks of 1 it is TDPO1;
     "paper", eq. 6-8, with KL(policy || ref): -log sigmoid(beta (u - d)).
 
     The L1 norms of the masks are added by the caller.
@@ -265,9 +265,9 @@ def sparsepo_loss(
 
 def _sign(form: str) -> int:
     """Of the KL in SparsePO's margin: paper and code disagree."""
-    if form not in ("code", "paper"):
-        raise ValueError(f'expected form "code" or "paper", got "{form}"')
-    return 1 if form == "code" else -1
+    if form not in ("paper", "released", "code"):  # code: what released was called
+        raise ValueError(f'expected form "paper" or "released", got "{form}"')
+    return -1 if form == "paper" else 1
 
 
 def _chosen_minus_rejected(values: Tensor) -> Tensor:  # (S,) -> (P,)

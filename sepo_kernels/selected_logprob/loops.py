@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sepo_kernels import devices
+from sepo_kernels import devices, schedules
 from sepo_kernels.devices import accumulator, row_stride
 from sepo_kernels.gemm import add_gemm, add_rows, add_targets, gemm
 from sepo_kernels.registry import Impl
-from sepo_kernels.selected_logprob import schedule as plan
+from sepo_kernels.selected_logprob.layout import HeadLayout
 
 
 class LogitKernels(NamedTuple):
@@ -51,10 +51,10 @@ def implementation(name: str, kernels: LogitKernels, why_not: Callable[..., str 
     return Impl(name, partial(fwd, kernels), partial(bwd, kernels), why_not, kernels.fused)
 
 
-def layout(hidden: Tensor, weight: Tensor, softcap: float | None, fused: bool) -> plan.Layout:
+def layout_of(hidden: Tensor, weight: Tensor, softcap: float | None, fused: bool) -> HeadLayout:
     V, D = weight.shape
     gpu = devices.multiprocessors(hidden.device)
-    return plan.Layout(V, hidden.dtype, softcap is not None, fused, gpu, D)
+    return HeadLayout(V, hidden.dtype, softcap is not None, fused, gpu, D)
 
 
 def new_block(
@@ -88,13 +88,13 @@ def fwd(
     M = rows.shape[0]
     logp = hidden.new_empty((M,), dtype=acc)
     lse, row_scale = torch.empty_like(logp), torch.empty_like(logp)
-    sizes = layout(hidden, weight, softcap, fused)
-    num_saved = plan.saved_rows(M, sizes, budget, schedule)
-    saved = new_saved(hidden, schedule, M, num_saved, sizes)
-    step = plan.chunk_rows(M, sizes, budget, schedule, backward=False)
+    layout = layout_of(hidden, weight, softcap, fused)
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
+    saved = new_saved(hidden, schedule, M, num_saved, layout)
+    step = schedules.chunk_rows(M, layout, budget, schedule, backward=False)
     # one buffer for all chunks: with a new one for each, two would be alive at a change
-    narrow, wide = _buffers(hidden, min(step, M), sizes, schedule)
-    for part in (*plan.parts(0, num_saved, step), *plan.parts(num_saved, M, step)):
+    narrow, wide = _buffers(hidden, min(step, M), layout, schedule)
+    for part in (*schedules.parts(0, num_saved, step), *schedules.parts(num_saved, M, step)):
         dlogits = saved[part] if part.start < num_saved else _first(narrow, part)
         shared = dlogits is not None and dtype == acc and not fused
         logits = dlogits if shared else _first(wide, part)
@@ -102,7 +102,7 @@ def fwd(
         logp[part], lse[part], row_scale[part] = kernels.forward(
             x, weight, bias, targets[part], scale, softcap, dlogits, logits
         )
-        if schedule == plan.FROZEN_HEAD:
+        if schedule == schedules.FROZEN_HEAD and dlogits is not None:
             gemm(dlogits, weight, out=saved[part])
     return logp, lse, row_scale, saved
 
@@ -134,29 +134,33 @@ def bwd(
     negative = -grad_logp.to(acc)[:, None]  # (M, 1)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=acc)
     at_target = negative * _dlogits_at_target(logp, lse, softcap)[:, None] if fused else None
-    if schedule == plan.FROZEN_HEAD:
+    if schedule == schedules.FROZEN_HEAD:
         values = saved * (negative * row_scale[:, None] * scale)
         if at_target is not None:
             values += weight.index_select(0, targets) * (at_target * scale)
         add_rows(grad_hidden, rows, values)
         return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
 
-    sizes = layout(hidden, weight, softcap, fused)
-    num_saved = plan.saved_rows(M, sizes, budget, schedule)
-    step = plan.chunk_rows(M, sizes, budget, schedule, backward=True)
-    chunks = [*plan.parts(0, num_saved, max(1, num_saved)), *plan.parts(num_saved, M, step)]
+    layout = layout_of(hidden, weight, softcap, fused)
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
+    step = schedules.chunk_rows(M, layout, budget, schedule, backward=True)
+    chunks = [
+        *schedules.parts(0, num_saved, max(1, num_saved)),
+        *schedules.parts(num_saved, M, step),
+    ]
     # one GEMM is written once, in the weight's dtype; more are summed in float32
     grad_weight = weight.new_empty(
         weight.shape if need_weight else (0,), dtype=acc if chunks[1:] else dtype
     )
     grad_bias = weight.new_zeros(weight.shape[:1] if need_bias else (0,), dtype=acc)
-    narrow, wide = _buffers(hidden, min(step, M - num_saved), sizes, schedule, backward=True)
+    narrow, wide = _buffers(hidden, min(step, M - num_saved), layout, schedule, backward=True)
     for part in chunks:
         x = hidden.index_select(0, rows[part])
         if part.start < num_saved:
             dlogits, factor = saved, row_scale[part]
         else:
-            dlogits = _first(narrow, part)
+            assert narrow is not None
+            dlogits = narrow[: part.stop - part.start]
             logits = dlogits if wide is None and not fused else _first(wide, part)
             factor = kernels.recompute(
                 x, weight, bias, targets[part], scale, softcap, dlogits, logits, logp[part],
@@ -195,30 +199,30 @@ def _dlogits_at_target(
     return entry if softcap is None else entry * (1 - ((logp + lse) / softcap) ** 2)
 
 
-def new_saved(hidden: Tensor, schedule: str, M: int, num_saved: int, sizes: plan.Layout) -> Tensor:
+def new_saved(hidden: Tensor, schedule: str, M: int, num_saved: int, layout: HeadLayout) -> Tensor:
     """Return what the forward saves for the backward, empty.
 
     It is dlogits (num_saved, V), or dlogits @ weight (M, D) of a frozen head, or (0,).
     """
-    if schedule in (plan.SAVE, plan.PARTIAL):
-        return new_block(hidden, num_saved, sizes.V, sizes.fused)
-    return hidden.new_empty((M, sizes.D) if schedule == plan.FROZEN_HEAD else (0,))
+    if schedule in (schedules.SAVE, schedules.PARTIAL):
+        return new_block(hidden, num_saved, layout.V, layout.fused)
+    return hidden.new_empty((M, layout.D) if schedule == schedules.FROZEN_HEAD else (0,))
 
 
 def _buffers(
-    hidden: Tensor, rows: int, sizes: plan.Layout, schedule: str, backward: bool = False
+    hidden: Tensor, rows: int, layout: HeadLayout, schedule: str, backward: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (rows, V) in the input's dtype for dlogits, in the accumulator's for the logits.
 
     None where dlogits is what is saved; where the logits may be written into it, or never are.
     """
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
-    saves = schedule == plan.SAVE
-    scratch = schedule == plan.FROZEN_HEAD or (backward and not saves)  # dlogits are not saved
-    narrow = new_block(hidden, rows, sizes.V, sizes.fused) if scratch else None
+    saves = schedule == schedules.SAVE
+    scratch = schedule == schedules.FROZEN_HEAD or (backward and not saves)  # dlogits are not saved
+    narrow = new_block(hidden, rows, layout.V, layout.fused) if scratch else None
     wide = None
-    if not sizes.fused and not (backward and saves) and (dtype != acc or not (scratch or saves)):
-        wide = new_block(hidden, rows, sizes.V, False, acc)
+    if not layout.fused and not (backward and saves) and (dtype != acc or not (scratch or saves)):
+        wide = new_block(hidden, rows, layout.V, False, acc)
     return narrow, wide
 
 

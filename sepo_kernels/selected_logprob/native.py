@@ -10,7 +10,7 @@ from torch import Tensor
 from sepo_kernels import extension, gemm
 from sepo_kernels.selected_logprob.loops import LogitKernels
 
-# asked once, at import: Dynamo traces why_not
+# evaluated once, at import: Dynamo traces why_not
 _MISSING = extension.why_not("native_logprob_rows", torch.device("cpu"))
 
 

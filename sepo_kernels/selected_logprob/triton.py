@@ -34,8 +34,8 @@ def forward(
     assert out.stride(-1) == 1
     triton_rows.launch(
         triton_logprob.logprob_row, rows, None,
-        logits, triton_rows.bias_argument(bias, logits), targets, logp, lse, reference, row_scale, out,
-        logits.stride(0), stride, V, int(bias is not None), scale, softcap or 0.0,
+        logits, triton_rows.bias_argument(bias, logits), targets, logp, lse, reference, row_scale,
+        out, logits.stride(0), stride, V, int(bias is not None), scale, softcap or 0.0,
         CAPPED=softcap is not None, WRITE_DLOGITS=at_once,
     )  # fmt: skip
     if at_once:
@@ -81,8 +81,8 @@ def _write_dlogits(
     triton_rows.launch(
         triton_logprob.logprob_dlogits, rows, V,
         logits, triton_rows.bias_argument(bias, logits), targets, logp, reference, row_scale,
-        dlogits, logits.stride(0), dlogits.stride(0), V, int(bias is not None), scale, softcap or 0.0,
-        CAPPED=softcap is not None,
+        dlogits, logits.stride(0), dlogits.stride(0), V, int(bias is not None), scale,
+        softcap or 0.0, CAPPED=softcap is not None,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """selected_logprob_kl in plain PyTorch: library GEMMs, and passes over a few rows.
 
-p - q is computed from log q - log p, not from two rounded numbers: near the reference, where training
-starts, their rounding would be most of it. So is the target's entry of p - onehot, expm1(logp).
+p - q is computed from log q - log p, not from two rounded numbers, whose rounding would be most of
+it near the reference, where training starts. So is the target's entry of p - onehot, expm1(logp).
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sepo_kernels import gemm
+from sepo_kernels.selected_logprob_kl.layout import REF_POLICY
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
-from sepo_kernels.selected_logprob_kl.schedule import REF_POLICY
 
 # the passes take so many bytes of rows at once, because each makes up to five temporaries of that
 # size, which no budget counts: on a CPU they stay in cache, a GPU wants longer rows of work

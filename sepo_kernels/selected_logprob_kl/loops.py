@@ -19,13 +19,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sepo_kernels import devices
+from sepo_kernels import devices, schedules
 from sepo_kernels.devices import accumulator
 from sepo_kernels.gemm import add_gemm, add_rows, add_targets, gemm
 from sepo_kernels.registry import Impl
+from sepo_kernels.schedules import parts
 from sepo_kernels.selected_logprob.loops import new_block
-from sepo_kernels.selected_logprob.schedule import parts
-from sepo_kernels.selected_logprob_kl import schedule as plan
+from sepo_kernels.selected_logprob_kl.layout import (
+    REF_POLICY,
+    TwoHeadLayout,
+    chunk_gradient,
+    saved_gradient,
+)
+
+Pair = tuple[Tensor, Tensor]  # of the policy and of the reference, or the first and second block
 
 
 class LogitKernels(NamedTuple):
@@ -62,12 +69,12 @@ class LogitKernels(NamedTuple):
 
     def layout(
         self, V: int, dtype: torch.dtype, multiprocessors: int = 0, D: int = 1
-    ) -> plan.Layout:
-        return plan.Layout(
+    ) -> TwoHeadLayout:
+        return TwoHeadLayout(
             V, dtype, self.second_dtype(dtype), self.fused(dtype), multiprocessors, D
         )
 
-    def layout_of(self, hidden: Tensor, weight: Tensor) -> plan.Layout:
+    def layout_of(self, hidden: Tensor, weight: Tensor) -> TwoHeadLayout:
         (V, D), gpu = weight.shape, devices.multiprocessors(hidden.device)
         return self.layout(V, hidden.dtype, gpu, D)
 
@@ -104,15 +111,17 @@ def fwd(
 ) -> tuple[Tensor, ...]:  # logp, ref_logp, kl, state, first, second: see outputs
     M, V = rows.shape[0], weight.shape[0]
     layout = kernels.layout_of(hidden, weight)
-    num_saved = plan.saved_rows(M, layout, budget, schedule)
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
     results = outputs(kernels, hidden, weight, rows, schedule, num_saved)
     *statistics, first, second = results
-    logp, _, kl, state = statistics
-    step = plan.chunk_rows(M, layout, budget, schedule, backward=False)
-    frozen = schedule == plan.FROZEN_HEAD
-    buffers = _Buffers(hidden, min(step, M), layout, blocks=frozen, saved=schedule == plan.SAVE)
+    logp, ref_logp, kl, state = statistics
+    step = schedules.chunk_rows(M, layout, budget, schedule, backward=False)
+    frozen = schedule == schedules.FROZEN_HEAD
+    buffers = _Buffers(
+        hidden, min(step, M), layout, blocks=frozen, saved=schedule == schedules.SAVE
+    )
     if frozen:
-        columns = plan.chunk_gradient(M, layout, budget, schedule).columns
+        columns = chunk_gradient(M, layout, budget, schedule).columns
         buffer = new_block(hidden, min(step, M), columns, layout.fused)
     for part in (*parts(0, num_saved, step), *parts(num_saved, M, step)):
         saved = (first[part], second[part]) if part.start < num_saved else None
@@ -126,16 +135,20 @@ def fwd(
             whole[part] = chunk
         if frozen:
             one, zero = torch.ones_like(logp[part]), torch.zeros_like(logp[part])
+            # the directions of dX, with the gradients of logp and kl that give them
+            directions = ((first[part], one, zero), (second[part], zero, one))
             row = targets[part], logp[part], kl[part], state[part]
             for c in parts(0, V, columns):
                 dz = buffer[: part.stop - part.start, : c.stop - c.start]
-                for total, *grads in ((first[part], one, zero), (second[part], zero, one)):
-                    _combine(kernels, blocks, row, c, *grads, direction, dz)
+                for total, of_logp, of_kl in directions:
+                    _combine(kernels, blocks, row, c, of_logp, of_kl, direction, dz)
                     add_gemm(total, dz, weight[c])
             if layout.fused:
-                of_rows = [x[part] for x in statistics]
-                for total, *grads in ((first[part], one, zero), (second[part], zero, one)):
-                    entry = _dz_at_target(*of_rows, *grads, direction, softcap)
+                for total, of_logp, of_kl in directions:
+                    entry = _dz_at_target(
+                        logp[part], ref_logp[part], kl[part], state[part], of_logp, of_kl,
+                        direction, softcap,
+                    )  # fmt: skip
                     total += weight.index_select(0, targets[part]) * entry
     return results
 
@@ -174,38 +187,42 @@ def bwd(
     # dZ / scale would round X once more in dW; so dZ has the scale, and db is freed of it
     grad_logp, grad_kl = grad_logp.to(acc) * scale, grad_kl.to(acc) * scale
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=acc)
-    if schedule == plan.FROZEN_HEAD:
+    if schedule == schedules.FROZEN_HEAD:
         add_rows(grad_hidden, rows, first * grad_logp[:, None] + second * grad_kl[:, None])
         return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
 
     layout = kernels.layout_of(hidden, weight)
-    num_saved = plan.saved_rows(M, layout, budget, schedule)
-    step = plan.chunk_rows(M, layout, budget, schedule, backward=True)
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
+    step = schedules.chunk_rows(M, layout, budget, schedule, backward=True)
     chunks = [*parts(0, num_saved, max(1, num_saved)), *parts(num_saved, M, step)]
     # one part of rows writes dW once, in the weight's dtype; more are summed in float32
     grad_weight = weight.new_empty(
         weight.shape if need_weight else (0,), dtype=acc if chunks[1:] else dtype
     )
     grad_bias = weight.new_zeros((V,) if need_bias else (0,), dtype=acc)
-    buffers = buffer = None
+    buffers: _Buffers | None = None
+    buffer: Tensor | None = None
+    dz: Tensor | None = None
     for part in chunks:
         x = hidden.index_select(0, rows[part])
         if part.start < num_saved:
-            blocks = first, second
-            gradient = plan.saved_gradient(M, layout, budget, schedule)
+            blocks: Pair | None = (first, second)
+            gradient = saved_gradient(M, layout, budget, schedule)
             buffer = new_block(hidden, *gradient, layout.fused)
         else:
             if buffers is None:
                 buffer = dz = None  # free the saved rows' before these are allocated
-                gradient = plan.chunk_gradient(M, layout, budget, schedule)
+                gradient = chunk_gradient(M, layout, budget, schedule)
                 buffer = new_block(hidden, *gradient, layout.fused)
                 buffers = _Buffers(hidden, gradient.rows, layout, blocks=True, saved=False)
             blocks, logits = buffers.of(part, None)
+            assert ref_hidden is not None
             kernels.recompute(
                 x, weight, bias, ref_hidden.index_select(0, rows[part]), ref_weight, ref_bias,
                 targets[part], scale, softcap, direction, blocks, logits,
                 logp[part], ref_logp[part], kl[part], state[part],
             )  # fmt: skip
+        assert buffer is not None
         row = targets[part], logp[part], kl[part], state[part]
         dx = x.new_zeros(x.shape if need_hidden else (0,), dtype=acc)
         ones = x.new_ones((x.shape[0], 1))
@@ -221,8 +238,10 @@ def bwd(
             if need_bias:
                 grad_bias[c] += gemm(dz.T, ones)[:, 0]
         if layout.fused:
-            of_rows = [x[part] for x in (logp, ref_logp, kl, state, grad_logp, grad_kl)]
-            entry = _dz_at_target(*of_rows, direction, softcap)
+            entry = _dz_at_target(
+                logp[part], ref_logp[part], kl[part], state[part], grad_logp[part], grad_kl[part],
+                direction, softcap,
+            )  # fmt: skip
             if need_hidden:
                 dx += weight.index_select(0, targets[part]) * entry
             if need_weight:
@@ -252,11 +271,11 @@ def outputs(
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
     numbers = [hidden.new_empty((M,), dtype=acc) for _ in range(3)]
     state = hidden.new_empty((M, kernels.num_state), dtype=acc)
-    if schedule in (plan.SAVE, plan.PARTIAL):
+    if schedule in (schedules.SAVE, schedules.PARTIAL):
         fused, second = kernels.fused(dtype), kernels.second_dtype(dtype)
         new = partial(new_block, hidden, num_saved, V, fused)
         saved = new(), new(second)
-    elif schedule == plan.FROZEN_HEAD:
+    elif schedule == schedules.FROZEN_HEAD:
         saved = hidden.new_zeros((M, D), dtype=acc), hidden.new_zeros((M, D), dtype=acc)
     else:
         saved = hidden.new_empty((0,)), hidden.new_empty((0,))
@@ -267,26 +286,33 @@ class _Buffers:
     """Blocks of one chunk, used for every chunk in turn: two sets would be alive at a change."""
 
     def __init__(
-        self, hidden: Tensor, rows: int, layout: plan.Layout, *, blocks: bool, saved: bool
+        self, hidden: Tensor, rows: int, layout: TwoHeadLayout, *, blocks: bool, saved: bool
     ) -> None:
         acc, dtypes = accumulator(layout.dtype), (layout.dtype, layout.second)
         new = partial(new_block, hidden, rows, layout.V, layout.fused)
-        self.blocks = [new(dtype) if blocks else None for dtype in dtypes]
-        shared = [(blocks or saved) and dtype == acc for dtype in dtypes]
-        self.logits = None if layout.fused else [None if s else new(acc) for s in shared]
-        self.acc = acc
+        self.blocks = (new(layout.dtype), new(layout.second)) if blocks else None
+        # None: fused, or the logits are written into the block
+        unwanted = [layout.fused or ((blocks or saved) and dtype == acc) for dtype in dtypes]
+        self.logits = [None if none else new(acc) for none in unwanted]
+        self.acc, self.fused = acc, layout.fused
 
-    def of(self, part: slice, saved):
+    def of(self, part: slice, saved: Pair | None) -> tuple[Pair | None, Pair | None]:
         """Return blocks and logits as `forward` takes them, the blocks in `saved` if given."""
         rows = part.stop - part.start
-        blocks = saved or [x if x is None else x[:rows] for x in self.blocks]
-        logits = self.logits
-        if logits is not None:
-            logits = tuple(
-                block if block is not None and block.dtype == self.acc else z[:rows]
-                for block, z in zip(blocks, logits, strict=True)
-            )
-        return (None if blocks[0] is None else tuple(blocks)), logits
+        blocks = saved
+        if blocks is None and self.blocks is not None:
+            blocks = self.blocks[0][:rows], self.blocks[1][:rows]
+        if self.fused:
+            return blocks, None
+        first, second = blocks or (None, None)
+        z, ref_z = self.logits
+        return blocks, (self._logits(first, z, rows), self._logits(second, ref_z, rows))
+
+    def _logits(self, block: Tensor | None, buffer: Tensor | None, rows: int) -> Tensor:
+        if block is not None and block.dtype == self.acc:
+            return block
+        assert buffer is not None
+        return buffer[:rows]
 
 
 def _dz_at_target(
@@ -301,7 +327,7 @@ def _dz_at_target(
 ) -> Tensor:  # (chunk, 1)
     """Return dZ at each row's own target."""
     ratio = ref_logp - logp
-    if direction == plan.REF_POLICY:  # p - q, from the larger of both
+    if direction == REF_POLICY:  # p - q, from the larger of both
         larger = torch.maximum(logp, ref_logp).exp()
         dkl = torch.copysign(larger, ratio) * ratio.abs().neg().expm1()
     else:
@@ -314,7 +340,7 @@ def _dz_at_target(
 
 def _combine(
     kernels: LogitKernels,
-    blocks: tuple[Tensor, Tensor],
+    blocks: Pair | None,  # (chunk, V) each
     row: tuple[Tensor, Tensor, Tensor, Tensor],  # targets, logp, kl, state of the chunk
     c: slice,  # columns
     grad_logp: Tensor,  # (chunk,)
@@ -322,6 +348,7 @@ def _combine(
     direction: str,
     dz: Tensor,  # (chunk, columns), written
 ) -> None:
+    assert blocks is not None
     first, second = blocks
     targets, logp, kl, state = row
     kernels.combine(

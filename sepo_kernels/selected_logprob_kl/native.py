@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sepo_kernels import extension, gemm
+from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
-from sepo_kernels.selected_logprob_kl.schedule import DIRECTIONS
 
 NUM_STATE = 5  # as csrc/cpu/selected_logprob_kl_fused.cpp has it
-# asked once, at import: Dynamo traces why_not
+# evaluated once, at import: Dynamo traces why_not
 _MISSING = extension.why_not("native_kl_rows", torch.device("cpu"))
 
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from sepo_kernels import devices, gemm
 from sepo_kernels.configs import one_pass
+from sepo_kernels.selected_logprob_kl.layout import POLICY_REF
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
-from sepo_kernels.selected_logprob_kl.schedule import POLICY_REF
 
 NUM_STATE = 5  # as kl_row has it
 

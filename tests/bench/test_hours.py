@@ -14,7 +14,7 @@ from sepo.cost.decoder import TABLE_1, Decoder, named
 from sepo.cost.public import ZEPHYR
 from sepo.cost.work import Amount, Schedule, step_work, total
 from sepo.errors import InputError
-from sepo_kernels.selected_logprob.schedule import DEFAULT_BUDGET, MEMORY_SHARE
+from sepo_kernels.schedules import DEFAULT_BUDGET, MEMORY_SHARE
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))

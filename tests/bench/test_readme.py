@@ -1,12 +1,12 @@
-"""The tables of docs/benchmarks.md are what bench/readme.py makes of bench/results, and of one run."""
+"""The tables of docs/benchmarks.md are what tools/readme.py makes of bench/results, and of one run."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from bench import readme
 from sepo.errors import InputError
+from tools import readme
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,7 +15,7 @@ def test_the_page_is_current():
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     tables = {found["table"] for found in readme.BLOCK.finditer(text)}
     assert {"head", "step"} <= tables <= set(readme.TABLES), "a table has no block, or no name"
-    assert readme.rewritten(text) == text, "out of date: python -m bench.readme"
+    assert readme.rewritten(text) == text, "out of date: python -m tools.readme"
 
 
 def test_the_table_of_the_readme_is_of_that_page():

@@ -22,6 +22,7 @@ from sepo.attention import layout
 from sepo.cost.decoder import SHAPES, Decoder, named
 from sepo.cost.work import Schedule, step_work, total
 from sepo.data.segments import make_segments, num_selected
+from sepo.data.selection import Selection
 from sepo.errors import InputError
 from sepo.trainer.methods import METHODS
 
@@ -94,7 +95,7 @@ def test_flop_of_every_saving_are_what_torch_counts(arch, saving):
         for c in savings.contenders(weights, [pairs], bf16=False, objectives=("sepo",))
         if c.name == f"sepo: {saving}"
     )
-    cut = [make_segments(pair, "selected", fraction=0.3) for pair in pairs]
+    cut = [make_segments(pair, Selection("selected", fraction=0.3)) for pair in pairs]
     whole = saving in ("unpacked", "packed", "shared")
     schedule = Schedule(
         packed=saving != "unpacked",
@@ -160,7 +161,9 @@ def test_flop_of_the_trainers_step_are_what_torch_counts(arch, step):
         step, method, weights, [pairs], settings, bf16=False, reference=reference, **options
     )
     assert contender.run is not None
-    cut = [make_segments(pair, METHODS[method].positions, fraction=0.3) for pair in pairs]
+    cut = [
+        make_segments(pair, Selection(METHODS[method].positions, fraction=0.3)) for pair in pairs
+    ]
     found = modelled(Decoder.of(weights.model), cut, Schedule(hidden_scores=True, **schedule))
     assert counted(lambda: contender.run(0)) == pytest.approx(found, rel=1e-12)
 
@@ -181,7 +184,7 @@ def test_adapters_cost_what_torch_counts(tmp_path):
     )
     adapters = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     trainer = SePOTrainer(model, config, pairs, peft_config=adapters)
-    cut = [make_segments(pair, "selected", fraction=0.3) for pair in pairs]
+    cut = [make_segments(pair, Selection("selected", fraction=0.3)) for pair in pairs]
     schedule = Schedule(frozen=True, adapter_rank=4, hidden_scores=True)
     found = modelled(decoder, cut, schedule)
     # torch leaves out what the first layer would send to the embedding

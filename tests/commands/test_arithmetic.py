@@ -1,6 +1,5 @@
 """What `auto` comes to on a machine that is slow at bfloat16, and what is said of bfloat16 there."""
 
-import argparse
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from training_run import make_run
 from sepo import SePOConfig
 from sepo.commands import score as score_command
 from sepo.errors import InputError
+from sepo.flags.parser import Parser
 from sepo.train import parse
 from sepo_kernels import devices
 
@@ -100,7 +100,7 @@ def test_scoring_is_warned_of_too(bfloat16_takes, caplog, monkeypatch, tmp_path,
     (tmp_path / "data.jsonl").write_text(
         '{"prompt_ids": [2], "chosen_ids": [3], "rejected_ids": [4]}'
     )
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     score_command.add_arguments(parser)
     words = ["--dataset_name", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path / "out")]
     words += ["--reference", reference, "--oracle", oracle, "--device", "cpu", *flags.split()]

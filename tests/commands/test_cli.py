@@ -16,6 +16,7 @@ from training_run import make_run, write_store
 
 from sepo.commands import main as cli
 from sepo.errors import exit_with_one_line
+from sepo.flags.selection import selection_flags
 
 TEXT_ROW = dict(prompt="w3 w4", chosen="w5 w6", rejected="w7")
 DATASETS = pytest.mark.skipif(find_spec("datasets") is None, reason="needs datasets")
@@ -68,12 +69,12 @@ def test_unknown_key_in_the_yaml(home, tmp_path, refused):
         (["--no_such_flag", "1"], "unknown argument --no_such_flag"),
         (["--fraction", "0"], "--fraction: expected a number in (0, 1], got 0.0"),
         (["--fraction", "1.1"], "--fraction: expected a number in (0, 1], got 1.1"),
-        (["--fraction", "most"], "--fraction: expected a number or mass, got most"),
+        (["--fraction", "most"], "--fraction: invalid float value: 'most'"),
         (["--rejected_fraction", "0"], "--rejected_fraction: expected a number in (0, 1], got 0.0"),
-        (["--fraction", "mass", "--mass", "0"], "--mass: expected a number in (0, 1], got 0.0"),
+        (["--select", "mass", "--mass", "0"], "--mass: expected a number in (0, 1], got 0.0"),
         (
-            ["--method", "sepo-rand", "--rejected_fraction", "mass"],
-            "--rejected_fraction: expected a number for sepo-rand, which draws without scores",
+            ["--method", "sepo-rand", "--rejected_select", "mass"],
+            "--rejected_select: expected fraction for sepo-rand, which draws without scores",
         ),
         (["--learning_rate", "fast"], "--learning_rate"),
         (["--attn_impl", "fa9"], "--attn_impl"),
@@ -117,7 +118,7 @@ def test_a_store_with_nan_scores(home, tmp_path, refused):
     pairs[1] = replace(pairs[1], chosen_score=score)
     write_store(tmp_path / "store", pairs)
     line = refused(*train(home, tmp_path, "--dataset_name", tmp_path / "store"))
-    assert "row 1: expected finite values in chosen_score" in line
+    assert "pair 1: expected finite values in chosen_score" in line
 
 
 def test_a_cached_reference_of_other_weights(home, tmp_path, refused):
@@ -138,7 +139,7 @@ def test_a_model_that_cannot_be_served(home, tmp_path, refused):
 def test_sepo_on_pairs_without_scores(home, tmp_path, refused):
     data = write_rows(tmp_path / "pairs.jsonl", [TEXT_ROW])
     line = refused(*train(home, tmp_path, "--dataset_name", data))
-    assert "row 0: expected a score per chosen token (`sepo score` writes them)" in line
+    assert "pair 0: expected a score per chosen token (`sepo score` writes them)" in line
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_sepo_on_pairs_without_scores(home, tmp_path, refused):
     [
         ([], "pairs.jsonl"),
         ([dict(prompt="w3", chosen="w4")], "rejected"),
-        ([dict(TEXT_ROW, chosen=7)], "row 0"),
+        ([dict(TEXT_ROW, chosen=7)], "pair 0"),
         ([dict(TEXT_ROW, chosen=TEXT_ROW["rejected"])], "identical"),
         ([dict(TEXT_ROW, chosen="")], "empty"),
         ([dict(TEXT_ROW, prompt="w3 " * 2000)], "max_length"),
@@ -167,7 +168,15 @@ def test_data(home, tmp_path, refused, rows, message, command):
         argv = ("score", "--dataset_name", data, *models, "--output_dir", tmp_path / "out")
         argv += ("--max_length", 512)
     else:
-        argv = ("inspect", data, "--model_name_or_path", home / "model", "--max_length", 512)
+        argv = (
+            "inspect",
+            "--dataset_name",
+            data,
+            "--model_name_or_path",
+            home / "model",
+            "--max_length",
+            512,
+        )
     assert message in refused(*argv)
 
 
@@ -192,7 +201,7 @@ def test_a_file_that_cannot_be_read(home, tmp_path, refused, name, content, mess
     argv = {
         "train": train(home, tmp_path, "--method", "simpo", "--dataset_name", data),
         "score": ("score", "--dataset_name", data, "--oracle", model, "--reference", model, *out),
-        "inspect": ("inspect", data, "--model_name_or_path", model),
+        "inspect": ("inspect", "--dataset_name", data, "--model_name_or_path", model),
         "transfer": ("transfer", "--scores", home / "store", "--oracle", model)
         + ("--dataset_name", data, "--model_name_or_path", model, *out),
     }[command]
@@ -262,7 +271,7 @@ def test_a_fraction_is_a_number_or_mass(tmp_path, values, argv, expected):
     values |= dict.fromkeys(names, "x") | dict(use_cpu=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     args = parse(["--config", str(tmp_path / "run.yaml"), *argv])
-    found = (args.fraction, args.rejected_fraction, args.mass)
+    found = tuple(selection_flags(args).values())[:3]
     assert found == expected and [*map(type, found)] == [*map(type, expected)]
 
 
@@ -301,7 +310,7 @@ def test_flags_of_the_other_commands(home, tmp_path, refused, command, words, me
     model, out = str(home / "model"), str(tmp_path / "out")
     needed = {
         "score": ["--dataset_name", "D", "--reference", model, "--oracle", model],
-        "inspect": ["D", "--model_name_or_path", model],
+        "inspect": ["--dataset_name", "D", "--model_name_or_path", model],
         "transfer": ["--scores", "S", "--oracle", model, "--dataset_name", "D"],
         "report": [str(home / "store")],
         "demo": [],
@@ -349,7 +358,15 @@ def test_a_wrong_environment_in_one_line(variable, value, message, start):
 def inspected(home, tmp_path, text="w5 w6") -> list:
     rows = [dict(TEXT_ROW, chosen=text, id=f"é{i}") for i in range(3000)]
     data = write_rows(tmp_path / "pairs.jsonl", rows)
-    return ["-m", "sepo.commands.main", "inspect", data, "--model_name_or_path", home / "model"]
+    return [
+        "-m",
+        "sepo.commands.main",
+        "inspect",
+        "--dataset_name",
+        data,
+        "--model_name_or_path",
+        home / "model",
+    ]
 
 
 def test_a_reader_that_has_seen_enough(home, tmp_path):
@@ -361,14 +378,14 @@ def test_a_reader_that_has_seen_enough(home, tmp_path):
         first = process.stdout.readline().decode()
         process.stdout.close()
         error = process.stderr.read()
-    assert first.startswith("row é0: 1 prompt")
+    assert first.startswith("pair é0: 1 prompt")
     assert (error, process.returncode) == (b"", 141)
 
 
 def test_a_stdout_of_another_encoding_gets_escapes(home, tmp_path):
     done = ended(*inspected(home, tmp_path), PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(rb"row \xe90: 1 prompt")
+    assert done.stdout.startswith(rb"pair \xe90: 1 prompt")
     store = home / "store"
     report = ["report", store, "--model_name_or_path", home / "model", "--json"]
     done = ended("-m", "sepo.commands.main", *report, PYTHONIOENCODING="latin-1")

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 import sepo
+from sepo.commands import env as command
 from sepo.commands import main as cli
 from sepo.ops import explain_selected_logprob
 from sepo_kernels import devices, extension
@@ -57,7 +58,7 @@ def test_where_torch_cannot_be_loaded(capsys, monkeypatch):
     def broken():
         raise ImportError("libcudart.so.13: cannot open shared object file\nmore lines")
 
-    monkeypatch.setattr(cli, "_torch", broken)
+    monkeypatch.setattr(command, "_torch", broken)
     found = lines(capsys)
     said = "ImportError: libcudart.so.13: cannot open shared object file"
     assert found["devices"] == found["CUDA"] == found["cpu, float32"] == said

@@ -1,4 +1,3 @@
-import argparse
 import csv
 import io
 import json
@@ -12,10 +11,12 @@ from test_trainer import make_trainer
 from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_tokenizer
 from whole_stores import flip
 
-from sepo.commands import inspect
+from sepo.commands import inspect, main
 from sepo.data import ScoredPair
+from sepo.data.selection import Selection
 from sepo.data.store.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
 from sepo.errors import InputError
+from sepo.flags.parser import Parser
 
 
 @pytest.fixture(autouse=True)
@@ -30,15 +31,10 @@ def model(tmp_path):
     return str(tmp_path / "model")
 
 
-def refuse(message: str):
-    raise InputError(message)
-
-
-def run(*argv) -> None:
-    parser = argparse.ArgumentParser()
-    parser.error = refuse
+def run(data, *argv) -> None:
+    parser = Parser()
     inspect.add_arguments(parser)
-    inspect.run(parser.parse_args([str(a) for a in argv]))
+    inspect.run(parser.parse_args([str(a) for a in ("--dataset_name", data, *argv)]))
 
 
 def write(path, *rows):
@@ -74,7 +70,7 @@ def test_raw_data_shows_boundaries_and_counts(tmp_path, model, capsys):
     assert "  rejected  b<|endoftext|>|\n" in out
     assert "a\\x1b[2Jb<|endoftext|>|" in out and "\x1b" not in out
     assert out.count("prompt,") == 1  # one row was asked for
-    assert "3 rows read" in out and "1 a response is empty (row 1)" in out
+    assert "3 rows read" in out and "1 a response is empty (pair 1)" in out
 
 
 def test_cuts_are_named_at_the_row(tmp_path, model, capsys):
@@ -82,7 +78,7 @@ def test_cuts_are_named_at_the_row(tmp_path, model, capsys):
     path = write(tmp_path / "rows.jsonl", row)
     run(path, "--model_name_or_path", model, "--max_length", 9)
     first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("row 0: ") and first.endswith("; chosen cut at max_length")
+    assert first.startswith("pair 0: ") and first.endswith("; chosen cut at max_length")
 
 
 def test_keys_and_limit(tmp_path, model, capsys):
@@ -127,10 +123,10 @@ def test_a_scored_store_shows_what_is_selected(tmp_path, model, capsys):
 @pytest.mark.parametrize(
     ("flags", "chosen", "rejected"),
     [
-        (["--fraction", "mass"], "a⟦b⟧┊⟦c⟧de|", "xy┊⟦z⟧|"),
-        (["--fraction", "mass", "--mass", 0.5], "a┊⟦b⟧cde|", "xy┊⟦z⟧|"),
+        (["--select", "mass"], "a⟦b⟧┊⟦c⟧de|", "xy┊⟦z⟧|"),
+        (["--select", "mass", "--mass", 0.5], "a┊⟦b⟧cde|", "xy┊⟦z⟧|"),
         (["--fraction", 0.2, "--rejected_fraction", 1], "a┊⟦b⟧cde|", "⟦xy⟧┊⟦z⟧|"),
-        (["--fraction", 1, "--first_token", "official"], "a⟦bcd⟧┊⟦e⟧|", "x⟦y⟧┊⟦z⟧|"),
+        (["--fraction", 1, "--first_token", "released"], "a⟦bcd⟧┊⟦e⟧|", "x⟦y⟧┊⟦z⟧|"),
     ],
 )
 def test_other_selections(tmp_path, model, capsys, flags, chosen, rejected):
@@ -163,11 +159,11 @@ def test_the_csv_of_the_released_code(tmp_path, capsys):
 def test_colours_only_on_a_terminal_and_not_with_no_color(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = Terminal()
-    inspect.Show(plain_tokenizer(), out).pair(scored())
+    inspect.Show(plain_tokenizer(), out, inspect.USUAL).pair(scored())
     assert "\x1b[7mb\x1b[0m" in out.getvalue() and "⟦" not in out.getvalue()
     monkeypatch.setenv("NO_COLOR", "1")
     out = Terminal()
-    inspect.Show(plain_tokenizer(), out).pair(scored())
+    inspect.Show(plain_tokenizer(), out, inspect.USUAL).pair(scored())
     assert "\x1b" not in out.getvalue() and "⟦b⟧" in out.getvalue()
 
 
@@ -186,7 +182,7 @@ def test_marked_text_is_the_decoded_text(make):
         rejected_score=score,
     )
     out = io.StringIO()
-    inspect.Show(tokenizer, out, fraction=0.5).pair(pair)
+    inspect.Show(tokenizer, out, Selection("selected", fraction=0.5)).pair(pair)
     line = next(x for x in out.getvalue().splitlines() if x.startswith("  chosen"))
     text = line[11:-1].translate(dict.fromkeys(map(ord, "⟦⟧┊")))
     whole = tokenizer.decode([*pair.prompt, *chosen])
@@ -200,7 +196,7 @@ def test_messages(tmp_path, model):
     with pytest.raises(InputError, match="no such file or directory: rows.jsonl"):
         run("rows.jsonl", "--model_name_or_path", model)
     with pytest.raises(InputError, match=r"--mass: expected a number in \(0, 1\], got 0"):
-        run("rows.jsonl", "--model_name_or_path", model, "--fraction", "mass", "--mass", 0)
+        run("rows.jsonl", "--model_name_or_path", model, "--select", "mass", "--mass", 0)
     with pytest.raises(InputError, match="--rows: expected a whole number of at least 0, got -1"):
         run("rows.jsonl", "--model_name_or_path", model, "--rows", -1)
 
@@ -240,3 +236,31 @@ def test_verify_of_what_has_no_checksums(tmp_path):
         run(tmp_path, "--verify")
     with pytest.raises(InputError, match="--model_name_or_path: expected whose tokenizer"):
         run(tmp_path)
+
+
+def test_data_without_a_flag_is_said(tmp_path, model, capsys, caplog):
+    write_store(tmp_path / "store")
+    for argv, line in (
+        (["--model_name_or_path", model], "DATA is now sepo inspect --dataset_name DATA"),
+        (["--verify"], "PATH --verify is now sepo inspect --verify PATH"),
+    ):
+        caplog.clear()
+        main.run(["inspect", str(tmp_path / "store"), *argv])
+        assert caplog.messages == [f"sepo inspect {line}"]
+    old = capsys.readouterr().out
+    caplog.clear()
+    main.run(["inspect", "--dataset_name", str(tmp_path / "store"), "--model_name_or_path", model])
+    main.run(["inspect", "--verify", str(tmp_path / "store")])
+    assert capsys.readouterr().out == old and caplog.messages == []
+    with pytest.raises(InputError, match="--dataset_name: expected the data to look at, got none"):
+        main.run(["inspect", "--model_name_or_path", model])
+    for flag in ("--dataset_name", "--verify"):
+        with pytest.raises(InputError, match="expected one path, got one and two"):
+            main.run(["inspect", "two", flag, "one", "--model_name_or_path", model])
+
+
+def test_old_words_for_a_selection(tmp_path, model, capsys, caplog):
+    write_store(tmp_path / "store")
+    run(tmp_path / "store", "--model_name_or_path", model, "--fraction", "mass", "--mass", 0.5)
+    assert "  chosen   a┊⟦b⟧cde|" in capsys.readouterr().out
+    assert caplog.messages == ["--fraction mass is now --select mass"]

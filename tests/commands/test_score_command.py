@@ -1,6 +1,5 @@
 """`sepo score`: flags, the models that it loads, and those that it need not load."""
 
-import argparse
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +14,14 @@ from scoring_for_tests import QUIET, REFERENCE, make_pairs, make_tokenizer, part
 from sepo.commands import score as score_command
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.flags.parser import Parser
+from sepo.model.load import load_model, load_tokenizer
 from sepo.score.score import score_dataset, score_pairs, shard_name
 from sepo.system.lock import lock
 
 
 def parse(*words):
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     score_command.add_arguments(parser)
     return parser.parse_args(words)
 
@@ -126,10 +126,10 @@ def test_a_kept_reference_beside_an_oracle_of_lower_precision(tmp_path, capsys):
         (("--dtype", "int8"), "invalid choice: 'int8'"),
     ],
 )
-def test_command_line_refusals(capsys, words, message):
-    with pytest.raises(SystemExit):
+def test_command_line_refusals(words, message):
+    with pytest.raises(InputError) as caught:
         parse("--dataset_name", "d", "--reference", "r", "--output_dir", "o", *words)
-    assert message in capsys.readouterr().err
+    assert message in str(caught.value)
 
 
 @pytest.fixture

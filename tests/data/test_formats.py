@@ -161,7 +161,7 @@ def test_messages_as_json_in_the_cells_of_a_csv(prompt, chosen, rejected):
     if len(chosen) == 1:
         check_messages(read(row), [USER])
     with pytest.raises(
-        InputError, match="row 7: expected chosen to be a string, messages, or .*Python"
+        InputError, match="pair 7: expected chosen to be a string, messages, or .*Python"
     ):
         read(as_text | {"chosen": str(chosen)})
 
@@ -208,7 +208,7 @@ def test_history_is_earlier_turns(name, history):
 
 @pytest.mark.parametrize("pair", ["Hello", ["Hello"], ["Hello", 3], {"role": "user"}])
 def test_history_of_another_form(pair):
-    with pytest.raises(InputError, match="row 7: expected history to hold pairs of strings.*got"):
+    with pytest.raises(InputError, match="pair 7: expected history to hold pairs of strings.*got"):
         read(ALPACA | {"history": [pair]})
 
 
@@ -348,13 +348,13 @@ def test_a_tool_call_is_an_answer_without_content():
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "Q", "chosen": 3, "rejected": "b"}, "row 7: expected chosen to be a string"),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "row 7: expected prompt to be a string"),
+        ({"prompt": "Q", "chosen": 3, "rejected": "b"}, "pair 7: expected chosen to be a string"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "pair 7: expected prompt to be a string"),
         (
             {"prompt": "Q", "chosen": ["a"], "rejected": ["b"]},
-            "row 7: expected chosen to hold mess",
+            "pair 7: expected chosen to hold mess",
         ),
-        ({"chosen": "plain", "rejected": "text"}, r"row 7: expected chosen, without a prompt col"),
+        ({"chosen": "plain", "rejected": "text"}, r"pair 7: expected chosen, without a prompt col"),
         (
             {"prompt": [{"content": "x"}], "chosen": [GOOD], "rejected": [BAD]},
             "`from` out of human",
@@ -365,20 +365,20 @@ def test_a_tool_call_is_an_answer_without_content():
         ),
         (
             {"conversations": [{"from": "bot", "value": "x"}], "chosen": [GOOD], "rejected": [BAD]},
-            "row 7: expected each message of conversations to have a role.*got 'bot'",
+            "pair 7: expected each message of conversations to have a role.*got 'bot'",
         ),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": "{"}, "tools to be JSON"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": "{}x"}, "to be JSON"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": '{"a": 1}'}, "be a list"),
-        (IDS | {"chosen_ids": "[1, "}, "row 7: expected chosen_ids to be JSON"),
-        (IDS | {"chosen_ids": 3}, "row 7: expected chosen_ids to be a list of numbers, got int"),
-        (IDS | {"chosen_ids": [1.5, 2]}, "row 7: expected chosen_ids to be whole numbers"),
-        (IDS | {"chosen_ids": [[1], [2, 3]]}, "row 7: expected chosen_ids to be one flat list"),
-        (IDS | {"chosen_ids": [-100, 3]}, "row 7: expected chosen_ids to be token ids, got -100"),
-        (IDS | {"chosen_mask": [1]}, "row 7: expected chosen_mask to hold 2 numbers.*got 1"),
+        (IDS | {"chosen_ids": "[1, "}, "pair 7: expected chosen_ids to be JSON"),
+        (IDS | {"chosen_ids": 3}, "pair 7: expected chosen_ids to be a list of numbers, got int"),
+        (IDS | {"chosen_ids": [1.5, 2]}, "pair 7: expected chosen_ids to be whole numbers"),
+        (IDS | {"chosen_ids": [[1], [2, 3]]}, "pair 7: expected chosen_ids to be one flat list"),
+        (IDS | {"chosen_ids": [-100, 3]}, "pair 7: expected chosen_ids to be token ids, got -100"),
+        (IDS | {"chosen_mask": [1]}, "pair 7: expected chosen_mask to hold 2 numbers.*got 1"),
         (
             IDS | {"rejected_weights": [1, 1]},
-            "row 7: expected rejected_weights to hold 1 numb.*got 2",
+            "pair 7: expected rejected_weights to hold 1 numb.*got 2",
         ),
         (IDS | {"chosen_mask": [1, 2]}, "chosen_mask to be 0 or 1 .*, got 2"),
         (IDS | {"chosen_mask": [0.5, 1]}, "chosen_mask to be 0 or 1 .*, got 0.5"),

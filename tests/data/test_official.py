@@ -8,7 +8,7 @@ from sepo.data.read.formats import Drop, Why, find_format, read_row
 from sepo.data.read.read import read_pairs
 from sepo.data.read.sepo_csv import COLUMNS
 from sepo.data.segments import make_segments
-from sepo.data.selection import select_positions
+from sepo.data.selection import Selection, select_positions
 from sepo.errors import InputError
 
 datasets = pytest.importorskip("datasets")
@@ -69,12 +69,12 @@ def test_the_selected_tokens_are_the_scored_ones(tmp_path, make, whole):
     data = read_pairs(write(tmp_path / "top_0.5.csv", rows), tokenizer)
     assert data.report.format == "SePO's released code" and len(data) == 3
     for pair, score, (prompt, *responses) in zip(data.pairs, scores, TEXTS, strict=True):
-        _, *segments = make_segments(pair, "selected")
+        _, *segments = make_segments(pair, Selection("selected"))
         for segment, side, best, text in zip(
             segments, score, ("highest", "lowest"), responses, strict=True
         ):
             # the switch and the file select the same
-            how = dict(first_token="official")
+            how = dict(first_token="released")
             assert segment.positions.tolist() == (
                 select_positions(score[side], 0.5, best, **how).tolist()
             )
@@ -189,14 +189,14 @@ def test_drop(change, why):
 )
 def test_cells_that_do_not_fit_name_row_and_column(change, message):
     (row, *_), _ = released(chatml_tokenizer())
-    with pytest.raises(InputError, match=f"row 0: expected {message}"):
+    with pytest.raises(InputError, match=f"pair 0: expected {message}"):
         read_row(row | change, 0, find_format(list(row)))
 
 
 def test_a_chat_template_is_needed():
     rows, _ = released(chatml_tokenizer())
     data = datasets.Dataset.from_list(rows)
-    with pytest.raises(InputError, match="row 0: expected a tokenizer with a chat template"):
+    with pytest.raises(InputError, match="pair 0: expected a tokenizer with a chat template"):
         read_pairs(data, plain_tokenizer())
 
 

@@ -51,7 +51,7 @@ def test_files_of_every_kind_give_the_same(tmp_path, suffix):
     assert counts["read"] == 4 and counts["kept"] == 2
     assert counts["dropped"] == {Why.EMPTY: 1, Why.SAME: 1}
     json.dumps(counts)
-    assert "1 a response is empty (row 2)" in str(data.report)
+    assert "1 a response is empty (pair 2)" in str(data.report)
 
 
 def test_saved_directories(tmp_path):
@@ -124,7 +124,7 @@ def test_cuts_are_in_the_report_and_with_the_pair(tmp_path):
     assert [len(p.rejected) for p in data.pairs] == [3, 3]
     assert data.notes == [(Note.CUT_CHOSEN, Note.CUT_REJECTED), (Note.CUT_REJECTED,)]
     assert data.report.as_dict()["noted"] == {Note.CUT_CHOSEN: 1, Note.CUT_REJECTED: 2}
-    assert "2 rejected cut at max_length (row 0, 1)" in str(data.report)
+    assert "2 rejected cut at max_length (pair 0, 1)" in str(data.report)
 
 
 def test_missing_things_are_named_and_never_looked_up_on_the_hub(tmp_path, monkeypatch):

@@ -123,11 +123,11 @@ def test_what_a_table_filled_is_taken_off_and_what_its_cells_hold_is_not(tmp_pat
 def test_what_json_cannot_say_is_refused_and_not_printed_as_its_types_name(tmp_path, value, kind):
     pq.write_table(pa.Table.from_pylist([call({"when": value})]), tmp_path / "rows.parquet")
     with pytest.raises(
-        InputError, match=f"rows.parquet: row 0: expected tool_calls in chosen .*{kind}"
+        InputError, match=f"rows.parquet: pair 0: expected tool_calls in chosen .*{kind}"
     ):
         read_pairs(tmp_path / "rows.parquet", calling_tokenizer())
     with pytest.raises(
-        InputError, match=f"row 0: expected tools to hold what JSON can say, got {kind}"
+        InputError, match=f"pair 0: expected tools to hold what JSON can say, got {kind}"
     ):
         read_pairs([call({}) | {"tools": [{"default": value}]}], calling_tokenizer())
 
@@ -242,7 +242,7 @@ def test_half_of_a_character_is_no_text(tmp_path):
         f"{json.dumps(ROW)}\n" + r'{"prompt": "\ud83d", "chosen": "a", "rejected": "b"}'
     )
     assert refusal(tmp_path / "rows.jsonl") == (
-        r"row 1: expected text, got half of a character, '\ud83d'"
+        r"pair 1: expected text, got half of a character, '\ud83d'"
     )
 
 
@@ -314,7 +314,7 @@ def test_a_wrong_cell_is_named_with_its_file_row_and_column(tmp_path, suffix):
         else:
             pq.write_table(pa.Table.from_pylist([row]), tmp_path / "d" / f"train-{number}.parquet")
     message = refusal(tmp_path / "d")
-    assert f"train-1.{suffix}: row 1: expected chosen to be a string, got int" in message
+    assert f"train-1.{suffix}: pair 1: expected chosen to be a string, got int" in message
 
 
 def test_parts_of_a_split_as_the_datasets_library_names_them(tmp_path):
@@ -410,7 +410,7 @@ def test_what_is_no_rows():
         id="0", **dict.fromkeys(("prompt", "chosen", "rejected"), np.ones(1, np.int32))
     )
     assert not is_rows([pair]) and not is_rows(3) and not is_rows([])
-    assert "row 1: expected a dict of columns, got str" in refusal([ROW, "text"])
+    assert "pair 1: expected a dict of columns, got str" in refusal([ROW, "text"])
     assert "expected rows as a Dataset of the datasets library or a list of dicts, got int" in (
         refusal(3)
     )

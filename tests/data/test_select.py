@@ -151,7 +151,7 @@ def released(score, fraction, side):
 )
 def test_official_is_what_the_released_code_selects(values, fraction, side):
     score = np.array(values, np.float32)
-    got = select_positions(score, fraction, side, first_token="official").tolist()
+    got = select_positions(score, fraction, side, first_token="released").tolist()
     expected = released(score, fraction, side)
     if expected:
         assert got == expected
@@ -163,19 +163,19 @@ def test_official_is_what_the_released_code_selects(values, fraction, side):
 
 
 def test_official_counts():
-    count = lambda T, k: count_selected(T, k, first_token="official")
+    count = lambda T, k: count_selected(T, k, first_token="released")
     assert [count(T, 0.3) for T in (1, 2, 3, 4, 7, 10, 11, 12)] == [1, 1, 1, 1, 1, 2, 3, 3]
     assert count(101, 0.29) == 28  # no 1e-9 there
 
 
 def test_official_takes_the_only_token():
-    assert select_positions(np.ones(1, np.float32), 0.3, "highest", first_token="official") == [0]
-    assert random_positions(1, 0.3, seed=0, key="a", first_token="official") == [0]
+    assert select_positions(np.ones(1, np.float32), 0.3, "highest", first_token="released") == [0]
+    assert random_positions(1, 0.3, seed=0, key="a", first_token="released") == [0]
 
 
 def test_official_with_mass_and_at_random_leaves_the_first_token_out():
     score = np.array([9, 1, 3, -1], np.float32)
-    how = dict(first_token="official")
+    how = dict(first_token="released")
     assert select_positions(score, "mass", "highest", mass=0.75, **how).tolist() == [2]
     draws = [random_positions(11, 0.3, seed=s, key="a", **how) for s in range(100)]
     assert {len(d) for d in draws} == {3} and {*np.concatenate(draws)} == {*range(1, 11)}

@@ -11,6 +11,7 @@ from torch import nn
 
 from sepo.data import TokenPair, pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.train import parse
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.identity import describe_run
@@ -33,7 +34,7 @@ def positions(pairs: PreparedPairs, index: int) -> list[list[int]]:
 
 
 def test_counts_follow_the_scores():
-    args = dict(fraction="mass", rejected_fraction=0.5, mass=0.6)
+    args = dict(select="mass", rejected_fraction=0.5, mass=0.6)
     made = prepared(**args)
     for i, pair in enumerate(PAIRS):
         prompt, chosen, rejected = made[i]
@@ -49,7 +50,7 @@ def test_counts_follow_the_scores():
 
 
 def test_official_selection_reaches_the_pairs():
-    made = prepared(fraction=1.0, first_token="official")
+    made = prepared(fraction=1.0, first_token="released")
     for i, pair in enumerate(PAIRS):
         for found, response in zip(positions(made, i), (pair.chosen, pair.rejected), strict=True):
             assert found == [*range(min(1, len(response) - 1), len(response))]
@@ -94,11 +95,11 @@ def test_the_users_weights_mean_the_same_whether_zeros_are_read_or_left_out(meth
         pair = TokenPair(id=str(i), prompt=np.zeros(1, np.int32), **arrays, **weights)
         side = "chosen" if METHODS[method].positions == "chosen" else "all"
         ones = {name: np.ones_like(weight) for name, weight in weights.items()}
-        plain = make_segments(replace(pair, **ones), side)
+        plain = make_segments(replace(pair, **ones), Selection(side))
         for segment, name in zip(plain[1:], weights, strict=True):
             segment.weights[:] = weights[name][segment.positions]
         whole.append(plain)
-        cut.append(make_segments(pair, METHODS[method].positions))
+        cut.append(make_segments(pair, Selection(METHODS[method].positions)))
     values = torch.randn(5, int(sizes.sum()), dtype=torch.float64)
 
     def loss(batch):
@@ -119,10 +120,10 @@ def test_a_run_is_another_one_with_another_selection():
 
     plain = dict(fraction=0.3, rejected_fraction=None, mass=None, first_token="paper")
     assert what() == what(mass=0.5) == plain  # a share that nothing asks for
-    assert what(fraction="mass", mass=0.5) == plain | dict(fraction="mass", mass=0.5)
-    by_side = what(rejected_fraction="mass", first_token="official")
-    assert by_side == plain | dict(rejected_fraction="mass", mass=0.8, first_token="official")
-    assert what(method="simpo", fraction="mass", first_token="official") == dict.fromkeys(plain)
+    assert what(select="mass", mass=0.5) == plain | dict(fraction="mass", mass=0.5)
+    by_side = what(rejected_select="mass", first_token="released")
+    assert by_side == plain | dict(rejected_fraction="mass", mass=0.8, first_token="released")
+    assert what(method="simpo", select="mass", first_token="released") == dict.fromkeys(plain)
 
 
 def test_the_commands_of_the_page_parse():

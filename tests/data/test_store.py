@@ -240,14 +240,14 @@ def test_truncated_part(tmp_path):
 def test_values_that_are_not_finite(tmp_path, field, value):
     bad = make_pair("bad one", **{field: np.array([0, value, 0], np.float32)})
     fill(tmp_path, [make_pair("a"), make_pair("b"), make_pair("c"), bad])
-    message = f"row bad one: expected finite values in {field}, found {value} at position 1"
+    message = f"pair bad one: expected finite values in {field}, found {value} at position 1"
     with pytest.raises(InputError, match=message):
         ScoredStore.open(tmp_path)
 
 
 def test_lists_of_different_length(tmp_path):
     fill(tmp_path, [make_pair("a"), make_pair("b", chosen_weight=np.ones(2, np.float32))])
-    message = "row b: expected 3 values in chosen_weight, one per chosen token, found 2"
+    message = "pair b: expected 3 values in chosen_weight, one per chosen token, found 2"
     with pytest.raises(InputError, match=message):
         ScoredStore.open(tmp_path)
 
@@ -255,7 +255,7 @@ def test_lists_of_different_length(tmp_path):
 def test_empty_response(tmp_path):
     nothing = np.zeros(0, np.int32)
     fill(tmp_path, [make_pair("a", rejected=nothing, rejected_score=nothing)])
-    with pytest.raises(InputError, match="row a: rejected is empty"):
+    with pytest.raises(InputError, match="pair a: rejected is empty"):
         ScoredStore.open(tmp_path)
 
 
@@ -359,7 +359,7 @@ def test_a_token_id_that_is_none_in_an_old_part(tmp_path):
     about = json.loads(table.schema.metadata[b"sepo"])
     del about["check"]
     pq.write_table(table.replace_schema_metadata({"sepo": json.dumps(about)}), part)
-    with pytest.raises(InputError, match="row b: expected token ids in chosen, found -5"):
+    with pytest.raises(InputError, match="pair b: expected token ids in chosen, found -5"):
         ScoredStore.open(tmp_path)
 
 

@@ -366,7 +366,7 @@ def test_a_response_that_begins_with_the_whole_prompt_is_noted(row, is_noted):
 
 
 def test_messages_need_a_chat_template():
-    with pytest.raises(InputError, match="row 7: expected a tokenizer with a chat template"):
+    with pytest.raises(InputError, match="pair 7: expected a tokenizer with a chat template"):
         one(chat("zz", "yy"), plain_tokenizer())
 
 
@@ -522,7 +522,7 @@ def test_weights_that_the_cut_leaves_without_a_token():
 
 def test_token_ids_outside_the_vocabulary():
     size = len(plain_tokenizer())
-    with pytest.raises(InputError, match=f"row 7: expected token ids below {size}.*got {size}"):
+    with pytest.raises(InputError, match=f"pair 7: expected token ids below {size}.*got {size}"):
         one(ids([1], [size], [2]), plain_tokenizer())
 
 

@@ -61,7 +61,7 @@ def test_the_stages_are_the_demos(monkeypatch):
     asked = {what for parts in estimate.STAGES.values() for what in parts}
     seen = {}
     monkeypatch.setattr(run, "estimate", lambda counts: seen.update(counts) or "")
-    args = type("", (), dict(oracle_pairs=160, per_opening=4))
     lines = {name: len(run.read_lines(DATA / f"{name}.jsonl")) for name in ("pairs", "heldout")}
-    run.how_long(args, openings=len(run.read_lines(DATA / "heldout_openings.txt")), **lines)
+    openings = len(run.read_lines(DATA / "heldout_openings.txt"))
+    run.how_long(oracle_pairs=160, samples=4 * openings, openings=openings, **lines)
     assert seen == COUNTS and set(seen) == asked

@@ -1,6 +1,5 @@
 """Every stage of the demo on a tiny model: the real path, in seconds."""
 
-import argparse
 import json
 
 import numpy as np
@@ -8,11 +7,14 @@ import pytest
 from demo.characters import character_tokenizer
 from tiny import tiny_model
 
+from sepo.commands import demo
 from sepo.data import ScoredPair
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.demo import report, run
 from sepo.demo.lexicon import in_lexicon, selection_lift
 from sepo.errors import InputError
+from sepo.flags.parser import Parser
 
 
 @pytest.fixture
@@ -32,8 +34,8 @@ def arguments(tmp_path, monkeypatch):
         rows = [json.dumps(dict(row, id=f"{name}-{i}")) + "\n" for i in range(count)]
         (data / f"{name}.jsonl").write_text("".join(rows))
     (data / "heldout_openings.txt").write_text("The plot\nHer voice\n")
-    parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
+    parser = Parser()
+    demo.add_arguments(parser)
     return parser.parse_args(
         ["--output_dir", str(tmp_path / "out"), "--data", str(data), "--oracle_pairs", "4",
          "--per_opening", "2"]
@@ -42,7 +44,7 @@ def arguments(tmp_path, monkeypatch):
 
 def test_all_stages_twice(arguments, capsys):
     for _ in range(2):
-        run.run(arguments)
+        demo.run(arguments)
     out = capsys.readouterr().out
     assert out.startswith("about ") and " on this machine (" in out.splitlines()[0]
     summary = json.loads((arguments.output_dir / "summary.json").read_text())
@@ -65,14 +67,14 @@ def test_a_directory_of_somebody_else_is_left_alone(arguments):
     arguments.output_dir.mkdir()
     (arguments.output_dir / "thesis.tex").touch()
     with pytest.raises(InputError, match="not empty and not made by the demo"):
-        run.run(arguments)
+        demo.run(arguments)
     assert [p.name for p in arguments.output_dir.iterdir()] == ["thesis.tex"]
 
 
 def test_missing_data_is_named_before_anything_is_made(arguments, tmp_path):
     arguments.data = tmp_path / "nowhere"
     with pytest.raises(InputError, match="nowhere/heldout_openings.txt"):
-        run.run(arguments)
+        demo.run(arguments)
     assert not arguments.output_dir.exists()
 
 
@@ -93,7 +95,9 @@ def test_lift_by_hand():
         chosen_score=np.array([0, 0, 0, 5, 4, 3], "f4"),  # highest three: s, a, d
         rejected_score=np.array([-5, -4, 0, -3, 0, 0], "f4"),  # lowest three: b, a and the blank
     )
-    selected, everything = ([make_segments(pair, how, fraction=0.5)] for how in ("selected", "all"))
+    selected, everything = (
+        [make_segments(pair, Selection(how, fraction=0.5))] for how in ("selected", "all")
+    )
     assert selection_lift([pair], selected, everything, character_tokenizer()) == {
         "lexicon_rate_selected": round(5 / 6, 4),
         "lexicon_rate_all": 0.5,

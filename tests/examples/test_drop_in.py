@@ -115,7 +115,7 @@ def test_labels_from_the_command_line(tmp_path):
 
 def test_a_store_without_scores_is_refused(tmp_path):
     write_store(tmp_path / "cached", [replace(p, chosen_score=None) for p in PAIRS], keep=["logp"])
-    with pytest.raises(InputError, match="row 0: expected a score per chosen token"):
+    with pytest.raises(InputError, match="pair 0: expected a score per chosen token"):
         minus_100.main([str(tmp_path / "cached"), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

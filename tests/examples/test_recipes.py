@@ -1,6 +1,5 @@
 """Every recipe, and every command that a page shows, is one that the program understands."""
 
-import argparse
 import json
 import re
 import shlex
@@ -13,6 +12,7 @@ from tiny import random_scored_pairs
 from training_run import make_run
 
 from sepo.commands.main import COMMANDS
+from sepo.flags.parser import Parser
 from sepo.train import main as train
 from sepo.train import parse
 from sepo.trainer.methods import METHODS
@@ -54,10 +54,8 @@ def check(words: list[str]) -> None:
         assert parse([*fragment, *argv, "--use_cpu"]).method in METHODS
         return
     modules = {command: module for command, module, _ in COMMANDS}
-    if command not in modules:
-        assert words == ["env"], f"sepo has no command {command}"
-        return
-    parser = argparse.ArgumentParser(prog=f"sepo {command}", exit_on_error=False)
+    assert command in modules, f"sepo has no command {command}"
+    parser = Parser(prog=f"sepo {command}")
     parser.error = lambda message: pytest.fail(f"sepo {shlex.join(words)}: {message}")
     import_module(modules[command]).add_arguments(parser)
     parser.parse_args(argv)

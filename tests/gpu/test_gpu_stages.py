@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.leg.found import summary
-from bench.leg.stages import Stage, run_stages
+from tools.leg.found import summary
+from tools.leg.stages import Stage, run_stages
 
 ROOT = Path(__file__).parents[2]
 

@@ -69,7 +69,7 @@ def _ipo(c, r, a):
 
 def _dpop(c, r, a):
     chosen, rejected = _total(c, c.ratio), _total(r, r.ratio)
-    return -_log_sigmoid(a.beta * (chosen - rejected - a.penalty * (-chosen).clamp(min=0)))
+    return -_log_sigmoid(a.beta * (chosen - rejected - a.dpop_lambda * (-chosen).clamp(min=0)))
 
 
 def _tdpo1(c, r, a):
@@ -80,12 +80,12 @@ def _tdpo1(c, r, a):
 def _tdpo2(c, r, a):
     h = _total(c, c.ratio) - _total(r, r.ratio)
     drift = _total(r, r.kl_forward) - _total(c, c.kl_forward).detach()
-    return -_log_sigmoid(a.beta * (h - a.alpha * drift))
+    return -_log_sigmoid(a.beta * (h - a.tdpo2_alpha * drift))
 
 
 def _mapo(c, r, a):
     u = _total(c, c.reward_mask * c.ratio) - _total(r, r.reward_mask * r.ratio)
-    if a.form == "code":
+    if a.form == "released":
         d = _total(c, c.kl_mask * c.kl_forward) - _total(r, r.kl_mask * r.kl_forward)
         return -_log_sigmoid(a.beta * (u + d))
     d = _total(c, c.kl_mask * c.kl_reverse) - _total(r, r.kl_mask * r.kl_reverse)
@@ -136,7 +136,7 @@ def _response(model, reference, pair, side, args) -> SimpleNamespace:
     y.kl_reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
     if args.method == "mapo":
         y.reward_mask = y.kl_mask = _activation_mask(reference, prompt, response, y.weight, args)
-    elif args.method == "sparsepo" and args.mask == "random":
+    elif args.method == "sparsepo" and args.mask_kind == "random":
         drawn = random_mask(len(response), seed=args.seed, key=f"{pair.id}/{side}/mask")
         y.reward_mask = y.kl_mask = torch.from_numpy(drawn)
     elif args.method == "sparsepo":
@@ -191,7 +191,7 @@ def _learned_mask(part, states, args) -> Tensor:  # (T,)
             state = state * part.norm.weight + part.norm.bias
         total = total + mixer * (state @ weight + bias).clamp(min=0)
     mask = total.clamp(min=0)
-    return mask if args.mask == "learned" else (mask > 0).to(mask) + mask - mask.detach()
+    return mask if args.mask_kind == "learned" else (mask > 0).to(mask) + mask - mask.detach()
 
 
 @torch.no_grad()

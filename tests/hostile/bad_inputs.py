@@ -32,7 +32,7 @@ COMMANDS = {  # each with all that it needs
         *("score", "--dataset_name", "HOME/pairs.jsonl", "--reference", MODEL, "--oracle", MODEL),
         *("--output_dir", "TMP/out", "--device", "cpu"),
     ),
-    "inspect": ("inspect", "HOME/pairs.jsonl", "--model_name_or_path", MODEL),
+    "inspect": ("inspect", "--dataset_name", "HOME/pairs.jsonl", "--model_name_or_path", MODEL),
     "transfer": (
         *("transfer", "--scores", "HOME/store", "--oracle", MODEL, "--model_name_or_path", MODEL),
         *("--dataset_name", "HOME/pairs.jsonl", "--output_dir", "TMP/out"),
@@ -43,7 +43,7 @@ COMMANDS = {  # each with all that it needs
 READERS = {  # how each command is given the data, or a store, at DATA
     "train": (*TRAIN, "--method", "simpo", "--dataset_name", "DATA"),
     "score": (*COMMANDS["score"], "--dataset_name", "DATA"),
-    "inspect": ("inspect", "DATA", "--model_name_or_path", MODEL),
+    "inspect": ("inspect", "--dataset_name", "DATA", "--model_name_or_path", MODEL),
 }
 STORES = {
     **READERS,
@@ -79,9 +79,11 @@ def flags_of_train() -> Iterator[Case]:
         ("--eval_strategy", "steps"), ("--eval_strategy", "epoch"), ("--eval_on_start",),
         ("--load_best_model_at_end",), ("--fp16",), ("--tf32", "true"), ("--load_in_4bit",),
         ("--load_in_8bit", "--use_peft"), ("--use_liger_kernel",), ("--fsdp",),
-        ("--fp16", "--bf16"), ("--recompute", "cheap", "--gradient_checkpointing"),
+        ("--fp16", "--bf16"), ("--selective_checkpointing", "--gradient_checkpointing"),
         ("--recompute", "cheap", "--torch_compile"), ("--mask", "random", "--independent_masks"),
-        ("--method", "sepo-rand", "--fraction", "mass"), ("--max_tokens_per_batch", "9"),
+        ("--penalty",), ("--penalty=x",), ("--recompute", "much"), ("--first_token", "officials"),
+        ("--method", "sepo-rand", "--fraction", "mass"), ("--method", "sepo-rand", "--select", "mass"),
+        ("--max_tokens_per_batch", "9"),
         ("--use_peft", "--lora_target_modules", "nose"), ("--num_train_epochs=-1",),
         ("--use_peft", "--lora_target_modules", "lm_head"), ("--attn_impl", "varlen"),
         ("--lr_scheduler_type", "reduce_lr_on_plateau"), ("--lr_scheduler_type", "greedy"),
@@ -95,7 +97,7 @@ def flags_of_train() -> Iterator[Case]:
         ("--dataset_name", "HOME/run.yaml"), ("--model_name_or_path", "HOME/nothing"),
         ("--model_name_or_path", "HOME/store"), ("--model_name_or_path", "HOME/run.yaml"),
         ("--eval_dataset_name", "HOME/nothing"), ("--push_to_hub",),
-        ("--method", "dpo", "--reference_model_name_or_path", "HOME/nothing",
+        ("--method", "dpo", "--reference", "HOME/nothing",
          "--dataset_name", "HOME/pairs.jsonl"),
         ("--method", "sparsepo", "--reference_model_name_or_path", "HOME/nothing"),
         ("--report_to", "none", "nonsense"), ("--optim", "galore_adamw"),
@@ -116,12 +118,11 @@ def flags_of_train() -> Iterator[Case]:
 
 
 def _values_of_train() -> Iterator[tuple[str, str]]:
-    named = {**CHOICES, **dict.fromkeys(("fraction", "rejected_fraction"))}
     for flag, takes in kinds(SePOConfig).items():
         verdict, of = FIELDS.get(flag), takes - {NoneType}
         if isinstance(verdict, Refused):
             yield from ((flag, value) for value in verdict.values or _not_default(flag, of))
-        elif flag in named or any(issubclass(kind, Enum) for kind in of):
+        elif flag in CHOICES or any(issubclass(kind, Enum) for kind in of):
             yield from ((flag, value) for value in ("neither", "7x"))
         elif of == {int}:
             yield from ((flag, value) for value in ("x", "1.5", "1e400"))
@@ -174,7 +175,7 @@ def flags_of_the_others() -> Iterator[Case]:
         "inspect": {
             "rows": ("x", "-1", "0.5"), "fraction": ("x", "0", "1.1", "nan", "-1", ""),
             "rejected_fraction": ("x", "0", "2"), "mass": ("x", "0", "1.5", "nan"),
-            "first_token": ("last",), "max_length": (*count, "1"), "limit": count,
+            "first_token": ("last",), "select": ("x",), "rejected_select": ("x",), "max_length": (*count, "1"), "limit": count,
             "append_eos": ("maybe",), "prompt_key": ("nothing",), "chosen_key": ("nothing",),
             "rejected_key": ("nothing",), "model_name_or_path": ("HOME/nothing", "HOME/store"),
         },
@@ -205,6 +206,8 @@ def flags_of_the_others() -> Iterator[Case]:
         yield Case(f"{command} --no_such_flag", (*COMMANDS[command], "--no_such_flag"))
     for argv in (
         (), ("fly",), ("score",), ("inspect",), ("transfer",), ("report",), ("inspect", "x"),
+        ("inspect", "--verify"), ("inspect", "x", "--verify"), ("inspect", "--verify", "HOME"),
+        (*COMMANDS["report"], "--output_dir", "TMP"),
         ("score", "--reference", MODEL, "--dataset_name", "HOME/pairs.jsonl", "--output_dir", "O"),
         ("report", "HOME/nothing"), ("report", "HOME/store", "HOME/store", "HOME/store"),
         ("env", "more"), ("inspect", "HOME/pairs.jsonl", "more", "--model_name_or_path", MODEL),
@@ -393,7 +396,7 @@ def models() -> Iterator[Case]:
                 "score": (*COMMANDS["score"], "--reference", "TMP/model"),
                 "score's oracle": (*COMMANDS["score"], "--oracle", "TMP/model"),
                 "dpo's reference": (
-                    *(*TRAIN, "--method", "dpo", "--reference_model_name_or_path", "TMP/model"),
+                    *(*TRAIN, "--method", "dpo", "--reference", "TMP/model"),
                     *("--dataset_name", "HOME/pairs.jsonl"),
                 ),
             }

@@ -10,8 +10,8 @@ from processes import ENVIRONMENT
 from training_run import make_run
 
 SEPO = f"exec {sys.executable} -m sepo.commands.main"
-INSPECT = f"{SEPO} inspect HOME/pairs.jsonl --model_name_or_path HOME/model"
-NOTHING = f"{SEPO} inspect HOME/nothing.jsonl --model_name_or_path HOME/model"
+INSPECT = f"{SEPO} inspect --dataset_name HOME/pairs.jsonl --model_name_or_path HOME/model"
+NOTHING = f"{SEPO} inspect --dataset_name HOME/nothing.jsonl --model_name_or_path HOME/model"
 REPORT = f"{SEPO} report HOME/store --model_name_or_path HOME/model"
 GONE = "mkdir HOME/gone && cd HOME/gone && rmdir ../gone &&"
 PLAIN = "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"
@@ -23,20 +23,20 @@ CASES = {  # what a shell is told -> exit code, the one line on stderr, words on
     f"{REPORT} --json >/dev/full": (2, FULL, ""),
     f"{INSPECT} >&-": (0, "", ""),
     f"{SEPO} env >&-": (0, "", ""),
-    f"{INSPECT} <&-": (0, "", "row 0"),
-    f"{INSPECT} 2>&-": (0, "", "row 0"),
+    f"{INSPECT} <&-": (0, "", "pair 0"),
+    f"{INSPECT} 2>&-": (0, "", "pair 0"),
     f"{NOTHING} 2>&-": (2, "", ""),
     f"{NOTHING} >&- <&-": (2, "sepo: error: no such file", ""),
-    f"({INSPECT[5:]} --rows 500; echo $? >HOME/code) | head -c 20": (0, "", "row 0: "),
+    f"({INSPECT[5:]} --rows 500; echo $? >HOME/code) | head -c 20": (0, "", "pair 0: "),
     f"{GONE} {INSPECT}": (2, REMOVED, ""),
     f"{GONE} {REPORT}": (2, REMOVED, ""),
-    f"cd HOME/ && {SEPO} inspect ./store/../pairs.jsonl --model_name_or_path model": (0, "", "row 0"),
-    f"unset HOME; {INSPECT}": (0, "", "row 0"),
-    f"export HOME=/nonexistent; {INSPECT}": (0, "", "row 0"),
-    f"export {PLAIN}; {INSPECT}": (0, "", r"row caf\xe9"),
-    f"export {PLAIN}; {SEPO} inspect HOME/café --model_name_or_path HOME/model": (2, "sepo: err", ""),
+    f"cd HOME/ && {SEPO} inspect --dataset_name ./store/../pairs.jsonl --model_name_or_path model": (0, "", "pair 0"),
+    f"unset HOME; {INSPECT}": (0, "", "pair 0"),
+    f"export HOME=/nonexistent; {INSPECT}": (0, "", "pair 0"),
+    f"export {PLAIN}; {INSPECT}": (0, "", r"pair caf\xe9"),
+    f"export {PLAIN}; {SEPO} inspect --dataset_name HOME/café --model_name_or_path HOME/model": (2, "sepo: err", ""),
     f"export PYTHONIOENCODING=utf-16; {NOTHING}": (2, "", ""),  # of which no line can be told
-    f"export TZ=Nowhere/Else COLUMNS=x LINES=-1 TERM=; {INSPECT}": (0, "", "row 0"),
+    f"export TZ=Nowhere/Else COLUMNS=x LINES=-1 TERM=; {INSPECT}": (0, "", "pair 0"),
     f"ulimit -n 40; {NOTHING}": (2, "sepo: error: no such file", ""),
 }  # fmt: skip
 

@@ -116,7 +116,7 @@ def test_the_budget_changes_nothing(tmp_path, method, budget):
 @pytest.mark.parametrize("how", ["gradient_checkpointing", "recompute", "lora"])
 def test_with_layers_made_again_and_with_adapters(tmp_path, how):
     args = dict(gradient_checkpointing=True) if how == "gradient_checkpointing" else {}
-    args |= dict(recompute="cheap") if how == "recompute" else {}
+    args |= dict(selective_checkpointing=True) if how == "recompute" else {}
     run = dict(pairs=bare(PAIRS), method="simpo", warmup_steps=0)
     plain = make_trainer(tmp_path / "a", model=moe(), **run)
     if how == "lora":

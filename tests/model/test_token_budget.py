@@ -13,6 +13,7 @@ from tiny import random_scored_pairs, tiny_model
 from sepo import SePOConfig
 from sepo.data import pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.model import budget
 from sepo.model.budget import (
     Sizes,
@@ -91,7 +92,7 @@ def kept_bytes(model, tokens: int, bf16: bool) -> tuple[int, int]:
     for pair in pairs:
         if total + len(pair) > tokens:
             break
-        some.append(make_segments(pair, "all"))
+        some.append(make_segments(pair, Selection("all")))
         total += len(pair)
     batch, storages = pack(some), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -186,7 +187,7 @@ def test_a_gpu_decides_and_a_resumed_run_on_another_says_so(tmp_path, monkeypatc
     ("args", "more"),
     [
         (dict(), dict()),
-        (dict(recompute="cheap"), dict(kept="cheap")),
+        (dict(selective_checkpointing=True), dict(kept="cheap")),
         (dict(gradient_checkpointing=True), dict(kept="inputs")),
         (dict(bf16=True), dict(itemsize=2, cast=True)),
         (dict(optim="adafactor"), dict(state_bytes=1)),

@@ -129,6 +129,21 @@ def test_gradcheck_of_logprob_from_labels(states):
     assert torch.autograd.gradcheck(op, (hidden, weight, bias))
 
 
+# Dynamo makes an instance of every autograd Function it traces, and torch warns of it
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated.*:DeprecationWarning")
+def test_logprob_of_labels_under_compile(states):
+    """The number of rows is data, where Dynamo breaks the graph; the result is the same."""
+    hidden, weight, bias, labels = states
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.logprob_from_labels, backend="aot_eager")
+    found, expected = (
+        fn(hidden, weight, labels, bias=bias) for fn in (compiled, ops.logprob_from_labels)
+    )
+    assert torch.equal(found, expected)
+    grads = [torch.autograd.grad(x.sum(), (hidden, weight, bias)) for x in (found, expected)]
+    assert all(map(torch.equal, *grads))
+
+
 def test_labels_that_are_all_ignored_give_a_differentiable_zero(states):
     hidden, weight, _, labels = states
     logp = ops.logprob_from_labels(hidden, weight, torch.full_like(labels, -100))

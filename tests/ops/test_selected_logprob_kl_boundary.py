@@ -125,7 +125,7 @@ def test_explanations_name_schedule_and_reason():
     # the forward keeps nothing and makes no gradient: it takes more rows at once
     assert small[:5] == ("recompute", 12, 8, 8 * 12 * 101, 6)
     assert small[-1] == (
-        "saving takes 27876 bytes, budget 12120: the logits are made twice",
+        "saving takes 27876 bytes, budget 12120: the logits are computed twice",
         "budget 12120 bytes, as given",
     )
     with torch.no_grad():

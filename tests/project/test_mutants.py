@@ -117,7 +117,7 @@ MUTANTS = {
     ),
     "the divergence of the paper's form the other way round": (
         "python/sepo/trainer/methods.py",
-        '_FORWARD if a.form == "code" else _REVERSE',
+        '_FORWARD if a.form == "released" else _REVERSE',
         "_FORWARD",
         "tests/trainer/test_golden_steps.py",
     ),

@@ -192,3 +192,19 @@ def test_what_a_manifest_says_may_be_anything(home):
     write_store(home / "s", [scored()], tokenizer_name="oracle", oracle_name="half \ud800")
     run("s")
     assert r"half \ud800" in (home / "report.html").read_text()
+
+
+@pytest.mark.parametrize("form", ["html", "json", "png"])
+def test_a_folder_as_other_commands_take_it(home, form):
+    run("store", "--format", form, "--output_dir", "there/deeper")
+    written = {file.name for file in (home / "there" / "deeper").iterdir()}
+    if form == "png":
+        assert written and all(name.endswith(".png") for name in written)
+    else:
+        assert written == {f"report.{form}"}
+    assert not list(home.glob("report*"))
+
+
+def test_a_file_or_a_folder(home, capsys):
+    line = refused(capsys, "store", "-o", "page.html", "--output_dir", "there")
+    assert "not allowed with argument -o/--output" in line

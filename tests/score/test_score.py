@@ -143,7 +143,7 @@ def test_size_of_the_states_is_told_and_must_fit(tmp_path, capsys, monkeypatch):
 def test_a_pair_longer_than_the_budget(tmp_path):
     longest = max(map(len, make_pairs()))
     row = next(p.id for p in make_pairs() if len(p) == longest)
-    message = f"row {row}: {longest} tokens, expected at most --max_tokens_per_batch {longest - 1}"
+    message = f"pair {row}: {longest} tokens, expected at most --max_tokens_per_batch {longest - 1}"
     models = dict(reference=REFERENCE, oracle=ORACLE)
     with pytest.raises(InputError, match=message):
         score_dataset(make_pairs(), tmp_path / "out", **models, max_tokens=longest - 1, **QUIET)
@@ -225,7 +225,9 @@ def test_a_reference_that_is_neither_given_nor_kept(tmp_path, whole):
     with pytest.raises(InputError, match=r"keep: \['logp'\] needs a pass of the reference"):
         score_dataset(store, tmp_path / "out", keep=("logp",), **how | {"oracle": None})
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="row r0: expected the reference's log-probabilities, got"):
+    with pytest.raises(
+        InputError, match="pair r0: expected the reference's log-probabilities, got"
+    ):
         score_pairs(list(ScoredStore.open(whole).pairs()), None, ORACLE)
 
 
@@ -240,7 +242,7 @@ def test_nan_names_the_row_and_writes_nothing_of_its_part(tmp_path, role):
         pairs[i] = TokenPair(id=pair.id, prompt=healthy, chosen=healthy, rejected=healthy)
     pairs[5] = replace(pairs[5], rejected=np.array([2, V - 1, 4], np.int32))
     models = {"reference": REFERENCE, "oracle": ORACLE} | {role: sick}
-    message = rf"row r5: the {role} \(float32\) gave the log-probability nan to rejected token"
+    message = rf"pair r5: the {role} \(float32\) gave the log-probability nan to rejected token"
     with pytest.raises(InputError, match=message):
         score_dataset(pairs, tmp_path, **models, **QUIET)
     assert [name[:10] for name in parts(tmp_path)] == ["part-00000", "part-00001"]
@@ -279,7 +281,7 @@ def test_token_outside_the_vocabulary(tmp_path, role):
     pairs[4] = replace(pairs[4], chosen=np.array([V - 1], np.int32))
     pairs = pairs[4:]
     with pytest.raises(
-        InputError, match=f"row r4: token 60, but the {role} has a vocabulary of 60"
+        InputError, match=f"pair r4: token 60, but the {role} has a vocabulary of 60"
     ):
         score_dataset(pairs, tmp_path, **models, **QUIET)
 

@@ -119,20 +119,20 @@ def test_a_report_of_what_was_read(capsys):
     report = Report(ID, "text", read=1, dropped=Counter({"why": 1}), examples={"why": [ID]})
     say(str(report))
     out = capsys.readouterr().out
-    assert f"(row {SHOWN})" in out and out.startswith(f"{SHOWN} (text)\n")
+    assert f"(pair {SHOWN})" in out and out.startswith(f"{SHOWN} (text)\n")
 
 
 def test_what_was_not_carried(capsys):
     coverage = Coverage()
     coverage.leave_out(LeftOut.ORACLE, ID)
     say(str(coverage))
-    assert f"(row {SHOWN})" in capsys.readouterr().out
+    assert f"(pair {SHOWN})" in capsys.readouterr().out
 
 
 def test_a_row_as_inspect_shows_it():
     ids = np.array(plain_tokenizer()("ab")["input_ids"], np.int32)
     out = io.StringIO()
-    inspect.Show(plain_tokenizer(), out).pair(
+    inspect.Show(plain_tokenizer(), out, inspect.USUAL).pair(
         TokenPair(id=ID, prompt=ids, chosen=ids, rejected=ids)
     )
-    assert f"row {SHOWN}: 2 prompt" in out.getvalue() and "\x1b" not in out.getvalue()
+    assert f"pair {SHOWN}: 2 prompt" in out.getvalue() and "\x1b" not in out.getvalue()

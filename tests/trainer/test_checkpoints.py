@@ -18,7 +18,7 @@ from training_run import make_run, read_log, write_store
 from sepo import SePOConfig, SePOTrainer, train
 from sepo.errors import InputError
 from sepo.trainer.checkpoints import MARK, last_checkpoint, remove, rotate, write_mark
-from sepo.trainer.methods import METHODS, Segments
+from sepo.trainer.methods import METHODS, ResponseSums
 
 PAIRS = random_scored_pairs(12)
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
@@ -93,8 +93,8 @@ OTHER_RUNS = {
     "method": (["--method", "sepo-rand"], "--method sepo, got sepo-rand"),
     "pairs_per_step": (["--pairs_per_step", "3"], "--pairs_per_step 4, got 3"),
     "fraction": (["--fraction", "0.5"], "--fraction 0.3, got 0.5"),
-    "mass": (["--fraction", "mass"], "--fraction 0.3, got mass"),
-    "first_token": (["--first_token", "official"], "--first_token paper, got official"),
+    "mass": (["--select", "mass"], "--fraction 0.3, got mass"),
+    "first_token": (["--first_token", "released"], "--first_token paper, got released"),
     "rejected_fraction": (["--rejected_fraction", "0.5"], "--rejected_fraction None, got 0.5"),
     "gamma": (["--gamma", "3"], "--gamma 2.0, got 3.0"),
     "margin": (["--margin", "0"], "--margin 0.5, got 0.0"),
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, trained, difference, a
 
 
 OF_A_MASK = {
-    "learned": {"mask", "independent_masks", "mask_layernorm"},
+    "learned": {"mask_kind", "independent_masks", "mask_layernorm"},
     "activation": {"mask_norm"},
 }
 
@@ -142,7 +142,7 @@ def test_a_method_names_every_flag_that_its_loss_reads(name):
             return getattr(args, flag)
 
     args = SePOConfig(output_dir="unused", method=name, use_cpu=True)
-    segments = Segments(*torch.rand(len(fields(Segments)), 4))
+    segments = ResponseSums(*torch.rand(len(fields(ResponseSums)), 4))
     for read in (method.loss, method.reward):
         if read is not None:
             read(segments, Spy())

@@ -109,7 +109,7 @@ def masked_jobs(path):
     rates = dict(learning_rate=5.0, mask_learning_rate=0.5)
     arguments = make_run(path, **(RUN | rates | dict(method="sparsepo", beta=2.0)))
     tiny_model(seed=1).save_pretrained(path / "reference")
-    arguments += ["--reference_model_name_or_path", str(path / "reference")]
+    arguments += ["--reference", str(path / "reference")]
     out = lambda name: ["--output_dir", str(path / name)]
     sharded = launch_environment("fsdp2") | {"SEPO_TESTS_SHARD_ON_A_CPU": "1"}
     return [
@@ -223,7 +223,7 @@ def test_accelerate_launches_the_example(tmp_path, runs):
 
 
 def test_zero3_and_a_live_reference(tmp_path, monkeypatch):
-    monkeypatch.setattr("sepo.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("sepo.model.reference.is_deepspeed_zero3_enabled", lambda: True)
     args = SePOConfig(output_dir=str(tmp_path / "out"), use_cpu=True, method="dpo")
     with pytest.raises(InputError, match="ZeRO-3 .* got a live reference"):
         SePOTrainer(tiny_model(), args, random_scored_pairs(3), reference_model=tiny_model())

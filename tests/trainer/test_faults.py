@@ -23,7 +23,9 @@ from sepo.trainer.methods import METHODS
 MASKED = sorted(name for name, method in METHODS.items() if method.mask)
 WITH_KL = sorted(name for name, method in METHODS.items() if method.direction)
 # masked methods have two forms
-both_forms = lambda names: [(n, f) for n in names for f in ("code", "paper")[: 1 + (n in MASKED)]]
+both_forms = lambda names: [
+    (n, f) for n in names for f in ("released", "paper")[: 1 + (n in MASKED)]
+]
 ids = lambda *tokens: np.array(tokens, np.int32)
 
 
@@ -109,7 +111,7 @@ def test_tdpo2_is_not_tdpo1(tmp_path):
     made = {}
     for name in ("tdpo1", "tdpo2"):
         made[name] = make_trainer(
-            tmp_path, dtype=torch.float64, method=name, alpha=1.0, beta=0.5, warmup_steps=0,
+            tmp_path, dtype=torch.float64, method=name, tdpo2_alpha=1.0, beta=0.5, warmup_steps=0,
             pairs_per_step=len(PAIRS),
         )  # fmt: skip
         made[name].train()
@@ -190,7 +192,7 @@ def test_the_margin_that_is_logged_is_the_losss(tmp_path, name, form):
     """One pair an evaluation, so that the mean of a function is the function of the mean."""
     made = make_trainer(
         tmp_path, dtype=torch.float64, method=name, mask_l1=0.0, sft_weight=0.0, form=form,
-        beta=0.4, penalty=3.0, pairs=PAIRS, eval_pairs=None,
+        beta=0.4, dpop_lambda=3.0, pairs=PAIRS, eval_pairs=None,
     )  # fmt: skip
     if made.mask is not None:
         made.mask.load_state_dict(mask_for(made.reference.model, made.args).state_dict())

@@ -16,6 +16,7 @@ from training_run import make_run
 from sepo import SePOConfig
 from sepo.data import pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.errors import InputError
 from sepo.model.prepare import prepare_model
 from sepo.trainer.layers import compile_layers
@@ -112,15 +113,15 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
 def test_cheap_things_are_made_again_and_products_are_not(tmp_path, arch, bf16):
-    def step(recompute):
-        trainer = make_trainer(tmp_path, arch=arch, recompute=recompute, bf16=bf16)
+    def step(selective):
+        trainer = make_trainer(tmp_path, arch=arch, selective_checkpointing=selective, bf16=bf16)
         trainer.accelerator.prepare_model(trainer.model)
         with Calls() as calls:
             loss = trainer.training_step(trainer.model, {})
         return loss, {n: p.grad for n, p in trainer.model.named_parameters()}, calls.count
 
-    loss, gradients, once = step("nothing")
-    again_loss, again_gradients, again = step("cheap")
+    loss, gradients, once = step(False)
+    again_loss, again_gradients, again = step(True)
     assert torch.equal(loss, again_loss)
     for name, expected in gradients.items():
         assert torch.equal(again_gradients[name], expected), name
@@ -134,7 +135,7 @@ def test_cheap_things_are_made_again_and_products_are_not(tmp_path, arch, bf16):
 @pytest.mark.parametrize("flag", ["gradient_checkpointing", "torch_compile"])
 def test_one_way_to_recompute(tmp_path, flag):
     with pytest.raises(InputError, match=f"--recompute cheap: expected without --{flag}"):
-        make_trainer(tmp_path, recompute="cheap", **{flag: True})
+        make_trainer(tmp_path, selective_checkpointing=True, **{flag: True})
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor"])
@@ -186,7 +187,12 @@ def test_packs_of_any_length_share_the_compiled_layers(checkpointing):
     from accelerate.utils import TorchDynamoPlugin
 
     batches = [
-        pack([make_segments(p, "all") for p in random_scored_pairs(2 + seed % 3, seed=seed)])
+        pack(
+            [
+                make_segments(p, Selection("all"))
+                for p in random_scored_pairs(2 + seed % 3, seed=seed)
+            ]
+        )
         for seed in range(6)
     ]
     assert len({len(batch.tokens) for batch in batches}) == 6

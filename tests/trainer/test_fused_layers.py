@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sepo import SePOConfig
 from sepo.data import pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.errors import InputError
 from sepo.model.prepare import prepare_model
 from sepo.trainer import fused, identity, layers
@@ -55,10 +56,10 @@ def installed(monkeypatch):
             ("none", "it has no kernels for the architecture gpt2, and the compiler has no triton here"),
         ),
         ("llama", True, True, dict(compiled=True), ("compile", "--torch_compile")),
-        ("llama", True, True, dict(recompute="cheap"), ("liger", "auto")),
+        ("llama", True, True, dict(selective=True), ("liger", "auto")),
         (
-            "llama", False, True, dict(recompute="cheap"),
-            ("none", "liger-kernel is not installed, and a compiled part hides its products from --recompute cheap"),
+            "llama", False, True, dict(selective=True),
+            ("none", "liger-kernel is not installed, and a compiled part hides its GEMMs from --selective_checkpointing"),
         ),
     ],
 )  # fmt: skip
@@ -124,8 +125,8 @@ def test_a_model_that_will_be_moved_is_not_run_where_it_is(monkeypatch):
             "--torch_compile: expected --fused_layers auto or compile beside it, got none",
         ),
         (
-            dict(recompute="cheap", fused_layers="compile"),
-            "--recompute cheap: expected --fused_layers auto or liger or none beside it, got compile",
+            dict(selective_checkpointing=True, fused_layers="compile"),
+            "--selective_checkpointing: expected --fused_layers auto or liger or none beside it, got compile",
         ),
         (
             dict(use_liger_kernel=True, fused_layers="compile"),
@@ -202,7 +203,7 @@ def of_a_layer(monkeypatch, arch: str, *, liger: bool) -> tuple[Counter, Counter
 
     Liger's are counted where they would be launched, and compute nothing.
     """
-    batch = pack([make_segments(pair, "all") for pair in random_scored_pairs(3)])
+    batch = pack([make_segments(pair, Selection("all")) for pair in random_scored_pairs(3)])
     counts, launched = {}, Counter()
     if liger:
         launched = launch_nothing(monkeypatch)

@@ -26,8 +26,10 @@ from tiny import tiny_model
 from sepo import SePOConfig, SePOTrainer
 from sepo.data import TokenPair, pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.masks import layer_states
-from sepo.model.prepare import hidden_states, prepare_model
+from sepo.model.forward import hidden_states
+from sepo.model.prepare import prepare_model
 
 F64 = dict(dtype=torch.float64)
 V = 5
@@ -51,7 +53,7 @@ def pair(*, selected=None, swapped=False) -> TokenPair:
 
 
 def batch_of_all():
-    return pack([make_segments(pair(), "all")])
+    return pack([make_segments(pair(), Selection("all"))])
 
 
 def with_logits(arch: str, *, policy: bool):
@@ -90,9 +92,9 @@ STEPS = {
     "simpo_beta2.0_ratio0.5": dict(method="simpo", beta=2.0, gamma_beta_ratio=0.5),
     "simpo_beta2.5_ratio0.55": dict(method="simpo", beta=2.5, gamma_beta_ratio=0.55),
     "tdpo1_beta0.1": dict(method="tdpo1", beta=0.1),
-    "tdpo2_beta0.1_alpha0.5": dict(method="tdpo2", beta=0.1, alpha=0.5),
-    "dpop_beta0.1_lambda50": dict(method="dpop", beta=0.1, penalty=50.0),
-    "dpop_beta0.3_lambda5": dict(method="dpop", beta=0.3, penalty=5.0),
+    "tdpo2_beta0.1_alpha0.5": dict(method="tdpo2", beta=0.1, tdpo2_alpha=0.5),
+    "dpop_beta0.1_lambda50": dict(method="dpop", beta=0.1, dpop_lambda=50.0),
+    "dpop_beta0.3_lambda5": dict(method="dpop", beta=0.3, dpop_lambda=5.0),
     "rrhf_rank_correct": dict(method="rrhf", sft_weight=0.0),
     "rrhf_rank_correct_swapped_pair": dict(method="rrhf", sft_weight=0.0),
     "rrhf_paper_total_sumNLL": dict(method="rrhf"),
@@ -124,7 +126,7 @@ def test_golden_step(tmp_path, case):
 def test_golden_step_of_an_activation_mask(tmp_path, monkeypatch, case):
     """MaPO is SparsePO's loss with another mask: with the fixture's it has its numbers."""
     mask = lambda activations, cu_rows, norm: REWARD_MASK[: activations.shape[1]]
-    monkeypatch.setattr("sepo.trainer.step.activation_mask", mask)
+    monkeypatch.setattr("sepo.masks.kinds.activation_mask", mask)
     trainer, states = make_trainer(tmp_path, case, method="mapo")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(GOLDEN["loss"][case], abs=1e-9, rel=0)
     assert_golden_step(case, *descend(trainer, states))

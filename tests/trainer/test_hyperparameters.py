@@ -24,18 +24,22 @@ def test_hyperparameters_are_finite(name, value):
 
 def test_what_is_walked_over():
     assert len(FLOATS) > 25
-    assert {"gamma", "margin", "alpha", "learning_rate", "beta", "fraction"} <= set(FLOATS)
+    assert {"gamma", "margin", "tdpo2_alpha", "learning_rate", "beta", "fraction"} <= set(FLOATS)
 
 
-@pytest.mark.parametrize("given", [["--gamma", "nan"], ["--margin=inf"], ["--alpha=-Infinity"]])
+@pytest.mark.parametrize(
+    "given", [["--gamma", "nan"], ["--margin=inf"], ["--tdpo2_alpha=-Infinity"]]
+)
 def test_on_the_command_line(tmp_path, given):
-    with pytest.raises(InputError, match="--(gamma|margin|alpha): expected a finite number, got"):
+    with pytest.raises(
+        InputError, match="--(gamma|margin|tdpo2_alpha): expected a finite number, got"
+    ):
         train.parse([*NEEDED, "--output_dir", str(tmp_path), *given])
 
 
 def test_in_a_file_and_within_a_value(tmp_path):
-    (tmp_path / "run.yaml").write_text("penalty: .inf\n")
-    with pytest.raises(InputError, match="penalty: expected a number, got .inf"):
+    (tmp_path / "run.yaml").write_text("dpop_lambda: .inf\n")
+    with pytest.raises(InputError, match="dpop_lambda: expected a number, got .inf"):
         train.parse([*NEEDED, "--output_dir", "out", "--config", str(tmp_path / "run.yaml")])
     with pytest.raises(
         InputError, match="--lr_scheduler_kwargs: expected a finite number, got nan"

@@ -109,7 +109,7 @@ REFUSED = [  # kind, the change, what is expected
     ("cached", dict(beta=0.2), "--beta 0.1, got 0.2"),
     ("sepo", dict(gamma=3.0), "--gamma 2.0, got 3.0"),
     ("sepo", dict(fraction=0.5), "--fraction 0.3, got 0.5"),
-    ("sepo", dict(first_token="official"), "--first_token paper, got official"),
+    ("sepo", dict(first_token="released"), "--first_token paper, got released"),
     ("sepo", dict(pairs_per_step=2), "--pairs_per_step 4, got 2"),
     ("sepo", dict(seed=1), "seed of .* 42, got 1"),
     ("sepo", dict(data_seed=1), "seed of .* 42, got 1"),
@@ -211,7 +211,7 @@ ALLOWED = [  # kind, the change, what is said
     ("cached", dict(warmup_steps=1), ["--warmup_steps 1 (was 0)"]),
     ("cached", dict(max_grad_norm=0.5), ["--max_grad_norm 0.5 (was 1.0)"]),
     ("cached", dict(max_tokens_per_batch=64), ["--max_tokens_per_batch 64 (was 8192)"]),
-    ("live", dict(recompute="cheap"), ["--recompute cheap (was nothing)"]),
+    ("live", dict(selective_checkpointing=True), ["--selective_checkpointing True (was False)"]),
     ("live", dict(attn_impl="sdpa"), ["--attn_impl sdpa (was auto)"]),
     ("lora", dict(head_budget=4096), ["--head_budget 4096 (was None)"]),
     (
@@ -309,6 +309,46 @@ def test_a_checkpoint_of_before_an_entry_goes_on_and_says_so(tmp_path, begun, ca
     assert line.endswith(f"checkpoint-1 {older}: the reference's configuration")
 
 
+OLD_NAMES = [  # a run, how its mark says that under old names, and another run with what is refused
+    (
+        dict(method="dpop", dpop_lambda=3.0),
+        dict(loss={"beta": 0.3, "penalty": 3.0}),
+        (dict(dpop_lambda=4.0), "--dpop_lambda 3.0, got 4.0"),
+    ),
+    (
+        dict(method="mapo", form="released", reference=1),
+        dict(loss={"beta": 0.1, "form": "code", "mask_norm": "minmax"}),
+        (dict(form="paper"), "--form released, got paper"),
+    ),
+    (
+        dict(method="sepo", select="mass", rejected_fraction=0.5, first_token="released"),
+        dict(fraction="mass", rejected_fraction=0.5, mass=0.8, first_token="official"),
+        (dict(first_token="paper"), "--first_token released, got paper"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("run", "old", "other"), OLD_NAMES)
+def test_a_checkpoint_under_old_names_goes_on(tmp_path, run, old, other, caplog):
+    make(tmp_path, **run, max_steps=1).train()
+    path = tmp_path / "checkpoint-1" / MARK
+    mark = json.loads(path.read_text())
+    assert mark["run"].keys() >= old.keys()
+    mark["run"] |= old
+    del mark["check"], mark["flags"]["selective_checkpointing"], mark["flags"]["reference"]
+    mark["flags"] |= {"recompute": "cheap", "reference_model_name_or_path": None}
+    path.write_text(json.dumps(mark))
+    with pytest.raises(InputError, match=f"is of another run: expected {other[1]}"):
+        make(tmp_path, **run | other[0]).train(str(path.parent))
+    caplog.clear()
+    goes_on = make(tmp_path, **run)
+    goes_on.train(resume_from_checkpoint=True)
+    assert goes_on.state.global_step == 2
+    (line,) = [message for message in caplog.messages if "goes on with" in message]
+    said = {"--selective_checkpointing False (was True)", "--max_steps -1 (was 1)"}
+    assert {*line.partition("goes on with ")[2].split(", ")} == said
+
+
 def test_cached_rows_of_the_same_weights(tmp_path):
     """Scored in another precision: neither the data nor the weights say so."""
     pairs = [TokenPair(id=p.id, **{n: getattr(p, n) for n in TOKENS}) for p in PAIRS]
@@ -366,18 +406,12 @@ def test_every_flag_that_is_read_is_compared_or_said():
     from sepo.trainer.identity import NO_CHANGE, describe_flags, describe_run
     from sepo.trainer.pairs import PreparedPairs
 
-    sources = [
-        "losses",
-        "methods",
-        "tokens",
-        "masked",
-        "prepared",
-        "trainer",
-        "reference",
-        "routers",
-    ]
-    folder = Path(sepo.trainer.identity.__file__).parent
-    files = [folder / f"{name}.py" for name in sources] + [*(folder / "masks").glob("*.py")]
+    sources = (
+        "losses trainer/methods trainer/step trainer/mask trainer/pairs trainer/trainer model/reads "
+        "model/frozen model/reference model/routers flags/selection"
+    )
+    root = Path(sepo.__file__).parent
+    files = [root / f"{name}.py" for name in sources.split()] + [*(root / "masks").glob("*.py")]
     read = {
         name
         for file in files
@@ -390,8 +424,10 @@ def test_every_flag_that_is_read_is_compared_or_said():
         args = SePOConfig(output_dir="unused", method=name, use_cpu=True)
         run = describe_run(tiny_model(), args, PreparedPairs(PAIRS, args))
         told |= run.keys() | run["loss"].keys() | run["precision"].keys()
-    # data_seed and seed are "seed"; the others say where and what is told, or are contents
+    # data_seed and seed are "seed"; the others say where and what is told, or are contents; which
+    # way tokens are selected is what "fraction" is
     elsewhere = {"output_dir", "push_to_hub", "logging_nan_inf_filter", "dtype", "report_to"}
+    elsewhere |= {"select", "rejected_select"}
     assert read - told <= elsewhere & NO_CHANGE
     assert {
         "beta",

@@ -60,7 +60,7 @@ def test_step_and_rows_are_named(tmp_path, method):
     trainer = make(pairs)
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight[TOKEN] = torch.nan
-    with pytest.raises(InputError, match="step 2: .*got the loss of row") as error:
+    with pytest.raises(InputError, match="step 2: .*got the loss of pair") as error:
         trainer.train()
     named = {row for row in plans[1] if f" {pairs[row].id} (nan)" in str(error.value)}
     assert named == {plans[1][0], plans[1][3]} and str(error.value).count("(nan)") == 2
@@ -76,7 +76,7 @@ def test_the_last_good_checkpoint_is_kept(tmp_path):
     )
     step = plans_of(trainer).index([row]) + 1
     assert step > 1
-    message = f"step {step}: .*row {row} .nan.; .*checkpoint-{step - 1} is whole"
+    message = f"step {step}: .*pair {row} .nan.; .*checkpoint-{step - 1} is whole"
     with pytest.raises(InputError, match=message):
         trainer.train()
     assert last_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step - 1}")
@@ -96,7 +96,7 @@ def test_a_gradient_that_is_not_finite(tmp_path, value, clip):
     with pytest.raises(InputError, match=r"step 2: .* gradient \(norm (inf|nan)\) and loss") as e:
         trainer.train()
     rows = ", ".join(map(str, plans_of(trainer)[1]))
-    assert f"of row {rows};" in str(e.value)
+    assert f"of pair {rows};" in str(e.value)
     assert trainer.model.model.norm.weight.isfinite().all()
     assert not torch.equal(trainer.model.model.norm.weight, before)
     assert last_checkpoint(tmp_path).endswith("checkpoint-1")

@@ -17,12 +17,14 @@ from tiny import CONFIGS, V, random_scored_pairs, tiny_model
 from sepo import SePOConfig
 from sepo.data import ScoredPair, pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.masks import SparseMask
-from sepo.model.prepare import prepare_model, token_logprob
+from sepo.model.prepare import prepare_model
+from sepo.model.reads import Reads
 from sepo.model.reference import LiveReference
 from sepo.trainer.methods import METHODS, reduce_segments
 from sepo.trainer.pairs import PreparedPairs
-from sepo.trainer.step import TokenStep
+from sepo.trainer.step import step_reads
 
 F64 = dict(dtype=torch.float64)
 # of another architecture and width than the policy
@@ -50,7 +52,7 @@ def packed_loss(model, reference, pairs, args, *, together=True):
     prepared, losses = PreparedPairs(pairs, args), []
     for part in [list(prepared)] if together else [[pair] for pair in prepared]:
         batch = pack(part)
-        tokens = model(batch=batch, compute=TokenStep(method, args, live))
+        tokens = model(batch=batch, reads=step_reads(method, args, live))
         losses.append(method.loss(reduce_segments(tokens, batch.weights, batch.cu_rows), args))
     return torch.cat(losses).sum()
 
@@ -108,13 +110,13 @@ STEPS = {
     "sparsepo paper": dict(form="paper"),
     "sparsepo independent": dict(independent_masks=True),
     "sparsepo independent paper": dict(independent_masks=True, form="paper", mask_layernorm=False),
-    "sparsepo binary": dict(mask="binary", independent_masks=True),
+    "sparsepo binary": dict(mask_kind="binary", independent_masks=True),
     # its norm is a constant, and a sum in float32
-    "sparsepo random": dict(mask="random", mask_l1=0.0, kl_mask_l1=0.0),
+    "sparsepo random": dict(mask_kind="random", mask_l1=0.0, kl_mask_l1=0.0),
     "mapo paper": dict(form="paper"),
     "mapo zscore": dict(mask_norm="zscore"),
 }
-OPTIONS = dict(penalty=3.0, mask_l1=0.03, kl_mask_l1=0.07, fraction=0.5)
+OPTIONS = dict(dpop_lambda=3.0, mask_l1=0.03, kl_mask_l1=0.07, fraction=0.5)
 
 
 def step_arguments(name: str) -> SePOConfig:
@@ -152,7 +154,7 @@ def mask_for(reference, args) -> SparseMask:
     options = dict(independent=args.independent_masks, layernorm=args.mask_layernorm)
     config = reference.config
     mask = SparseMask(
-        config.num_hidden_layers, config.hidden_size, binary=args.mask == "binary", **options
+        config.num_hidden_layers, config.hidden_size, binary=args.mask_kind == "binary", **options
     )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -173,7 +175,7 @@ def test_a_step_equals_the_formula(arch, name, weights):
     method, reference, mask = METHODS[args.method], dict.fromkeys(("packed", "dense")), None
     if method.reference:
         reference = {reader: reference_of(arch, reader) for reader in reference}
-    if method.mask == "learned" and args.mask != "random":
+    if method.mask == "learned" and args.mask_kind != "random":
         mask = partial(mask_for, reference["dense"], args)
     pairs = without_cache(scored_pairs(2))
     pairs = weighted(pairs) if weights else pairs
@@ -196,8 +198,8 @@ def test_the_masks_of_these_steps_differ_from_token_to_token(arch, name):
     reference = prepare_model(reference_of(arch, "packed"))
     model.sparse_mask = mask_for(reference, args)
     batch = pack([*PreparedPairs(scored_pairs(3), args)])
-    step = TokenStep(METHODS[args.method], args, LiveReference(reference))
-    values = model(batch=batch, compute=step)
+    reads = step_reads(METHODS[args.method], args, LiveReference(reference))
+    values = model(batch=batch, reads=reads)
     for mask in (values.reward_mask, values.kl_mask):
         assert mask.std() > 0.1
         if args.method == "sparsepo":
@@ -211,11 +213,11 @@ def test_no_logits_in_a_whole_step(arch, rows):
     budget = rows * V * 4
     model = prepare_model(tiny_model(arch))
     pairs = random_scored_pairs(20)
-    batch = pack([make_segments(pair, "all") for pair in pairs])
+    batch = pack([make_segments(pair, Selection("all")) for pair in pairs])
     N, M = len(batch.tokens), len(batch.rows)
     assert (M > rows) == (rows == 7), "neither schedule is tested by accident"
     with Recorder() as recorder:
-        model(batch=batch, compute=partial(token_logprob, budget=budget)).sum().backward()
+        model(batch=batch, reads=Reads(budget=budget)).logp.sum().backward()
     weights = {tuple(p.shape) for p in model.parameters()}
     weights |= {shape[::-1] for shape in weights}
     logits = [

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from sepo.data import TokenPair
 from sepo.errors import InputError
-from sepo.model.prepare import load_model, prepare_model
+from sepo.model.load import load_model
+from sepo.model.prepare import prepare_model
 from sepo.model.reference import LiveReference
 from sepo.score.score import score_pairs
 
@@ -185,7 +186,7 @@ def with_token(token, *, side="rejected", where=-1):
 def test_a_token_that_the_policy_lacks(tmp_path, token, side, data):
     pairs = {"pairs": bare(PAIRS), "eval_pairs": bare(PAIRS)}
     pairs["pairs" if data == "train" else "eval_pairs"] = with_token(token, side=side)
-    message = f"row seven: token {token}, but the policy has a vocabulary of {V}; it needs the tok"
+    message = f"pair seven: token {token}, but the policy has a vocabulary of {V}; it needs the tok"
     with pytest.raises(InputError, match=message):
         make_trainer(tmp_path / "out", method="simpo", **pairs)
     assert not (tmp_path / "out").exists()
@@ -194,7 +195,7 @@ def test_a_token_that_the_policy_lacks(tmp_path, token, side, data):
 def test_a_token_that_the_reference_lacks(tmp_path):
     pairs = with_token(V + 1)
     policy, reference = tiny_model(vocab_size=V + 3), tiny_model()
-    with pytest.raises(InputError, match=f"row seven: token {V + 1}, but the reference has a voc"):
+    with pytest.raises(InputError, match=f"pair seven: token {V + 1}, but the reference has a voc"):
         make_trainer(
             tmp_path / "out", model=policy, method="dpo", pairs=pairs, reference_model=reference
         )
@@ -203,7 +204,7 @@ def test_a_token_that_the_reference_lacks(tmp_path):
 def test_a_token_that_only_the_head_lacks(tmp_path):
     model = untied()
     model.lm_head = torch.nn.Linear(32, V - 4, bias=False)
-    with pytest.raises(InputError, match=f"row seven: token {V - 2}, but the policy has a voc"):
+    with pytest.raises(InputError, match=f"pair seven: token {V - 2}, but the policy has a voc"):
         pairs = [p for p in bare(PAIRS) if max(map(max, (p.prompt, p.chosen, p.rejected))) < V - 4]
         last = {n: getattr(PAIRS[7], n).copy() % 7 for n in ("prompt", "chosen", "rejected")}
         last["chosen"][0] = V - 2
@@ -213,7 +214,7 @@ def test_a_token_that_only_the_head_lacks(tmp_path):
 
 def test_data_of_an_evaluation_is_checked(tmp_path):
     trainer = make_trainer(tmp_path, method="simpo", pairs=bare(PAIRS))
-    with pytest.raises(InputError, match="row seven: token 77, but the policy"):
+    with pytest.raises(InputError, match="pair seven: token 77, but the policy"):
         trainer.evaluate(with_token(77))
 
 
@@ -225,7 +226,7 @@ def test_data_of_an_evaluation_is_checked(tmp_path):
     [
         dict(arch="llama"),
         dict(arch="gpt2"),
-        dict(arch="mistral", recompute="cheap"),
+        dict(arch="mistral", selective_checkpointing=True),
         dict(arch="llama", gradient_checkpointing=True),
         dict(arch="gemma2"),
         dict(arch="llama", method="dpo"),

@@ -166,9 +166,9 @@ def test_throughput_counts_steps_and_not_what_lies_between_lines(tmp_path, monke
     )
     original = trainer._losses
 
-    def slow(model, *rest):
-        clock[0] += 3.0 if model.training else 1000.0
-        return original(model, *rest)
+    def slow(*given):
+        clock[0] += 3.0 if trainer.model.training else 1000.0
+        return original(*given)
 
     monkeypatch.setattr(trainer, "_losses", slow)
     trainer.train()
@@ -217,7 +217,7 @@ def test_sepo_without_scores_names_the_row(tmp_path):
     pair = TokenPair(
         id="x7", prompt=PAIRS[0].prompt, chosen=PAIRS[0].chosen, rejected=PAIRS[0].chosen
     )
-    with pytest.raises(InputError, match="row x7: expected a score per chosen token"):
+    with pytest.raises(InputError, match="pair x7: expected a score per chosen token"):
         make_trainer(tmp_path, pairs=[pair])
 
 
@@ -234,7 +234,7 @@ def test_tokens_outside_the_vocabulary(tmp_path):
 
     pair = replace(PAIRS[0], prompt=PAIRS[0].prompt + V)
     with pytest.raises(
-        InputError, match=f"row 0: token .*, but the policy has a vocabulary of {V}"
+        InputError, match=f"pair 0: token .*, but the policy has a vocabulary of {V}"
     ):
         make_trainer(tmp_path, pairs=[pair])
 
@@ -275,7 +275,7 @@ def test_a_pair_longer_than_the_budget(tmp_path, data):
     run = lambda budget: make_trainer(
         tmp_path / "out", method="simpo", max_tokens_per_batch=budget, **sets
     )
-    message = rf"row {row.id}: expected at most {most - 2} tokens .*got {most - 1}"
+    message = rf"pair {row.id}: expected at most {most - 2} tokens .*got {most - 1}"
     with pytest.raises(InputError, match=message):
         run(most - 2)
     assert not (tmp_path / "out").exists()

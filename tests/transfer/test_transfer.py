@@ -16,7 +16,7 @@ from sepo.data.align import TokenBytes
 from sepo.data.read.read import read_pairs
 from sepo.data.read.render import spans
 from sepo.data.segments import make_segments
-from sepo.data.selection import select_positions
+from sepo.data.selection import Selection, select_positions
 from sepo.data.store.store import (
     ScoredStore,
     StoreWriter,
@@ -149,7 +149,7 @@ def test_a_store_says_where_it_comes_from_and_trains(tmp_path):
         "tokenizer": store.manifest["tokenizer"], "tokenizer_name": "the oracle's",
         "source": store.manifest["source"], "coverage": coverage.as_dict(),
     }  # fmt: skip
-    _, chosen, rejected = make_segments(carried[0], "selected", fraction=0.3)
+    _, chosen, rejected = make_segments(carried[0], Selection("selected", fraction=0.3))
     score = carried[0].rejected_score
     assert rejected.positions.tolist() == select_positions(score, 0.3, "lowest").tolist()
     with pytest.raises(InputError, match="scored with tokenizer"):
@@ -192,7 +192,7 @@ def test_overlap_gives_weights_that_the_trainer_uses(tmp_path):
             stretches = zip(bounds, bounds[1:], strict=False)
             assert weight.tolist() == [float(before[a:b].any()) for a, b in stretches]
             selected, num_source = selected + weight.sum(), num_source + len(positions)
-        _, chosen, _ = make_segments(carried[i], "selected", fraction=0.01)
+        _, chosen, _ = make_segments(carried[i], Selection("selected", fraction=0.01))
         assert chosen.positions.tolist() == np.flatnonzero(carried[i].chosen_weight).tolist()
     assert coverage.counts["selected"] == selected
     assert coverage.counts["source_selected"] == num_source
@@ -206,7 +206,7 @@ def test_what_cannot_be_carried_is_named_and_counted(tmp_path):
     (why,) = coverage.left_out
     assert why.startswith("the policy's tokens do not spell") and coverage.left_out[why] == ["r1"]
     assert carried.manifest["transferred"]["coverage"]["left_out"] == coverage.left_out
-    assert f"1 {why} (row r1)" in str(coverage) and "2 rows carried" in str(coverage)
+    assert f"1 {why} (pair r1)" in str(coverage) and "2 rows carried" in str(coverage)
     other = tmp_path / "other"
     other.mkdir()
     _, _, coverage = carry(other, rows, plain_tokenizer(), chatml_tokenizer())
@@ -350,14 +350,14 @@ def test_token_ids_are_refused(tmp_path, both):
     ids = {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}
     data = write(tmp_path / "rows.jsonl", [ids])
     make_store(tmp_path / "scores", data, both["source"])
-    with pytest.raises(InputError, match="row 0: expected text, .*, got token ids"):
+    with pytest.raises(InputError, match="pair 0: expected text, .*, got token ids"):
         command(tmp_path, **both)
 
 
 def test_an_output_that_can_not_be_is_refused_before_anything_is_loaded(
     tmp_path, data, both, monkeypatch
 ):
-    monkeypatch.setattr(transfer, "load_tokenizer", None)
+    monkeypatch.setattr("sepo.commands.transfer.load_tokenizer", None)
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/sepo")):
         with pytest.raises(InputError, match=f"{output}: expected a folder to write to, got "):
@@ -390,7 +390,7 @@ def test_a_full_disk(tmp_path, data, both):
     flags = ["--scores", tmp_path / "scores", "--oracle", tmp_path / "oracle"]
     flags += ["--dataset_name", data, "--model_name_or_path", tmp_path / "policy"]
     flags += ["--output_dir", tmp_path / "out"]
-    error = cut_short(3000, "transfer", *flags, at="sepo.transfer.transfer_store")
+    error = cut_short(3000, "transfer", *flags, at="sepo.commands.transfer.transfer_store")
     assert re.search(r"out/part-00000.*: can't be written: .*File too large", error), error
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["manifest.json"]
     command(tmp_path, **both)

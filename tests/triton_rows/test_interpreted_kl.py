@@ -17,7 +17,8 @@ from ops.kl_cases import (
 from sepo.ops import selected_logprob, selected_logprob_kl
 from sepo_kernels import triton_kl_dlogits, triton_rows
 from sepo_kernels.configs import CONFIGS
-from sepo_kernels.selected_logprob_kl import reference, schedule, triton
+from sepo_kernels.selected_logprob_kl import reference, triton
+from sepo_kernels.selected_logprob_kl.layout import MAX_COLUMNS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (N, M, D, D_ref, V), columns of a tile
@@ -69,7 +70,7 @@ def test_every_option_by_itself(tile, variant):
 def test_vocabularies_that_end_within_a_tile(V, dtype):
     """And whose gradient of the logits is made in several chunks of columns."""
     assert V % CONFIGS["kl_row"].BLOCK_V and V % CONFIGS["kl_dlogits"].BLOCK_V
-    assert V > schedule.MAX_COLUMNS
+    assert V > MAX_COLUMNS
     check((5, 2, 16, 8, V), "plain", "save", "policy||ref", dtype)
 
 

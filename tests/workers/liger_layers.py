@@ -88,7 +88,7 @@ def test_no_other_model_changes(arch):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize(
-    "how", [dict(recompute="cheap"), dict(gradient_checkpointing=True)], ids=str
+    "how", [dict(selective_checkpointing=True), dict(gradient_checkpointing=True)], ids=str
 )
 def test_recomputed_as_it_was(tmp_path, how, lora):
     """Liger rotates in place: what is kept for backward must not be rotated twice."""

@@ -5,28 +5,28 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 import numpy as np
 
 from sepo.data.counts import count_rows, count_tokens
 from sepo.data.segments import make_segments
-from sepo.data.types import Segment, TokenPair
+from sepo.data.selection import FirstToken, Selection
+from sepo.data.types import CutPair, Segment, TokenPair
 from sepo.errors import InputError
-from sepo.flags.options import (
-    positive,
-    say_idle,
-    say_idle_of_a_store,
-    share,
-    share_or_mass,
-    whole_number,
-)
+from sepo.flags.options import say_idle, share, whole_number
+from sepo.flags.reading import add_reading_flags, read_data, say_idle_of_a_store
+from sepo.flags.selection import Select, selection_flags
 from sepo.terminal import escaped, say, write
 
 SIDES = ("chosen", "rejected")
 FIELDS = ("prompt", *SIDES)
-READING = ("split", "dataset_config", "limit", "max_length", "append_eos")
-SELECTION = {"fraction": 0.3, "rejected_fraction": None, "mass": 0.8, "first_token": "paper"}
+READING = ("dataset_split", "dataset_config", "limit", "max_length", "append_eos")
+USUAL = Selection("selected")
+SELECTION = {  # flags, as they are where they were not given
+    "select": "fraction", "rejected_select": None, "fraction": USUAL.fraction,
+    "rejected_fraction": None, "mass": USUAL.mass, "first_token": USUAL.first_token,
+}  # fmt: skip
 LEGEND = (
     "| ends a part, {mark} marks a selected token, ┊ follows the last token that is read "
     "after truncation"
@@ -34,47 +34,51 @@ LEGEND = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `sepo inspect`."""
-    from transformers.hf_argparser import string_to_bool
-
+    """Add the flags of `sepo inspect`."""
+    dataset = "preference data (a file or hub id), or a scored store"
+    add_reading_flags(parser, required=False, dataset=dataset)
+    for field in FIELDS:
+        text = f"the data's own name for `{field}`"
+        parser.add_argument(f"--{field}_key", metavar="COLUMN", help=text)
     add = parser.add_argument
-    add("data", metavar="DATA", help="preference data (a file or hub id), or a scored store")
-    add("--model_name_or_path", help="whose tokenizer reads the data")
+    add("data", nargs="?", help=argparse.SUPPRESS)  # what --dataset_name was
+    add("--model_name_or_path", metavar="MODEL", help="whose tokenizer reads the data")
     add(
         "--verify",
-        action="store_true",
+        nargs="?",
+        const=True,
+        metavar="PATH",
         help="read all of a store or checkpoint and compare it with its checksums; nothing else",
     )
-    add("--rows", type=whole_number(0), default=3, metavar="n", help="rows to show")
-    one_of = dict(type=share_or_mass, metavar="NUMBER|mass")
+    add("--rows", type=whole_number(0), default=3, help="rows to show")
+    add = parser.add_argument_group("selection, for a scored store").add_argument
+    kinds = get_args(Select)
+    add(
+        "--select",
+        choices=kinds,
+        default=SELECTION["select"],
+        help="of the tokens, or of their scores",
+    )
+    add("--rejected_select", choices=kinds, help="the same for rejected responses, if different")
     add(
         "--fraction",
-        **one_of,
+        type=share,
         default=SELECTION["fraction"],
-        help="of the tokens selected, for a scored store",
+        help="of the tokens selected",
     )
-    add("--rejected_fraction", **one_of, help="the same for rejected responses, if different")
+    add("--rejected_fraction", type=share, help="the same for rejected responses")
     add(
         "--mass",
         type=share,
         default=SELECTION["mass"],
-        help="share of the score that --fraction mass selects",
+        help="share of the score selected by mass",
     )
     add(
         "--first_token",
-        choices=("paper", "official"),
+        choices=get_args(FirstToken),
         default=SELECTION["first_token"],
-        help="official: as the released code, which never selects the first token of a response",
+        help="released: as the released code, which never selects the first token of a response",
     )
-    add("--max_length", type=whole_number(2), help="tokens of the prompt and one response")
-    add("--split", default="train")
-    add("--strict", action="store_true", help="drop every row that would be kept with a note")
-    add("--dataset_config", help="configuration of a hub data set")
-    add("--limit", type=positive, help="rows to read; all of them if not given")
-    for field in FIELDS:
-        add(f"--{field}_key", metavar="COLUMN", help=f"the data's own name for `{field}`")
-    add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
-    add("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,47 +86,52 @@ def run(args: argparse.Namespace) -> None:
 
     Raises InputError as `read_pairs`, `ScoredStore.open` and `verify_store` do.
     """
-    if args.verify:
-        return _verify(args.data)
+    _move_data(args)
+    if args.verify is not None:
+        return _verify(args.verify)
+    if args.dataset_name is None:
+        raise InputError("--dataset_name: expected the data to look at, got none")
     if args.model_name_or_path is None:
         raise InputError("--model_name_or_path: expected whose tokenizer reads the data, got none")
-    from sepo.model.prepare import load_tokenizer
+    from sepo.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    selection = {name: getattr(args, name) for name in SELECTION}
-    show = Show(tokenizer, sys.stdout, **selection)
+    show = Show(tokenizer, sys.stdout, Selection("selected", **selection_flags(args)))
     from sepo.data.store.store import ScoredStore, is_store
 
-    if is_store(args.data):
+    if is_store(args.dataset_name):
         keys = [f"{field}_key" for field in FIELDS]
-        say_idle_of_a_store(args, args.data, *READING, *keys)
-        store = ScoredStore.open(args.data, tokenizer)
+        say_idle_of_a_store(args, args.dataset_name, *READING, *keys)
+        store = ScoredStore.open(args.dataset_name, tokenizer)
         for pair in (store[i] for i in range(min(args.rows, len(store)))):
             show.pair(pair)
         show.totals(list(store.pairs()))
         return
-    from sepo.data.read.read import read_pairs
-
     keys = {field: getattr(args, f"{field}_key") for field in FIELDS}
-    data = read_pairs(
-        args.data,
-        tokenizer,
-        split=args.split,
-        config=args.dataset_config,
-        fields={field: key for field, key in keys.items() if key},
-        max_length=args.max_length,
-        append_eos=args.append_eos,
-        strict=args.strict,
-        limit=args.limit,
-    )
+    data = read_data(args, tokenizer, fields={field: key for field, key in keys.items() if key})
     if all(pair.chosen_weight is None for pair in data.pairs):
-        given = [name for name, usual in SELECTION.items() if selection[name] != usual]
-        why = f"{args.data} has no scores to select by"
+        given = [name for name, usual in SELECTION.items() if getattr(args, name) != usual]
+        why = f"{args.dataset_name} has no scores to select by"
         say_idle([f"--{name} does nothing: {why}" for name in given])
     for pair, notes in zip(data.pairs[: args.rows], data.notes, strict=False):
         show.pair(pair, notes)
     show.totals(data.pairs)
     show.line(escaped(str(data.report)))
+
+
+def _move_data(args: argparse.Namespace) -> None:
+    """Say once where DATA, which had no flag, belongs now; a path of --verify is its own."""
+    given = args.dataset_name if args.verify in (None, True) else args.verify
+    if args.data is not None and given is not None:
+        raise InputError(f"expected one path, got {given} and {args.data}")
+    if args.data is None:
+        args.verify = given if args.verify is True else args.verify
+    elif args.verify is not None:
+        say_idle(["sepo inspect PATH --verify is now sepo inspect --verify PATH"])
+        args.verify = args.data
+    else:
+        say_idle(["sepo inspect DATA is now sepo inspect --dataset_name DATA"])
+        args.dataset_name = args.data
 
 
 def _verify(path: str) -> None:
@@ -148,7 +157,7 @@ def _verify(path: str) -> None:
 class Show:
     """Writes pairs as text: colours on a terminal, brackets elsewhere."""
 
-    def __init__(self, tokenizer: Any, out: TextIO, **selection):  # of make_segments
+    def __init__(self, tokenizer: Any, out: TextIO, selection: Selection):
         self.tokenizer, self.out, self.selection = tokenizer, out, selection
         is_plain = not out.isatty() or "NO_COLOR" in os.environ
         # around a selected token; around what is there for context only
@@ -159,13 +168,13 @@ class Show:
     def pair(self, pair: TokenPair, notes: Sequence[str] = ()) -> None:
         """One pair, with its selected tokens if it has scores, or weights of the user's own."""
         counts = f"{len(pair.prompt)} prompt, {len(pair.chosen)} chosen, {len(pair.rejected)}"
-        self.line(escaped("; ".join([f"row {pair.id}: {counts} rejected tokens", *notes])))
+        self.line(escaped("; ".join([f"pair {pair.id}: {counts} rejected tokens", *notes])))
         self._part("prompt", self._faint(_visible(self._text(pair.prompt))))
-        segments = self._segments(pair)
+        cut = self._cut(pair)
         for i, side in enumerate(SIDES):
-            response = self._response(pair, side, segments and segments[i])
+            response = self._response(pair, side, cut and cut.responses[i])
             self._part(side, response)
-        if segments and not self._has_legend:
+        if cut and not self._has_legend:
             self.line(LEGEND.format(mark="".join(self.mark[:1]) + "this" + self.mark[1]))
             self._has_legend = True
         self.line("")
@@ -177,15 +186,15 @@ class Show:
         self.line(
             f"{len(pairs)} pairs: {prompts} prompt tokens (stored once), {responses} of responses"
         )
-        tokens = count_tokens(pairs, [make_segments(p, "all") for p in pairs])
+        tokens = count_tokens(pairs, [make_segments(p, Selection("all")) for p in pairs])
         read = f"{tokens['padded_unshared']} tokens padded, {tokens['packed']} packed"
-        selects = [(p, s) for p in pairs if (s := self._segments(p))]
+        selects = [(p, s) for p in pairs if (s := self._cut(p))]
         if selects:
-            segments = [(p.prompt, *s) for p, s in selects]
+            segments = [cut for _, cut in selects]
             rows = count_rows([p for p, _ in selects], segments)
             share = rows["selected"] / rows["response"]
             sides = ", ".join(
-                f"{sum(len(s[i].positions) for _, s in selects)}"
+                f"{sum(len(s.responses[i].positions) for _, s in selects)}"
                 f" of {sum(len(getattr(p, side)) for p, _ in selects)} {side}"
                 for i, side in enumerate(SIDES)
             )
@@ -202,13 +211,13 @@ class Show:
     def line(self, text: str) -> None:
         write(text, out=self.out)
 
-    def _segments(self, pair: TokenPair) -> list[Segment] | None:
-        """Both segments; None if nothing selects in one of the responses."""
+    def _cut(self, pair: TokenPair) -> CutPair | None:
+        """The pair as training reads it; None if nothing selects in one of the responses."""
         for side in SIDES:
             if getattr(pair, f"{side}_weight") is None:
                 if getattr(pair, f"{side}_score", None) is None:
                     return None
-        return list(make_segments(pair, "selected", **self.selection)[1:])
+        return make_segments(pair, self.selection)
 
     def _part(self, name: str, text: str) -> None:
         self.line(f"  {name:9}{text}|".replace("\n", "\n" + " " * 11))

@@ -1,18 +1,46 @@
-"""`sepo COMMAND`: the arguments and work of each but `env` live in the module of its name."""
+"""`sepo COMMAND`: find the command's module and run it."""
 
 import argparse
-import os
-import platform
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from importlib import import_module
 
-from sepo import __version__
-from sepo.errors import EXTRAS, InputError, exit_with_one_line, needs
+import sepo
+from sepo.errors import EXTRAS, exit_with_one_line, needs
+from sepo.flags.parser import Parser
 from sepo.system.settings import check_settings
+
+ABOUT = """
+Token-level preference optimisation: an oracle scores every token of preference pairs, and a policy
+is trained on the decisive ones alone, without computing the logits of any other token.
+"""
+READ_ON = """
+sepo COMMAND --help     the flags of a command
+sepo demo               all of it on a small real model: where to start
+docs/tutorial.md        the same step by step on your own data, in the source tree
+docs/README.md          what else there is to read
+"""
+COMMANDS = (  # in the order of use: name, the module that adds its flags and runs it, what it does
+    ("demo", "sepo.commands.demo", "the whole method on a small real model, on this machine"),
+    (
+        "inspect",
+        "sepo.commands.inspect",
+        "look at pairs as the trainer will see them, and count what drops",
+    ),
+    (
+        "score",
+        "sepo.commands.score",
+        "oracle minus reference log-probability of every response token",
+    ),
+    ("transfer", "sepo.commands.transfer", "an oracle's scores in the tokens of another tokenizer"),
+    (
+        "plan",
+        "sepo.commands.plan",
+        "GPU-hours of a recipe, and how full micro-batches are: modelled",
+    ),
+    ("train", "sepo.train", "train a policy, an oracle or a reference"),
+    ("report", "sepo.commands.report", "scores, selections and training curves as one HTML page"),
+    ("env", "sepo.commands.env", "versions and devices, for a bug report"),
+)
 
 
 def main() -> None:
@@ -20,176 +48,36 @@ def main() -> None:
 
 
 def run(argv: list[str] | None = None) -> None:
+    """Run the command that `argv` names. Raises InputError for one that there is not."""
     argv = sys.argv[1:] if argv is None else argv
     check_settings()
-    command = argv[0] if argv else "COMMAND"
-    with needs(command if command in EXTRAS else "train", f"sepo {command}"):
-        _run(argv)
+    named = argv[0] if argv else None
+    with needs(named if named in EXTRAS else "train", f"sepo {named}"):
+        if named == "train":  # SePOConfig has a parser of its own
+            from sepo.train import main as train
+
+            return train(argv[1:])
+        args = make_parser(named).parse_args(argv)
+        args.run(args)
 
 
-def _run(argv: list[str]) -> None:
-    if argv and argv[0] == "train":  # SePOConfig has a parser of its own
-        from sepo.train import main as train
-
-        return train(argv[1:])
-    parser = argparse.ArgumentParser(prog="sepo", description=__doc__)
-    parser.error = _raise_input_error
-    parser.add_argument("--version", action="version", version=f"sepo {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="train a policy, an oracle or a reference", add_help=False)
+def make_parser(named: str | None) -> Parser:
+    """Know every command, and the flags of the one that is named: imports take their time."""
+    parser = Parser(
+        prog="sepo",
+        description=ABOUT,
+        epilog=READ_ON,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sepo {sepo.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for name, module_name, text in COMMANDS:
-        command = commands.add_parser(name, help=text, description=text)
-        command.error = _raise_input_error
-        if argv and argv[0] == name:  # the others' imports are not worth the wait
-            module = __import__(module_name, fromlist=["run"])
+        command = commands.add_parser(name, help=text, description=text, add_help=name != "train")
+        if name == named:
+            module = import_module(module_name)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    commands.add_parser("env", help="versions and devices, for a bug report").set_defaults(run=env)
-    args = parser.parse_args(argv)
-    args.run(args)
-
-
-COMMANDS = (
-    ("demo", "sepo.demo.run", "the whole method on a small real model, on this machine"),
-    (
-        "score",
-        "sepo.commands.score",
-        "oracle minus reference log-probability of every response token",
-    ),
-    ("transfer", "sepo.transfer", "an oracle's scores in the tokens of another tokenizer"),
-    (
-        "inspect",
-        "sepo.commands.inspect",
-        "look at rows as the trainer will see them, and count what drops",
-    ),
-    (
-        "plan",
-        "sepo.cost.command",
-        "GPU-hours of a recipe, and how full micro-batches are: modelled",
-    ),
-    ("report", "sepo.commands.report", "scores, selections and training curves as one HTML page"),
-)
-
-
-PACKAGES = (
-    "torch", "transformers", "accelerate", "datasets", "pyarrow", "numpy", "triton", "peft", "trl",
-    "liger-kernel", "flash-attn", "bitsandbytes", "deepspeed", "cut-cross-entropy",
-)  # fmt: skip
-
-
-def env(args: argparse.Namespace) -> None:
-    """Print what a bug report needs. What can't be found out is a line that says why."""
-    print(f"sepo {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for name in PACKAGES:
-        _show(name, lambda name=name: version(name))
-    _show("compiler", lambda: _first_line(os.environ.get("CXX") or "c++", "--version"))
-    _show("nvcc", lambda: _first_line("nvcc", "--version", last=True))
-    _show(
-        "driver",
-        lambda: _first_line(*"nvidia-smi --query-gpu=driver_version --format=csv,noheader".split()),
-    )
-    _show("CUDA", lambda: _torch().version.cuda or "torch was built without it")
-    _show("devices", _devices)
-    for device in ("cpu", "cuda"):
-        _show(f"extension on {device}", lambda device=device: _extension(device))
-    for device in ("cpu", *["cuda"] * _has_cuda()):
-        _show(f"{device}, fast in", lambda device=device: _fast_dtype(device))
-        for dtype in ("bfloat16", "float32"):
-            what = f"{device}, {dtype}"
-            _show(what, lambda device=device, dtype=dtype: _implementations(device, dtype))
-
-
-def _show(name: str, find: Callable[[], str]) -> None:
-    try:
-        found = find()
-    except PackageNotFoundError:
-        found = "not installed"
-    except Exception as error:  # of a broken installation, which is what the report is about
-        found = (
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        )
-    print(f"{name}: {found}")
-
-
-def _first_line(*command: str, last: bool = False) -> str:
-    """Of a program's output; the last line where the first is its name."""
-    if shutil.which(command[0]) is None:
-        return "not found"
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    lines = (done.stdout.strip() or done.stderr.strip() or f"exit {done.returncode}").splitlines()
-    return lines[-1 if last else 0]
-
-
-def _torch():
-    import torch
-
-    return torch
-
-
-def _has_cuda() -> bool:
-    try:
-        return _torch().cuda.is_available()
-    except Exception:
-        return False
-
-
-def _devices() -> str:
-    torch = _torch()
-    found = [f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"]
-    for i in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(i)
-        capability, size = f"{device.major}.{device.minor}", device.total_memory >> 30
-        found.append(f"{device.name} (capability {capability}, {size} GiB)")
-    return "; ".join(found)
-
-
-def _extension(device: str) -> str:
-    from sepo_kernels import extension
-
-    missing = extension.why_not("native_segment_sum", _torch().device(device))
-    return missing or (extension.in_force() if device == "cpu" else "built")
-
-
-def _fast_dtype(device: str) -> str:
-    """What `--bf16 auto` goes by."""
-    _torch()
-    from sepo_kernels.devices import bfloat16_speed, fast_dtype
-
-    speed = bfloat16_speed(device)
-    found = str(fast_dtype(device)).removeprefix("torch.")
-    # a GPU isn't measured: it has units for bfloat16 or emulates them
-    return found + f", bfloat16 at {speed:.2g} times float32's rate" * (device == "cpu")
-
-
-def _implementations(device: str, dtype: str) -> str:
-    """What `auto` comes to for tensors on this device."""
-    torch = _torch()
-    from sepo_kernels import segment_topk, selected_logprob, selected_logprob_kl
-    from sepo_kernels.registry import pick
-
-    dtype = getattr(torch, dtype)
-    x, ids = torch.empty(1, 1, device=device, dtype=dtype), torch.zeros(1, dtype=torch.int32)
-    chosen = {
-        "head": pick(selected_logprob.IMPLS, "auto", x, x),
-        "head with KL": pick(selected_logprob_kl.IMPLS, "auto", x, x, x, x),
-        "top-k": pick(segment_topk.IMPLS, "auto", x[0], ids),
-    }
-    takes = {name: impl.name + " fused" * impl.fused(dtype) for name, impl in chosen.items()}
-    takes["attention"] = _attention(x)
-    return ", ".join(f"{operation} {name}" for operation, name in takes.items())
-
-
-def _attention(x) -> str:
-    if find_spec("transformers") is None:  # it is a function of transformers' interface
-        return "needs transformers"
-    from sepo import attention
-
-    terms = attention.Terms(device=x.device, dtype=x.dtype, width=64, value_width=64, gradient=True)
-    return attention.choose("auto", terms).name
-
-
-def _raise_input_error(message: str) -> None:
-    raise InputError(message)
+    return parser
 
 
 if __name__ == "__main__":

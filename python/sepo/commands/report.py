@@ -37,7 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="whose tokenizer made the store; once for all or once a store. Default: as stored",
     )
-    add("-o", "--output", metavar="PATH", help="default: report.html; report, a folder, for png")
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="the file, a folder for png. Default: report.html; report for png",
+    )
+    places.add_argument("--output_dir", metavar="DIR", help="the folder that it is written to")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--format", choices=FORMATS, default="html", help="png: one file a figure")
     kinds.add_argument(
@@ -47,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairs",
         type=whole_number(0),
         default=PAIRS,
-        metavar="n",
         help="whose responses are shown",
     )
     add("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
@@ -55,11 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the report. Raises InputError as `collect` does, and for an output it can't write."""
-    if args.format == "json" and args.output is None:
+    if args.format == "json" and args.output is None and args.output_dir is None:
         say(json.dumps(_collect(args), allow_nan=False))  # of ASCII alone
         return
     is_folder = args.format == "png"
-    path = Path(args.output or ("report" if is_folder else "report.html"))
+    path = Path(args.output or _usual_output(args.output_dir, args.format))
     if not is_folder and os.path.exists(path) and not os.path.isfile(path):
         # a page takes the place of what is there: of a device that all programs use, too
         found = "a folder" if os.path.isdir(path) else "a device or a pipe"
@@ -87,6 +93,12 @@ def run(args: argparse.Namespace) -> None:
     say(f"{path}: {len(encoded) / 1e6:.1f} MB")
 
 
+def _usual_output(folder: str | None, kind: str) -> Path:
+    if folder is None:
+        return Path("report" if kind == "png" else "report.html")
+    return Path(folder) if kind == "png" else Path(folder) / f"report.{kind}"
+
+
 def _collect(args: argparse.Namespace) -> dict:
     tokenizers = [
         _tokenizer(path, name, args.trust_remote_code)
@@ -109,7 +121,7 @@ def _names(args: argparse.Namespace) -> list[str | None]:
 
 
 def _tokenizer(store: str, name: str | None, trust_remote_code: bool):
-    from sepo.model.prepare import load_tokenizer
+    from sepo.model.load import load_tokenizer
 
     manifest = read_manifest(Path(store))
     if manifest is None:

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.hf_argparser import string_to_bool
 
-from sepo.data.read.read import read_pairs
 from sepo.data.store.store import ScoredStore, is_store, tokenizer_hash
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
 from sepo.flags.dtype_note import warn_if_slow
-from sepo.flags.options import device, positive, say_idle, say_idle_of_a_store, whole_number
+from sepo.flags.options import device, positive, say_idle, whole_number
+from sepo.flags.reading import add_reading_flags, read_data, say_idle_of_a_store
 from sepo.model.budget import scoring_budget
 from sepo.model.folder import find_folder
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 from sepo.model.reference import cached_reference
 from sepo.score.score import KEEP, SAMPLE, score_dataset, shard_name
 from sepo.system.lock import lock
@@ -27,27 +26,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `sepo score`."""
-    add = parser.add_argument
-    add(
-        "--dataset_name",
+    """Add the flags of `sepo score`."""
+    add_reading_flags(
+        parser,
         required=True,
-        help="hub id or local path of preference pairs; or a store that keeps logp of them, which "
-        "is taken as it is: then the reference is not run again",
+        dataset="hub id or local path of preference pairs; or a store that keeps logp of them, "
+        "which is taken as it is: then the reference is not run again",
     )
-    add("--dataset_config", help="the data set's configuration, if it has several")
-    add("--split", default="train")
-    add("--limit", type=positive, help="read the first so many rows only")
-    add("--max_length", type=whole_number(2), help="tokens of a prompt and one response")
-    add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
-    add("--strict", action="store_true", help="drop every row that would be kept with a note")
+    add = parser.add_argument
     add(
         "--reference",
         required=True,
         help="the model the oracle started from; its tokenizer is used",
     )
     add("--oracle", help="the trained model; without it only log-probabilities can be kept")
-    add("--output_dir", required=True)
+    add("--output_dir", required=True, metavar="DIR", help="the scored store that is written")
     add(
         "--keep",
         nargs="+",
@@ -63,14 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--max_tokens_per_batch",
         type=positive,
-        help="tokens of one batch; what a GPU's memory holds, up to 65536, if not given; 8192 elsewhere",
+        help="tokens of one batch; what a GPU's memory holds, up to 65536, if not given; 8192 "
+        "elsewhere",
     )
     add("--pairs_per_part", type=positive, default=128, help="what a killed run repeats at most")
     add("--shard", type=_shard, metavar="i/n", help="score every n-th part only; RANK/WORLD_SIZE")
     add(
         "--precision_check",
         type=whole_number(0),
-        metavar="n",
         help=f"score n pairs in float32 too and compare; {SAMPLE} if a dtype is lower, 0: never",
     )
 
@@ -88,16 +81,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
+    code = dict(trust_remote_code=args.trust_remote_code)
     folders = {
-        role: find_folder(path)
+        role: find_folder(path, **code)
         for role in ("reference", "oracle")
         if (path := getattr(args, role)) is not None
     }
     for role, folder in folders.items():
         say(f"{role}: {folder}")
-    tokenizer = load_tokenizer(args.reference)
+    tokenizer = load_tokenizer(args.reference, **code)
     if args.oracle is not None:
-        _check_same_tokenizer(args.oracle, args.reference, tokenizer)
+        _check_same_tokenizer(args, tokenizer)
     dtypes = {
         role: DTYPES[getattr(args, f"{role}_dtype") or args.dtype or "float32"]
         for role in ("reference", "oracle")
@@ -154,17 +148,7 @@ def _read(
 ) -> _Data:
     name = args.dataset_name
     if not is_store(name):
-        data = read_pairs(
-            name,
-            tokenizer,
-            split=args.split,
-            config=args.dataset_config,
-            max_length=args.max_length,
-            append_eos=args.append_eos,
-            strict=args.strict,
-            limit=args.limit,
-            progress=True,
-        )
+        data = read_data(args, tokenizer, progress=True)
         say(str(data.report))
         return _Data(data.pairs, data.report.as_dict(), args.max_length, has_reference=False)
     for flag in ("limit", "max_length", "strict"):
@@ -172,9 +156,10 @@ def _read(
             raise InputError(
                 f"--{flag}: {name} is a scored store, whose pairs are taken as they are"
             )
-    say_idle_of_a_store(args, name, "split", "dataset_config", "append_eos")
+    say_idle_of_a_store(args, name, "dataset_split", "dataset_config", "append_eos")
     store = ScoredStore.open(name, tokenizer)
-    kept = cached_reference(args.reference, {name: store}, tokenizer, keep="logp", dtype=dtype)
+    how = dict(keep="logp", dtype=dtype, trust_remote_code=args.trust_remote_code)
+    kept = cached_reference(args.reference, {name: store}, tokenizer, **how)
     # its states are written by a pass of the model, which says the rest again
     has_reference = kept is not None and args.oracle is not None and "hidden" not in args.keep
     if has_reference:
@@ -183,11 +168,12 @@ def _read(
     return _Data(store, about["reading"], about["max_length"], has_reference)
 
 
-def _check_same_tokenizer(oracle: str, reference: str, tokenizer) -> None:
-    found, expected = tokenizer_hash(load_tokenizer(oracle)), tokenizer_hash(tokenizer)
+def _check_same_tokenizer(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
+    oracle = load_tokenizer(args.oracle, trust_remote_code=args.trust_remote_code)
+    found, expected = tokenizer_hash(oracle), tokenizer_hash(tokenizer)
     if found != expected:
         raise InputError(
-            f"oracle {oracle} and reference {reference} have different tokenizers "
+            f"oracle {args.oracle} and reference {args.reference} have different tokenizers "
             f"({found[:12]}, {expected[:12]}); a score needs both models on the same tokens"
         )
 

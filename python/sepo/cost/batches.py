@@ -16,7 +16,7 @@ from sepo.cost.decoder import named
 from sepo.data.cost import pair_costs
 from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.read.read import read_pairs
-from sepo.model.prepare import load_tokenizer
+from sepo.model.load import load_tokenizer
 from sepo.terminal import say
 
 STEP = 128  # pairs

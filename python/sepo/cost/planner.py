@@ -13,6 +13,7 @@ from sepo.cost.gpu import BANDWIDTH_SHARE, GPU, UTILISATION, find, hours, hours_
 from sepo.cost.lengths import Lengths
 from sepo.cost.work import Schedule, Work, forward_work, scaled, step_work
 from sepo.errors import InputError
+from sepo.flags.renamed import NAMES, today
 from sepo.model.budget import OFF_A_GPU
 from sepo.trainer.config import MethodName, SePOConfig
 from sepo.trainer.methods import METHODS
@@ -127,13 +128,13 @@ def read(path: str | Path) -> tuple[dict, Keys]:
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected keys and values, got {type(found).__name__}")
     own = {field.name: field for field in fields(Keys)}
-    known = own.keys() | SePOConfig.__dataclass_fields__.keys()
+    known = own.keys() | SePOConfig.__dataclass_fields__.keys() | NAMES.keys()
     if unknown := [key for key in found if key not in known]:
         raise InputError("\n".join(f"{path}: no recipe and no plan has a key {k}" for k in unknown))
     for key, value in found.items():
         if key in own and not _fits(own[key], value):
             raise InputError(f"{path}: {key}: expected {_expected(own[key])}, got {value}")
-    return found, Keys(**{key: found[key] for key in own if key in found})
+    return today(found)[0], Keys(**{key: found[key] for key in own if key in found})
 
 
 def _fits(field, value) -> bool:
@@ -171,14 +172,15 @@ def plan(path: str | Path) -> str:
         raise InputError(
             f"{path}: expected model_name_or_path, the policy's directory or its shape"
         )
-    share = lambda name: _share(path, name, default(name))
+    uses_mass = "mass" in (default("select"), default("rejected_select"))
+    share = lambda name: _share(path, name, "mass" if uses_mass else default(name))
     fraction = share("fraction")
     if default("rejected_fraction") is not None:
         fraction = (fraction + share("rejected_fraction")) / 2
     setting = Setting(
         find(keys.gpu), keys.gpus, keys.utilisation,
         default("max_tokens_per_batch") or OFF_A_GPU, default("pairs_per_step"),
-        bool(default("gradient_checkpointing")), default("recompute") == "cheap",
+        bool(default("gradient_checkpointing")), bool(default("selective_checkpointing")),
         keys.length_spread,
     )  # fmt: skip
     policy = named(model)

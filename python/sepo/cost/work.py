@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from sepo.cost.decoder import Decoder
-from sepo_kernels.selected_logprob.schedule import DEFAULT_BUDGET, MEMORY_SHARE
+from sepo_kernels.schedules import DEFAULT_BUDGET, MEMORY_SHARE
 
 NEEDED = ("trunk", "attention", "head", "reference")
 EXTRA = (

@@ -1,7 +1,8 @@
-"""The four values that cross a stage boundary. Positions are 0-based indices into one response."""
+"""The values that cross a stage boundary. Positions are 0-based indices into one response."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +65,18 @@ class Segment:
     ref_logp: np.ndarray | None = None  # (K,) float32, None: no cached reference
     ref_hidden: HiddenRows | None = None  # of the whole response; `positions` says which are read
     mask: np.ndarray | None = None  # (K,) float32, drawn at random; None: no such mask
+
+
+class CutPair(NamedTuple):
+    """One pair as a step reads it: each response cut after its last used token."""
+
+    prompt: np.ndarray  # (T0,) int32
+    chosen: Segment
+    rejected: Segment
+
+    @property
+    def responses(self) -> tuple[Segment, ...]:
+        return self[1:]
 
 
 @dataclass(frozen=True, slots=True)

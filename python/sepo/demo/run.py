@@ -1,11 +1,10 @@
-"""`sepo demo`: preference pairs go in, an aligned model comes out, every stage of SePO real.
+"""Preference pairs go in, an aligned model comes out, every stage of SePO is real.
 
 SmolLM2-135M-Instruct continues openings of movie reviews; a sentiment lexicon is the judge. An
 oracle is trained by DPO on part of the pairs, scores every token, and a fresh policy is trained on
 the 30 % of the tokens that the oracle finds decisive. The oracle is never shown the lexicon.
 """
 
-import argparse
 import copy
 import json
 import random
@@ -21,9 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sepo.data.counts import count_rows, count_tokens
 from sepo.data.read.read import read_pairs
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.data.store.store import ScoredStore
 from sepo.data.types import ScoredPair, TokenPair
-from sepo.demo import DATA
 from sepo.demo.estimate import estimate
 from sepo.demo.evaluate import chosen_wins, kl_per_token, mean_sentiment, pair_accuracy
 from sepo.demo.lexicon import selection_lift
@@ -31,8 +30,7 @@ from sepo.demo.report import print_report
 from sepo.demo.sample import Completion, sample
 from sepo.demo.smollm2 import save_smollm2
 from sepo.errors import InputError
-from sepo.flags.options import positive, seed
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 from sepo.score.score import score_dataset
 from sepo.system.lock import contents, lock
 from sepo.trainer.config import SePOConfig
@@ -57,59 +55,54 @@ POLICY = dict(
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `sepo demo`."""
-    add = parser.add_argument
-    add("--output_dir", type=Path, default=Path("runs/demo"))
-    add(
-        "--data",
-        type=Path,
-        default=DATA,
-        help="directory with pairs.jsonl, heldout.jsonl and heldout_openings.txt",
-    )
-    add("--oracle_pairs", type=positive, default=160, help="pairs that the oracle is trained on")
-    add("--per_opening", type=positive, default=4, help="fresh samples of each held-out opening")
-    add("--seed", type=seed, default=0)
-
-
-def run(args: argparse.Namespace) -> None:
+def run_demo(
+    place: Path,
+    data: Path,  # a folder with pairs.jsonl, heldout.jsonl and heldout_openings.txt
+    *,
+    oracle_pairs: int,  # that the oracle is trained on
+    per_opening: int,  # fresh samples of each held-out opening
+    seed: int,
+) -> None:
     """Run every stage, print a table and write summary.json. Raises InputError for missing data."""
-    with lock(args.output_dir, "demo"):
-        run_stages(args)
+    with lock(place, "demo"):
+        run_stages(place, data, oracle_pairs=oracle_pairs, per_opening=per_opening, seed=seed)
 
 
-def run_stages(args: argparse.Namespace) -> None:
-    place, stage = args.output_dir, Stages()
-    openings = read_lines(args.data / "heldout_openings.txt")
-    counts = {name: len(read_lines(args.data / f"{name}.jsonl")) for name in ("pairs", "heldout")}
+def run_stages(place: Path, data: Path, *, oracle_pairs: int, per_opening: int, seed: int) -> None:
+    stage = Stages()
+    openings = read_lines(data / "heldout_openings.txt")
+    counts = {name: len(read_lines(data / f"{name}.jsonl")) for name in ("pairs", "heldout")}
     start_afresh(place)
-    print(how_long(args, openings=len(openings), **counts), flush=True)
+    sizes = dict(oracle_pairs=oracle_pairs, samples=len(openings) * per_opening)
+    print(how_long(**sizes, openings=len(openings), **counts), flush=True)
     with stage("model"):
         model_dir = save_smollm2(place / "model")
         tokenizer = load_tokenizer(str(model_dir))
     with stage("read"):
-        read = lambda name: read_pairs(args.data / name, tokenizer, append_eos=False).pairs
+        read = lambda name: read_pairs(data / name, tokenizer, append_eos=False).pairs
         pairs, heldout = read("pairs.jsonl"), read("heldout.jsonl")
-        random.Random(args.seed).shuffle(pairs)  # the file goes through the openings in order
+        random.Random(seed).shuffle(pairs)  # the file goes through the openings in order
     with stage("reference"):  # DPO and the scores need its log-probabilities, once
         cached = score(pairs + heldout, place / "reference", tokenizer, model_dir, keep=["logp"])
     with stage("oracle"):
-        seen = [cached[i] for i in range(min(args.oracle_pairs, len(pairs)))]
-        train(model_dir, seen, place / "oracle", tokenizer, seed=args.seed, **ORACLE)
+        seen = [cached[i] for i in range(min(oracle_pairs, len(pairs)))]
+        train(model_dir, seen, place / "oracle", tokenizer, seed=seed, **ORACLE)
     with stage("score"):
         store = score(cached, place / "scored", tokenizer, None, place / "oracle")
     scored = [store[i] for i in range(len(pairs))]
     with stage("sepo"):
-        train(model_dir, scored, place / "sepo", tokenizer, seed=args.seed, **POLICY)
+        train(model_dir, scored, place / "sepo", tokenizer, seed=seed, **POLICY)
     with stage("sepo_rand"):
         drawn = dict(POLICY, method="sepo-rand")
-        train(model_dir, scored, place / "sepo_rand", tokenizer, seed=args.seed, **drawn)
+        train(model_dir, scored, place / "sepo_rand", tokenizer, seed=seed, **drawn)
     with stage("evaluate"):
         heldout = [cached[i] for i in range(len(pairs), len(cached))]
-        policy = evaluate(args, model_dir, tokenizer, openings, heldout)
+        policy = evaluate(
+            place, model_dir, tokenizer, openings, heldout, per_opening=per_opening, seed=seed
+        )
 
     cut = lambda how, among: [
-        make_segments(p, how, fraction=POLICY["fraction"], seed=args.seed) for p in among
+        make_segments(p, Selection(how, fraction=POLICY["fraction"], seed=seed)) for p in among
     ]
     lift = lambda among: selection_lift(
         among, cut("selected", among), cut("random", among), tokenizer
@@ -128,15 +121,15 @@ def run_stages(args: argparse.Namespace) -> None:
     print(f"\n{place / SUMMARY}; the aligned model: {place / 'sepo'}")
 
 
-def how_long(args: argparse.Namespace, *, pairs: int, heldout: int, openings: int) -> str:
+def how_long(*, oracle_pairs: int, samples: int, pairs: int, heldout: int, openings: int) -> str:
     counts = {
         "run": 1,
         "pairs": pairs,
-        "oracle pairs": min(args.oracle_pairs, pairs),
+        "oracle pairs": min(oracle_pairs, pairs),
         "held-out pairs": heldout,
         "all pairs": pairs + heldout,
         "openings": openings,
-        "samples": openings * args.per_opening,
+        "samples": samples,
     }
     return estimate(counts)
 
@@ -225,21 +218,23 @@ def continue_openings(
 
 
 def evaluate(
-    args,
+    place: Path,
     model_dir: Path,
     tokenizer,
     openings: list[str],
     heldout: Sequence[ScoredPair],  # with the reference's log-probabilities
+    *,
+    per_opening: int,
+    seed: int,
 ) -> dict:
     """Reward, held-out accuracy and distance from the reference, of all three policies."""
-    place = args.output_dir
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
     reference = load(model_dir)
     result = {}
     for name in ("reference", "sepo", "sepo_rand"):
         model = reference if name == "reference" else load(place / name)
         completions = continue_openings(
-            model, tokenizer, openings, per_opening=args.per_opening, seed=args.seed, name=name
+            model, tokenizer, openings, per_opening=per_opening, seed=seed, name=name
         )
         reward = mean_sentiment(completions)
         if name == "reference":

@@ -21,6 +21,7 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, got {text}")
         return value
 
+    read.metavar = "N"  # see sepo.flags.parser.Help
     return read
 
 
@@ -39,9 +40,7 @@ def share(text: str) -> float:
     return value
 
 
-def share_or_mass(text: str) -> float | str:
-    """A number in (0, 1], or mass."""
-    return text if text == "mass" else share(text)
+share.metavar = "X"
 
 
 def device(text: str) -> str:
@@ -64,11 +63,3 @@ def say_idle(notes: list[str]) -> None:
     """One line of warning a note, of a flag that does nothing."""
     for note in notes:
         logging.getLogger(__name__).warning(note)
-
-
-def say_idle_of_a_store(args: argparse.Namespace, store: str, *names: str) -> None:
-    """The same of flags that say how rows are read."""
-    usual = {"split": "train", "append_eos": True}
-    given = [name for name in names if getattr(args, name) != usual.get(name)]
-    why = f"{store} is a scored store, whose pairs are taken as they are"
-    say_idle([f"--{name} does nothing: {why}" for name in given])

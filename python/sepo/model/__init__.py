@@ -12,11 +12,10 @@ with needs("train", "sepo.model"):
         token_logprob,
         vocabulary,
     )
+    from sepo.model.load import load_model, load_tokenizer
     from sepo.model.prepare import (
         attention_needs,
         explain_attention,
-        load_model,
-        load_tokenizer,
         prepare_model,
         probe_logprob,
         rounding,

@@ -63,7 +63,7 @@ def segment_topk(
     return SegmentTopk(*_fwd(score.detach(), cu_tokens, fraction, side, min_tokens, chosen.name))
 
 
-def _check(score, cu_tokens, fraction, side, min_tokens) -> None:
+def _check(score: Tensor, cu_tokens: Tensor, fraction: float, side: str, min_tokens: int) -> None:
     if not 0 < fraction <= 1:
         raise ValueError(f"expected 0 < fraction <= 1, got {fraction}")
     if side not in SIDES:
@@ -95,12 +95,16 @@ torch.library.define(
 _BY_NAME = {impl.name: impl for impl in IMPLS}
 
 
-def _run(score, cu_tokens, fraction, side, min_tokens, impl):
+def _run(
+    score: Tensor, cu_tokens: Tensor, fraction: float, side: str, min_tokens: int, impl: str
+) -> tuple[Tensor, Tensor]:
     check_values("cu_tokens", cu_tokens, score.shape[0])
     return _BY_NAME[impl].fwd(score, cu_tokens, fraction, side, min_tokens)
 
 
-def _fake(score, cu_tokens, fraction, side, min_tokens, impl):
+def _fake(
+    score: Tensor, cu_tokens: Tensor, fraction: float, side: str, min_tokens: int, impl: str
+) -> tuple[Tensor, ...]:
     M = torch.library.get_ctx().new_dynamic_size()
     return tuple(score.new_empty((n,), dtype=torch.int32) for n in (M, cu_tokens.shape[0]))
 

@@ -5,7 +5,7 @@ Reading order: the public functions, their checks, the autograd Function, the op
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ from sepo.ops._checks import (
     check_reverse_mode,
     check_softcap,
 )
-from sepo_kernels import devices
+from sepo_kernels import devices, schedules
 from sepo_kernels.devices import accumulator
 from sepo_kernels.gemm import dtype_note
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob import IMPLS
-from sepo_kernels.selected_logprob import schedule as plan
-from sepo_kernels.selected_logprob.loops import layout, new_saved
+from sepo_kernels.selected_logprob.loops import layout_of, new_saved
 
 
 def selected_logprob(
@@ -46,13 +45,13 @@ def selected_logprob(
     There is no shift inside: rows[m] must be the state that predicts targets[m]. Index values
     are checked on the CPU; on a GPU that would wait, and what made them has checked them.
 
-    The work is scheduled by `budget` and by which inputs need a gradient, as told by
-    `explain_selected_logprob`. The result is the same up to the rounding of chunk sums: bit for bit
-    where budget, sizes and device are. By default it is 1 GiB on a CPU, on a GPU what saving dlogits
-    of every row takes (3 products), at most an eighth of its whole memory: what is free at the moment
-    is not asked, so a run that is resumed rounds as before. Under autocast the inputs are used in
-    the dtype they come in. The backward may run more than once (`retain_graph`); it cannot be
-    differentiated again.
+    `explain_selected_logprob` tells how the work is scheduled: by `budget` and by which inputs need
+    a gradient. The result is the same up to the rounding of chunk sums, and bit for bit where
+    budget, sizes and device are. By default the budget is 1 GiB on a CPU. On a GPU it is what
+    saving dlogits of every row takes (3 GEMMs), at most an eighth of its whole memory. What is free
+    at the moment is not asked, so a resumed run rounds as before. Under autocast the inputs are
+    used in the dtype they come in. The backward may run more than once (`retain_graph`); it cannot
+    be differentiated again.
 
     Args:
         hidden: (N, D) floating point with contiguous rows, the states after the final norm.
@@ -79,9 +78,11 @@ def selected_logprob(
     _check(hidden, weight, rows, targets, bias, softcap)
     check_reverse_mode("selected_logprob", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
-    schedule, budget, _ = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
+    layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
+    need = needs_grad(hidden, weight, bias)
+    schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
     args = (hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, chosen.name)
-    if schedule == plan.NO_GRAD:
+    if schedule == schedules.NO_GRAD:
         return _fwd(*args)[0]
     return _SelectedLogprob.apply(*args)
 
@@ -94,7 +95,7 @@ class Explanation(NamedTuple):
         schedule: "save", "partial", "recompute", "frozen_head" or "no_grad".
         fwd_chunk: rows at once in the forward.
         bwd_chunk: rows at once in the backward, 0 where it makes no logits.
-        bytes: of all (rows, V) buffers alive at once, the larger of both directions.
+        peak_bytes: of all (rows, V) buffers alive at once, the larger of both directions.
         gemms: matrix products of 2 M D V FLOP, both directions together.
         saved: rows of which the forward keeps (V,) numbers for the backward.
         budget: bytes.
@@ -105,11 +106,16 @@ class Explanation(NamedTuple):
     schedule: str  # "save" | "partial" | "recompute" | "frozen_head" | "no_grad"
     fwd_chunk: int  # rows
     bwd_chunk: int  # rows, 0 where the backward makes no logits
-    bytes: int  # of all (rows, V) buffers alive at once, the larger of both directions
+    peak_bytes: int  # of all (rows, V) buffers alive at once, the larger of both directions
     gemms: float  # matrix products of 2 M D V FLOP, both directions together
     saved: int  # rows whose dlogits the forward saves
     budget: int  # bytes
     reasons: tuple[str, ...]  # of the schedule, and where the budget comes from
+
+    @property
+    def bytes(self) -> int:
+        """Return `peak_bytes`, by its old name."""
+        return self.peak_bytes
 
 
 def explain_selected_logprob(
@@ -147,33 +153,41 @@ def explain_selected_logprob(
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
-    given, M, dtype = budget, len(rows), hidden.dtype
-    schedule, budget, layout = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
-    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
+    layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
+    need = needs_grad(hidden, weight, bias)
+    return explanation(chosen.name, layout, hidden, len(rows), budget, need)
 
-    saved = plan.saved_rows(M, layout, budget, schedule)
-    fwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=False)
-    bwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=True)
-    if schedule not in (plan.PARTIAL, plan.RECOMPUTE):
-        bwd_chunk = 0
-    too_large = f"saving takes {plan.save_bytes(M, layout)} bytes, budget {budget}: the logits"
-    why = {
-        plan.SAVE: f"(M, V) = ({M}, {layout.V}) in {dtype} takes {M * layout.kept} bytes, "
-        f"budget {budget}",
-        plan.PARTIAL: f"{too_large} of {M - saved} of {M} rows are made twice",
-        plan.RECOMPUTE: f"{too_large} are made twice",
-        plan.FROZEN_HEAD: "the head needs no gradient",
-        plan.NO_GRAD: "nothing needs a gradient, or no_grad",
-    }
-    reasons = (why[schedule],)
-    if not need_hidden and (need_weight or need_bias):
-        reasons += ("hidden needs no gradient: its product is left out",)
+
+def explanation(
+    impl: str,
+    layout: schedules.Layout,
+    hidden: Tensor,
+    M: int,
+    given: int | None,  # the user's budget, bytes
+    need: list[bool],  # a gradient of hidden, weight and bias
+) -> Explanation:
+    """Explain the schedule that M rows take: its chunks, bytes, GEMMs and reasons."""
+    schedule, budget = schedule_within(given, M, layout, hidden.device, need)
+    need_hidden, need_weight, need_bias = need
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
+    chunks = [
+        schedules.chunk_rows(M, layout, budget, schedule, backward) for backward in (False, True)
+    ]
+    recomputes = schedule in (schedules.PARTIAL, schedules.RECOMPUTE)
+    rows = sum(layout.bwd_rows(M, num_saved, schedule, need_hidden, need_weight))
+    reasons = schedules.reasons(M, layout, budget, schedule, need_hidden, need_weight or need_bias)
     reasons += (*dtype_note(hidden, layout.fused), source_of(budget, given, hidden.device))
-    rows_again = plan.bwd_rows(M, saved, schedule, need_hidden, need_weight)
     return Explanation(
-        chosen.name, schedule, fwd_chunk, bwd_chunk, plan.bytes_alive(M, layout, budget, schedule),
-        plan.fwd_gemms(schedule) + share(rows_again, M), saved, budget, reasons,
-    )  # fmt: skip
+        impl=impl,
+        schedule=schedule,
+        fwd_chunk=chunks[0],
+        bwd_chunk=chunks[1] if recomputes else 0,
+        peak_bytes=layout.peak_bytes(M, budget, schedule),
+        gemms=sum(layout.fwd_gemms(schedule)) + share(rows, M),
+        saved=num_saved,
+        budget=budget,
+        reasons=reasons,
+    )
 
 
 def share(rows: int, M: int) -> float:
@@ -187,9 +201,9 @@ def source_of(budget: int, given: int | None, device: torch.device) -> str:
         return f"budget {budget} bytes, as given"
     if devices.multiprocessors(device) == 0:
         return f"budget {budget} bytes, the default of a CPU"
-    if budget < devices.memory(device) // plan.MEMORY_SHARE:
+    if budget < devices.memory(device) // schedules.MEMORY_SHARE:
         return f"budget {budget} bytes, what the call makes use of"
-    return f"budget {budget} bytes, 1/{plan.MEMORY_SHARE} of the memory of {device}"
+    return f"budget {budget} bytes, 1/{schedules.MEMORY_SHARE} of the memory of {device}"
 
 
 def check_budget(budget: int, row: int, device: torch.device) -> None:
@@ -206,16 +220,23 @@ def needs_grad(*tensors: Tensor | None) -> list[bool]:
     return [enabled and x is not None and x.requires_grad for x in tensors]
 
 
-def _schedule(chosen, hidden, weight, rows, bias, softcap, budget) -> tuple[str, int, plan.Layout]:
-    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
-    sizes = layout(hidden, weight, softcap, chosen.fused(hidden.dtype))
-    need_head = need_weight or need_bias
-    asked = rows.shape[0], sizes
+def schedule_within(
+    budget: int | None,  # bytes; None: by device
+    M: int,
+    layout: schedules.Layout,
+    device: torch.device,
+    need: list[bool],  # a gradient of hidden, weight and bias
+) -> tuple[str, int]:
+    """Return the schedule of M rows and its budget in bytes.
+
+    Raises ValueError for a budget that holds not even one row, or more than the GPU's memory.
+    """
+    need_hidden, need_head = need[0], need[1] or need[2]
     if budget is None:
-        memory = devices.memory(hidden.device)
-        budget = plan.default_budget(*asked, memory, need_hidden, need_head)
-    check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
-    return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes
+        memory = devices.memory(device)
+        budget = schedules.default_budget(M, layout, memory, need_hidden, need_head)
+    check_budget(budget, layout.row_bytes(gradient=need_hidden or need_head), device)
+    return schedules.choose(M, layout, budget, need_hidden, need_head), budget
 
 
 @contextmanager
@@ -230,7 +251,14 @@ def out_of_memory(budget: int) -> Iterator[None]:
         ) from None
 
 
-def _check(hidden, weight, rows, targets, bias, softcap) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> None:
     check_head(hidden, weight, bias)
     check_indices(rows, targets)
     check_one_device(hidden, weight, rows, targets, bias)
@@ -239,7 +267,10 @@ def _check(hidden, weight, rows, targets, bias, softcap) -> None:
 
 class _SelectedLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+        scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+    ) -> Tensor:  # fmt: skip
         logp, lse, row_scale, saved = _fwd(
             hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl
         )
@@ -250,7 +281,7 @@ class _SelectedLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp):
+    def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
         grads = _bwd(grad_logp, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
         return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 7
@@ -271,33 +302,40 @@ torch.library.define(
     " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl)"
     " -> (Tensor, Tensor, Tensor)",
 )
-_BY_NAME = {impl.name: impl for impl in IMPLS}
+_BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 
 
-def _run_fwd(hidden, weight, bias, rows, targets, *args):
+def _run_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
         return _BY_NAME[args[-1]].fwd(hidden, weight, bias, as_int32(rows), targets, *args[:-1])
 
 
-def _run_bwd(grad_logp, hidden, weight, bias, rows, *args):
+def _run_bwd(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     head = (hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
         return _BY_NAME[args[-1]].bwd(grad_logp, *head, as_int32(rows), *args[:-1])
 
 
-def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
+def _fake_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+    scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     logp = hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
-    M, sizes = rows.shape[0], layout(hidden, weight, softcap, _BY_NAME[impl].fused(hidden.dtype))
-    saved = new_saved(hidden, schedule, M, plan.saved_rows(M, sizes, budget, schedule), sizes)
+    M = rows.shape[0]
+    layout = layout_of(hidden, weight, softcap, _BY_NAME[impl].fused(hidden.dtype))
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
+    saved = new_saved(hidden, schedule, M, num_saved, layout)
     return logp, torch.empty_like(logp), torch.empty_like(logp), saved
 
 
-def _fake_bwd(
-    grad_logp, hidden, weight, bias, rows, targets, logp, lse, row_scale, saved, scale, softcap,
-    schedule, budget, need_hidden, need_weight, need_bias, impl,
-):  # fmt: skip
+def _fake_bwd(grad_logp: Tensor, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    need_hidden, need_weight, need_bias = args[-4:-1]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),

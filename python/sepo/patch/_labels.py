@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sepo.data import ScoredPair
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 
 UNUSED = -100
 SIDES = ("chosen", "rejected")
@@ -95,7 +96,7 @@ def masked_pairs(
 
 
 def _selected(pair: ScoredPair, fraction: float) -> dict[str, np.ndarray]:  # positions, (K,) int32
-    _, *segments = make_segments(pair, "selected", fraction=fraction)
+    _, *segments = make_segments(pair, Selection("selected", fraction=fraction))
     return {side: s.positions for side, s in zip(SIDES, segments, strict=True)}
 
 

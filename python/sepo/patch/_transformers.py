@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 import sepo.ops as ops
 from sepo.errors import InputError
-from sepo.model.prepare import head, rounding, vocabulary
+from sepo.model.forward import head, vocabulary
+from sepo.model.prepare import rounding
 from sepo.patch._replace import Patch, check_version
 
 KNOWN = ">=5.17,<6"  # versions whose get_decoder, get_output_embeddings and get_text_config we call

@@ -1,4 +1,4 @@
-"""What a model says of every response token, in batches under a token budget."""
+"""Ask a model about every response token, in batches under a token budget."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -13,7 +13,8 @@ from sepo.data import all_positions, pack, truncate
 from sepo.data.types import PackedBatch, ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.model.feed import feed
-from sepo.model.prepare import head, hidden_states
+from sepo.model.forward import head, hidden_states
+from sepo.model.prepare import prepare_if_new
 from sepo.ops import selected_logprob
 
 
@@ -35,7 +36,7 @@ def response_logp(
     result = [None] * len(pairs)
     lengths = [n for p in pairs for n in (len(p.chosen), len(p.rejected))]
     starts = np.cumsum([0, *lengths])
-    weight, bias, scale, softcap = head(model)
+    weight, bias, scale, softcap = head(prepare_if_new(model))
     batches = _batches(pairs, max_tokens)
     packs = (partial(_packed, pairs, members) for members in batches)
     with closing(feed(packs, model.device, [model])) as fed:
@@ -68,10 +69,12 @@ def _packed(pairs: list[TokenPair], members: Sequence[int]) -> PackedBatch:
 def kept_logp(
     pairs: list[ScoredPair],
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # as `response_logp` gave them
-    """What a store keeps of the reference; nothing is run. Raises InputError where it keeps none."""
+    """Read what a store keeps of the reference; nothing is run. Raises InputError where it keeps none."""
     for pair in pairs:
         if pair.chosen_ref_logp is None or pair.rejected_ref_logp is None:
-            raise InputError(f"row {pair.id}: expected the reference's log-probabilities, got none")
+            raise InputError(
+                f"pair {pair.id}: expected the reference's log-probabilities, got none"
+            )
     return [(pair.chosen_ref_logp, pair.rejected_ref_logp) for pair in pairs]
 
 
@@ -80,7 +83,7 @@ def check_budget(pairs: list[TokenPair], max_tokens: int) -> None:
     for pair in pairs:
         if len(pair) > max_tokens:
             raise InputError(
-                f"row {pair.id}: {len(pair)} tokens, expected at most --max_tokens_per_batch "
+                f"pair {pair.id}: {len(pair)} tokens, expected at most --max_tokens_per_batch "
                 f"{max_tokens}; the longest pair has {max(map(len, pairs))}"
             )
 
@@ -106,7 +109,7 @@ def _check_finite(row: str, responses: tuple[np.ndarray, ...], model, role: str)
     for side, logp in zip(("chosen", "rejected"), responses, strict=True):
         if (bad := np.flatnonzero(~np.isfinite(logp))).size:
             raise InputError(
-                f"row {row}: the {role} ({dtype_name(model)}) gave the log-probability "
+                f"pair {row}: the {role} ({dtype_name(model)}) gave the log-probability "
                 f"{logp[bad[0]]} to {side} token {bad[0]}, expected a finite number; "
                 "check its weights, or score in float32"
             )

@@ -1,4 +1,4 @@
-"""What SePOTrainer takes: a model, token pairs or rows, one data set to evaluate on or several."""
+"""Check what SePOTrainer takes: a model, token pairs or rows, one data set to evaluate on or several."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,6 +8,7 @@ from sepo.data.read.load import is_rows
 from sepo.data.read.read import read_pairs
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
+from sepo.flags.reading import tokens_of
 from sepo.terminal import say
 from sepo.trainer.config import SePOConfig, data_to_evaluate_on
 from sepo.trainer.methods import Method
@@ -47,8 +48,7 @@ def tokenised(data, args: SePOConfig, tokenizer) -> Sequence[TokenPair] | None:
         if reason := _why_no_pairs(data):
             raise InputError(f"expected token pairs or a datasets.Dataset of rows, got {reason}")
         return data
-    how = dict(max_length=args.max_length, append_eos=args.append_eos, strict=args.strict)
-    read = read_pairs(data, tokenizer, **how)
+    read = read_pairs(data, tokenizer, **tokens_of(args))
     if args.should_log:
         say(str(read.report))
     return read.pairs

@@ -3,36 +3,66 @@
 import argparse
 from pathlib import Path
 from types import NoneType
-from typing import NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from sepo.errors import InputError, one_line
+from sepo.flags.parser import Help, Parser
+from sepo.flags.renamed import NAMES, VALUES, overridden
 from sepo.flags.values import kinds
 from sepo.trainer.config import SePOConfig, data_to_evaluate_on
+from sepo.trainer.groups import groups
 
 NEEDED = ("model_name_or_path", "dataset_name", "output_dir")
-PROG = dict(prog="sepo train", description=__doc__)
+ABOUT = (
+    "Train a policy, an oracle or a reference on preference pairs. The command line wins over "
+    "--config. Of a flag that takes true or false, --flag means true, --no_flag false. Help of a "
+    "flag that one method reads begins with its name."
+)
+USAGE = (
+    "sepo train [--config RUN.yaml] --model_name_or_path MODEL --dataset_name DATA "
+    "--output_dir DIR [...]"
+)
+MANY = 12  # as many as there are methods
 TAG = "tag:yaml.org,2002:"
+_NOT_GIVEN = object()
+
+
+class TrainParser(HfArgumentParser, Parser):
+    """The flags of SePOConfig, in groups."""
+
+    def __init__(self):
+        super().__init__(
+            groups(), prog="sepo train", usage=USAGE, description=ABOUT, formatter_class=Help
+        )
+        self.add_argument("--config", metavar="RUN.yaml", help="YAML file of the same arguments.")
+        for action in self._actions:
+            if action.option_strings[0].startswith("--no_"):
+                action.help = argparse.SUPPRESS
+            if len(action.choices or ()) > MANY:
+                action.metavar = "NAME"  # a wrong one is answered with all that there are
+
+    def given(self, argv: list[str]) -> dict:
+        """What the command line says, without defaults. Raises InputError for an unknown flag."""
+        names = dict.fromkeys([action.dest for action in self._actions], _NOT_GIVEN)
+        found, rest = self.parse_known_args(argv, argparse.Namespace(**names))
+        if rest:
+            raise InputError(f"unknown argument {rest[0]}, see sepo train --help")
+        return {name: value for name, value in vars(found).items() if value is not _NOT_GIVEN}
 
 
 def parse(argv: list[str]) -> SePOConfig:
     """Command line over YAML over defaults. Raises InputError for a key that nobody knows."""
-    parser = HfArgumentParser(SePOConfig, **PROG)
-    parser.add_argument("--config", help="YAML file of the same arguments; the command line wins.")
-    parser.error = _raise_input_error
-    config_path = parser.parse_known_args(argv)[0].config
-    if config_path is not None:
-        parser.set_defaults(**_read_yaml(config_path, parser))
-    namespace, rest = parser.parse_known_args(argv)
-    if rest:
-        raise InputError(f"unknown argument {rest[0]}, see sepo train --help")
+    parser = TrainParser()
+    given = parser.given(argv)
+    path = given.pop("config", None)
+    values = overridden({} if path is None else _read_yaml(path, parser), given)
     for flag in NEEDED:
-        if getattr(namespace, flag) is None:
+        if values.get(flag) is None:
             raise InputError(f"expected --{flag} on the command line or in the YAML")
-    args = SePOConfig(**{k: v for k, v in vars(namespace).items() if k != "config"})
+    args = SePOConfig(**values)
     if (flag := data_to_evaluate_on(args)) and args.eval_dataset_name is None:
         raise InputError(f"{flag}: expected --eval_dataset_name too, got nothing to evaluate on")
     return args
@@ -54,10 +84,12 @@ def _read_yaml(path: str, parser: argparse.ArgumentParser) -> dict:
     values = {}
     for key, node in root.value:
         name = key.value
-        if not isinstance(name, str) or name not in actions or name in ("config", "help"):
+        now = NAMES.get(name, name) if isinstance(name, str) else None
+        if now not in actions or now in ("config", "help"):
             raise InputError(f"--config {path}: unknown key {name}")
         try:
-            values[name] = _read_value(node, actions[name])
+            is_old = (now, node.value) in VALUES if isinstance(node, yaml.ScalarNode) else False
+            values[name] = node.value if is_old else _read_value(node, actions[now])
         except (ValueError, TypeError, argparse.ArgumentTypeError, yaml.YAMLError) as error:
             raise InputError(f"--config {path}: {name}: {one_line(error)}") from error
     return values
@@ -97,7 +129,3 @@ def _read_scalar(node: yaml.Node, action: argparse.Action):
 def _wanted(action: argparse.Action) -> str:
     words = {int: "a whole number", float: "a number", string_to_bool: "true or false"}
     return words.get(action.type, "text")
-
-
-def _raise_input_error(message: str) -> NoReturn:
-    raise InputError(message)

@@ -11,6 +11,7 @@ from pathlib import Path
 from sepo.data.hidden import size_name
 from sepo.data.store.manifest import sealed, unsealed
 from sepo.errors import InputError
+from sepo.flags.renamed import today
 from sepo.system.files import Atomic
 
 MARK = "sepo_checkpoint.json"
@@ -46,11 +47,11 @@ def why_torn(checkpoint: Path, *, contents: bool = True) -> str | None:
 
 
 def read_mark(checkpoint: str | Path) -> dict | None:
-    """What was written about a checkpoint, None if nothing whole was."""
+    """Read what was written about a checkpoint, under today's names; None if nothing whole was."""
     try:
         mark = unsealed(json.loads((Path(checkpoint) / MARK).read_text()))
         known = mark["format"] in READABLE and {"step", "run", "unlogged", "files"} <= mark.keys()
-        return mark if known else None
+        return _with_todays_names(mark) if known else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -126,7 +127,7 @@ def completed_step(checkpoint: str | Path | None) -> int:
 
 
 def find_checkpoint(asked: str | bool | None, output_dir: str | Path) -> str | None:
-    """What `resume_from_checkpoint` means. Raises InputError for a path that is not whole."""
+    """Find what `resume_from_checkpoint` means. Raises InputError for a path that is not whole."""
     if asked is True:
         return last_checkpoint(output_dir)
     if not asked:
@@ -138,6 +139,20 @@ def find_checkpoint(asked: str | bool | None, output_dir: str | Path) -> str | N
 def _check_whole(checkpoint: Path, *, contents: bool = True) -> None:
     if (reason := why_torn(checkpoint, contents=contents)) is not None:
         raise InputError(f"{checkpoint} is not a complete checkpoint: {reason}")
+
+
+def _with_todays_names(mark: dict) -> dict:
+    """The mark of an older version with --penalty as --dpop_lambda, and so on.
+
+    A run's `fraction` may stay "mass": its identity says what was selected, not how it was asked.
+    """
+    now = lambda values: today(values)[0]
+    run = mark["run"]
+    run = run | now({name: run[name] for name in ("first_token",) if name in run})
+    return mark | {
+        "run": run | {name: now(run[name]) for name in ("loss",) if name in run},
+        **{name: now(mark[name]) for name in ("flags",) if name in mark},
+    }
 
 
 def _hashes(folder: Path, names: list[str]) -> dict[str, str]:

@@ -15,6 +15,8 @@ from sepo.errors import InputError, one_line
 from sepo.flags.dtype_note import warn_if_slow
 from sepo.flags.options import say_idle
 from sepo.flags.packages import check_compiler, check_packages
+from sepo.flags.renamed import takes_old_names
+from sepo.flags.selection import Select, uses_mass
 from sepo.flags.values import check_values, in_yaml
 from sepo.trainer.inherited import idle_inherited, refuse_inherited
 from sepo_kernels.devices import INTERPRET, fast_dtype
@@ -26,33 +28,24 @@ MethodName = Literal[
 AttnImpl = Literal["auto", "varlen", "flex", "native", "sdpa"]
 DTypeName = Literal["float32", "bfloat16"]
 Reduce = Literal["mean", "sum"]
-Form = Literal["code", "paper"]
+Form = Literal["paper", "released"]
 MaskKind = Literal["learned", "binary", "random"]
 MaskNorm = Literal["minmax", "zscore"]
-Recompute = Literal["nothing", "cheap"]
 FusedLayers = Literal["auto", "liger", "compile", "none"]
-FirstToken = Literal["paper", "official"]
+FirstToken = Literal["paper", "released"]
 DEFAULT_BETA = dict.fromkeys(("dpo", "ipo", "tdpo1", "tdpo2", "sparsepo", "mapo"), 0.1)
 DEFAULT_BETA |= {"dpop": 0.3, "simpo": 2.0}
 CHOICES = {
-    "method": MethodName,
-    "dtype": DTypeName,
-    "attn_impl": AttnImpl,
-    "ipo_reduce": Reduce,
-    "sft_reduce": Reduce,
-    "form": Form,
-    "mask": MaskKind,
-    "mask_norm": MaskNorm,
-    "first_token": FirstToken,
-    "recompute": Recompute,
-    "fused_layers": FusedLayers,
-}
+    "method": MethodName, "dtype": DTypeName, "attn_impl": AttnImpl, "fused_layers": FusedLayers,
+    "ipo_reduce": Reduce, "sft_reduce": Reduce, "form": Form, "mask_kind": MaskKind,
+    "mask_norm": MaskNorm, "select": Select, "rejected_select": Select, "first_token": FirstToken,
+}  # fmt: skip
 POSITIVE = (
     "pairs_per_step", "max_tokens_per_batch", "max_length", "head_budget", "lora_r", "lora_alpha",
     "beta", "gamma", "ddp_timeout", "ddp_bucket_cap_mb",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "penalty", "alpha", "sft_weight", "mask_l1", "kl_mask_l1", "mask_weight_decay",
+    "dpop_lambda", "tdpo2_alpha", "sft_weight", "mask_l1", "kl_mask_l1", "mask_weight_decay",
     "mask_learning_rate", "learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon",
     "warmup_steps", "eval_delay", "save_total_limit",
 )  # fmt: skip
@@ -66,18 +59,20 @@ def _help(text: str, default=None):
     return field(default=default, metadata={"help": text})
 
 
+@takes_old_names
 @dataclass
 class SePOConfig(TrainingArguments):
     """Arguments of SePOTrainer and of `sepo train`. Defaults are the SePO paper's.
 
-    Raises InputError, naming the flag, for values that can't be trained with.
+    Old names of arguments are taken too, and said: `sepo.flags.renamed` lists them. Raises
+    InputError, naming the flag, for values that can't be trained with.
     """
 
     method: MethodName = _help("What to train.", "sepo")
     model_name_or_path: str | None = _help("Hub id or local directory of the policy.")
-    reference_model_name_or_path: str | None = _help(
-        "The reference of the methods that have one, if the data keeps nothing of it. "
-        "Default: the policy as it was before training."
+    reference: str | None = _help(
+        "Hub id or local directory of the reference, for the methods that have one, if the data "
+        "keeps nothing of it. Default: the policy as it was before training."
     )
     dataset_name: str | None = _help(
         "A scored store written by `sepo score`, or preference data: hub id, or a local "
@@ -115,20 +110,24 @@ class SePOConfig(TrainingArguments):
     )
     attn_impl: AttnImpl = _help("Attention for packed pairs; auto: the first that can run.", "auto")
 
-    # str | None: what else HfArgumentParser would hand over as a float
-    fraction: float | str | None = _help(
-        "sepo: share of a response's tokens that the loss uses, or mass: see --mass.", 0.3
+    select: Select = _help(
+        "sepo: how many of a response's tokens the loss uses: a fraction of them, or the fewest "
+        "that hold a share of its scores, see --mass.",
+        "fraction",
     )
-    rejected_fraction: float | str | None = _help(
-        "sepo: the same for rejected responses, if different."
+    rejected_select: Select | None = _help(
+        "sepo: the same for rejected responses. Default: fraction with --rejected_fraction, else "
+        "as --select."
     )
+    fraction: float = _help("sepo: that share of a response's tokens.", 0.3)
+    rejected_fraction: float | None = _help("sepo: the same for rejected responses, if different.")
     mass: float = _help(
-        "sepo, with --fraction mass: use the fewest tokens that hold this share of a chosen "
+        "sepo, with --select mass: use the fewest tokens that hold this share of a chosen "
         "response's positive scores, of a rejected one's negative scores.",
         0.8,
     )
     first_token: FirstToken = _help(
-        "sepo: official selects as the released code does, which can't select the first token of "
+        "sepo: released selects as the released code does, which can't select the first token of "
         "a response and counts without it.",
         "paper",
     )
@@ -141,13 +140,15 @@ class SePOConfig(TrainingArguments):
     gamma_beta_ratio: float = _help("simpo: target margin in units of beta.", 0.5)
     label_smoothing: float = _help("dpo: probability that a pair is labelled wrongly.", 0.0)
     ipo_reduce: Reduce = _help("ipo: a response counts by its mean or sum over tokens.", "mean")
-    penalty: float = _help("dpop: weight of a chosen response below its reference.", 50.0)
-    alpha: float = _help("tdpo2: weight of the KL divergence.", 0.5)
+    dpop_lambda: float = _help("dpop: weight of a chosen response below its reference.", 50.0)
+    tdpo2_alpha: float = _help("tdpo2: weight of the KL divergence.", 0.5)
     sft_weight: float = _help("rrhf: weight of the chosen response's own loss.", 1.0)
     sft_reduce: Reduce = _help("rrhf: that loss is a sum (the paper) or mean over tokens.", "sum")
 
-    form: Form = _help("sparsepo, mapo: as its authors ran it, or eq. 6-8 of the paper.", "code")
-    mask: MaskKind = _help(
+    form: Form = _help(
+        "sparsepo, mapo: eq. 6-8 of the paper, or the loss of the released code.", "released"
+    )
+    mask_kind: MaskKind = _help(
         "sparsepo: what the masks are; binary and random are ablations.", "learned"
     )
     independent_masks: bool = _help("sparsepo: one mask for rewards and one for the KL.", False)
@@ -167,11 +168,10 @@ class SePOConfig(TrainingArguments):
         "Bytes for logits or probabilities at once. Default: 1 GiB on a CPU; on a GPU what saving "
         "them takes, at most an eighth of its memory."
     )
-    recompute: Recompute = _help(
-        "cheap: keep what products and attention put out, and make the rest of a layer again in "
-        "backward; about half the memory, nearly the same time. --gradient_checkpointing makes "
-        "everything again.",
-        "nothing",
+    selective_checkpointing: bool = _help(
+        "Save the outputs of GEMMs and attention, and recompute the rest of a layer in backward: "
+        "about half the memory, nearly the same time. --gradient_checkpointing recomputes all.",
+        False,
     )
     fused_layers: FusedLayers = _help(
         "Norms, activations and rotations of a layer in few kernels: liger (its kernels for layers, "
@@ -263,19 +263,20 @@ def _translate(args: SePOConfig) -> None:
 
 def _check(args: SePOConfig) -> None:
     for name, kind in CHOICES.items():
-        if (value := getattr(args, name)) not in get_args(kind):
+        value = getattr(args, name)
+        if value not in get_args(kind) and (value is not None or name != "rejected_select"):
             raise InputError(
                 f"--{name}: expected {' | '.join(get_args(kind))}, got {in_yaml(value)}"
             )
     _check_selection(args)
-    if args.mask == "random" and args.independent_masks:
+    if args.mask_kind == "random" and args.independent_masks:
         raise InputError(
-            "--mask random draws one mask: expected --independent_masks false, got true"
+            "--mask_kind random draws one mask: expected --independent_masks false, got true"
         )
     for other in ("gradient_checkpointing", "torch_compile"):
-        # compiled parts hide their products from whoever would keep them
-        if args.recompute == "cheap" and getattr(args, other):
-            raise InputError(f"--recompute cheap: expected without --{other}, got both")
+        # compiled parts hide their GEMMs from whoever would save their outputs
+        if args.selective_checkpointing and getattr(args, other):
+            raise InputError(f"--selective_checkpointing: expected without --{other}, got both")
     for flag in ("load_in_4bit", "load_in_8bit"):
         if getattr(args, flag) and not args.use_peft:
             raise InputError(
@@ -304,7 +305,7 @@ def _check_fused(args: SePOConfig) -> None:
     for flag, given, agrees in (
         ("--use_liger_kernel", args.use_liger_kernel, ("auto", "liger")),
         ("--torch_compile", args.torch_compile, ("auto", "compile")),
-        ("--recompute cheap", args.recompute == "cheap", ("auto", "liger", "none")),
+        ("--selective_checkpointing", args.selective_checkpointing, ("auto", "liger", "none")),
     ):
         if given and wish not in agrees:
             expected = " or ".join(agrees)
@@ -389,23 +390,15 @@ def _warn(args: SePOConfig) -> None:
 
 
 def _check_selection(args: SePOConfig) -> None:
-    for name in ("fraction", "rejected_fraction"):
+    if args.method == "sepo-rand" and uses_mass(args):
+        name = "select" if args.select == "mass" else "rejected_select"
+        raise InputError(
+            f"--{name}: expected fraction for sepo-rand, which draws without scores, got mass"
+        )
+    for name in ("fraction", "rejected_fraction", "mass"):
         value = getattr(args, name)
-        if value is None and name == "rejected_fraction":
-            continue
-        try:
-            value = value if value == "mass" else float(value)
-        except (TypeError, ValueError):
-            raise InputError(f"--{name}: expected a number or mass, got {value}") from None
-        if value == "mass" and args.method == "sepo-rand":
-            raise InputError(
-                f"--{name}: expected a number for sepo-rand, which draws without scores, got mass"
-            )
-        if value != "mass" and not 0 < value <= 1:
+        if value is not None and not 0 < value <= 1:
             raise InputError(f"--{name}: expected a number in (0, 1], got {value}")
-        setattr(args, name, value)
-    if not 0 < args.mass <= 1:
-        raise InputError(f"--mass: expected a number in (0, 1], got {args.mass}")
 
 
 def _has_gpu(args: SePOConfig) -> bool:

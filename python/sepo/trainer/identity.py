@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
+from sepo.flags.selection import selection_flags, uses_mass
 from sepo.model.fingerprint import UNREAD, quick_hash
 from sepo.model.reference import CachedReference, LiveReference, Reference
 from sepo.model.routers import router_loss
@@ -59,13 +60,13 @@ OF_THE_OPTIMISER = {
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "mask_learning_rate", "mask_weight_decay", "optim_args",
 }  # fmt: skip
-SELECTION = ("fraction", "rejected_fraction", "mass", "first_token")
+SELECTION = ("select", "rejected_select", "fraction", "rejected_fraction", "mass", "first_token")
 # where a run lies and how it is told of, its identity, and what its identity has by contents
 NO_CHANGE = {
     "output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "disable_tqdm",
     "log_level", "log_level_replica", "log_on_each_node", "push_to_hub", "local_rank", "do_train",
     "do_eval", "do_predict", "trust_remote_code", "dtype", "use_peft", "logging_nan_inf_filter",
-    *SELECTION, *PRECISION, *RUN.keys() - {"seed"},
+    *SELECTION, *PRECISION, *RUN.keys() - {"seed", "reference"},  # which are flags by themselves
 }  # fmt: skip
 OTHERS = ("hub_", "trackio_", "lora_")  # the same by the beginning of a name
 
@@ -79,19 +80,19 @@ def describe_run(
     reference: Reference | None = None,
     read: bool = True,  # False: without hashes of weights, where another rank makes them
 ) -> dict:
-    """What must be the same for a checkpoint to be continued, whatever the number of ranks."""
+    """List what must be the same for a checkpoint to be continued, whatever the number of ranks."""
     method = METHODS[args.method]
     selects = method.positions in ("selected", "random")
     lengths = np.stack([pairs.lengths, pairs.selected]).astype("<i8").tobytes()
-    fractions = (args.fraction, args.rejected_fraction)
+    selection = selection_flags(args)
     return {
         "method": args.method,
         "pairs": len(pairs),
         "pairs_per_step": args.pairs_per_step,
-        "fraction": args.fraction if selects else None,
-        "rejected_fraction": args.rejected_fraction if selects else None,
-        "mass": args.mass if selects and "mass" in fractions else None,
-        "first_token": args.first_token if selects else None,
+        "fraction": selection["fraction"] if selects else None,
+        "rejected_fraction": selection["rejected_fraction"] if selects else None,
+        "mass": selection["mass"] if selects and uses_mass(args) else None,
+        "first_token": selection["first_token"] if selects else None,
         "seed": data_seed(args),
         "contents": None,
         "scores": None,
@@ -114,7 +115,7 @@ def describe_run(
 
 
 def describe_flags(args: SePOConfig) -> dict:
-    """What may change when a run goes on, and is said then: name -> value, as JSON has it."""
+    """List what may change when a run goes on, and is said then: name -> value, as JSON has it."""
     of_methods = {name for method in METHODS.values() for name in method.settings}
     names = [f.name for f in fields(args) if f.name not in NO_CHANGE | of_methods]
     flags = {name: getattr(args, name) for name in names if not name.startswith(OTHERS)}
@@ -146,7 +147,7 @@ def changed_flags(mark: dict, flags: dict) -> dict[str, tuple]:
 
 
 def notes(mark: dict, run: dict, flags: dict) -> list[str]:
-    """What a user should know of going on from a checkpoint."""
+    """Say what a user should know of going on from a checkpoint."""
     lines = []
     if changed := changed_flags(mark, flags):
         words = [f"{_flag(name)} {now} (was {was})" for name, (was, now) in changed.items()]
@@ -213,7 +214,7 @@ def _kernels(args: SePOConfig) -> dict:
 
 
 def _adapters(model: nn.Module) -> dict:
-    """What peft was told, by the adapter's name; where it came from does not count."""
+    """Read what peft was told, by the adapter's name; where it came from does not count."""
     told = getattr(model, "peft_config", None)
     if not isinstance(told, dict):
         return {"peft_type": None}
@@ -251,7 +252,7 @@ def _in_force(model: nn.Module) -> dict:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON gives back of a value; sets in order."""
+    """Turn a value into what JSON gives back of it; sets in order."""
 
     def default(other):
         return sorted(map(str, other)) if isinstance(other, set | frozenset) else str(other)

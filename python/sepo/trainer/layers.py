@@ -1,4 +1,4 @@
-"""What is done to the layers of a model before it is trained."""
+"""Change the layers of a model before it is trained: recompute, fuse, compile."""
 
 import inspect
 import sys
@@ -70,10 +70,10 @@ def choose_fused(
     model: PreTrainedModel,
     device: torch.device,  # where it will run
     *,
-    recompute: str = "nothing",  # SePOConfig's
+    selective: bool = False,  # --selective_checkpointing
     compiled: bool = False,  # --torch_compile: the compiler is chosen already
 ) -> tuple[str, str]:
-    """What `wish` comes to, and why: (liger, compile or none; in words).
+    """Decide what `wish` comes to, and why: (liger, compile or none; in words).
 
     Raises InputError for a wish for Liger's kernels that this model or device can't have.
     """
@@ -93,15 +93,15 @@ def choose_fused(
         return "none", f"auto, on a device of kind {device.type}"
     if reason is None:
         return "liger", "auto"
-    if recompute == "cheap":
-        why_none = "a compiled part hides its products from --recompute cheap"
+    if selective:
+        why_none = "a compiled part hides its GEMMs from --selective_checkpointing"
     else:
         why_none = None if has_triton() else "the compiler has no triton here"
     return ("none", f"{reason}, and {why_none}") if why_none else ("compile", reason)
 
 
 def why_not_liger(model: PreTrainedModel, device: torch.device) -> str | None:
-    """What keeps Liger's layer kernels from computing this model's layers there, if anything does."""
+    """Say what keeps Liger's layer kernels from computing this model's layers there, if anything does."""
     if not runs_triton(device):
         return f"its kernels need a GPU, got a {device.type.upper()}"
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):

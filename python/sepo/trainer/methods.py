@@ -1,12 +1,14 @@
-"""What distinguishes one training method from another: one entry of METHODS each."""
+"""Tell training methods apart: one entry of METHODS each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sepo.data.selection import Positions
+from sepo.flags.selection import uses_fraction, uses_mass
 from sepo.losses import (
     dpo_loss,
     dpop_logratio,
@@ -18,25 +20,15 @@ from sepo.losses import (
     sparsepo_loss,
     tdpo_loss,
 )
+from sepo.model.reads import Needed, TokenValues
 from sepo.ops import segment_sum
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.inherited import given_of
 
 
-class TokenValues(NamedTuple):
-    """One micro-batch after the head: a number a used token, float32."""
-
-    logp: Tensor  # (M,) nats
-    ref_logp: Tensor | None = None  # (M,) the same of the reference
-    kl: Tensor | None = None  # (M,) divergence of policy and reference at the token's row, nats
-    reward_mask: Tensor | None = None  # (M,) >= 0, SparsePO's m_u; None: ones
-    kl_mask: Tensor | None = None  # (M,) >= 0, its m_d
-    router_loss: Tensor | None = None  # (P,) of a mixture of experts, before its coefficient
-
-
 @dataclass(frozen=True)
-class Segments:
-    """The same, a number a segment: (S,) float32. Segment 2p is chosen, 2p + 1 rejected.
+class ResponseSums:
+    """The same, a number a response: (S,) float32. Segment 2p is chosen, 2p + 1 rejected.
 
     Sums are weighted by the user's weights, if there are any.
     """
@@ -49,7 +41,7 @@ class Segments:
     kl_mask: Tensor | None
 
     @property
-    def score(self) -> Tensor:  # mean log-probability; 0 for an empty segment
+    def mean_logp(self) -> Tensor:  # 0 for an empty segment
         return self._mean(self.logp)
 
     @property
@@ -64,14 +56,12 @@ class Segments:
 class Method:
     """How a method selects, what it needs, and its loss."""
 
-    positions: Literal["selected", "random", "all", "chosen"]  # which tokens the loss uses
-    loss: Callable[[Segments, SePOConfig], Tensor]  # (P,)
+    positions: Positions  # which tokens the loss uses: see Selection
+    loss: Callable[[ResponseSums, SePOConfig], Tensor]  # (P,)
     settings: tuple[str, ...] = ()  # flags that loss and mask read: one run has the same all along
-    reward: Callable[[Segments, SePOConfig], Tensor] | None = None  # (S,) what rewards/* report
+    reward: Callable[[ResponseSums, SePOConfig], Tensor] | None = None  # (S,) what rewards/* report
     per: Literal["pair", "token"] = "pair"  # the step's loss is a mean over these
-    # what it reads of a reference: its log-probabilities; its whole distribution, by way of its
-    # hidden rows; the states inside every layer too, which only a live reference has
-    reference: Literal["logp", "hidden", "layers"] | None = None
+    reference: Needed | None = None
     direction: Callable[[SePOConfig], str] | None = None  # of the KL divergence; None: not needed
     mask: Literal["learned", "activation"] | None = None  # on each token's reward and KL
 
@@ -83,13 +73,14 @@ class Method:
         """The flags that a run looks at, of those that are not every method's."""
         names = {*self.settings}
         if self.positions in ("selected", "random"):
-            names |= {"fraction", "rejected_fraction", "first_token"}
-        if self.needs_score and "mass" in (args.fraction, args.rejected_fraction):
+            names |= {"select", "rejected_select", "rejected_fraction", "first_token"}
+            names |= {"fraction"} if uses_fraction(args) else set()
+        if self.needs_score and uses_mass(args):
             names |= {"mass"}
         if self.mask == "learned":
             names |= {"mask_learning_rate", "mask_weight_decay"}
         if self.reference is not None:
-            names |= {"reference_model_name_or_path"}
+            names |= {"reference"}
         return names
 
 
@@ -97,14 +88,14 @@ def reduce_segments(
     tokens: TokenValues,
     weights: Tensor,  # (M,) float32
     cu_rows: Tensor,  # (S + 1,) int32
-) -> Segments:
+) -> ResponseSums:
     def total(values: Tensor | None, mask: Tensor | None = None) -> Tensor | None:
         if values is None:
             return None
         return segment_sum(values * weights if mask is None else values * mask * weights, cu_rows)
 
     ratio = None if tokens.ref_logp is None else tokens.logp - tokens.ref_logp
-    return Segments(
+    return ResponseSums(
         logp=total(tokens.logp),
         tokens=segment_sum(weights, cu_rows),
         logratio=total(ratio, tokens.reward_mask),
@@ -114,41 +105,41 @@ def reduce_segments(
     )
 
 
-def _sepo(s: Segments, a: SePOConfig) -> Tensor:
-    return sepo_loss(s.score, gamma=a.gamma, margin=a.margin)
+def _sepo(s: ResponseSums, a: SePOConfig) -> Tensor:
+    return sepo_loss(s.mean_logp, gamma=a.gamma, margin=a.margin)
 
 
-def _ipo_logratio(s: Segments, a: SePOConfig) -> Tensor:
+def _ipo_logratio(s: ResponseSums, a: SePOConfig) -> Tensor:
     return s.mean_logratio if a.ipo_reduce == "mean" else s.logratio
 
 
-def _rrhf(s: Segments, a: SePOConfig) -> Tensor:
-    nll = s.logp if a.sft_reduce == "sum" else s.score
-    return rrhf_loss(s.score, -nll[0::2], sft_weight=a.sft_weight)
+def _rrhf(s: ResponseSums, a: SePOConfig) -> Tensor:
+    nll = s.logp if a.sft_reduce == "sum" else s.mean_logp
+    return rrhf_loss(s.mean_logp, -nll[0::2], sft_weight=a.sft_weight)
 
 
-def _masked(s: Segments, a: SePOConfig) -> Tensor:
+def _masked(s: ResponseSums, a: SePOConfig) -> Tensor:
     return sparsepo_loss(s.logratio, s.kl, beta=a.beta, form=a.form)
 
 
-def _sparsepo(s: Segments, a: SePOConfig) -> Tensor:
+def _sparsepo(s: ResponseSums, a: SePOConfig) -> Tensor:
     both = lambda norm: norm[0::2] + norm[1::2]
     l1 = a.mask_l1 * both(s.reward_mask) + a.kl_mask_l1 * both(s.kl_mask)
     return _masked(s, a) + l1
 
 
-def _masked_reward(s: Segments, a: SePOConfig) -> Tensor:
-    return a.beta * (s.logratio + (s.kl if a.form == "code" else -s.kl))
+def _masked_reward(s: ResponseSums, a: SePOConfig) -> Tensor:
+    return a.beta * (s.logratio + (s.kl if a.form == "released" else -s.kl))
 
 
-_LEARNED = "mask", "independent_masks", "mask_layernorm", "mask_l1", "kl_mask_l1"
+_LEARNED = "mask_kind", "independent_masks", "mask_layernorm", "mask_l1", "kl_mask_l1"
 _FORWARD, _REVERSE = "ref||policy", "policy||ref"
-_SEPO = dict(loss=_sepo, reward=lambda s, a: a.gamma * s.score, settings=("gamma", "margin"))
+_SEPO = dict(loss=_sepo, reward=lambda s, a: a.gamma * s.mean_logp, settings=("gamma", "margin"))
 _MASKED = dict(
     positions="all",
     reward=_masked_reward,
     reference="layers",
-    direction=lambda a: _FORWARD if a.form == "code" else _REVERSE,
+    direction=lambda a: _FORWARD if a.form == "released" else _REVERSE,
 )
 METHODS = {
     "sft": Method(
@@ -172,9 +163,9 @@ METHODS = {
     ),
     "dpop": Method(
         positions="all",
-        loss=lambda s, a: dpop_loss(s.logratio, beta=a.beta, penalty=a.penalty),
-        settings=("beta", "penalty"),
-        reward=lambda s, a: a.beta * dpop_logratio(s.logratio, a.penalty),
+        loss=lambda s, a: dpop_loss(s.logratio, beta=a.beta, penalty=a.dpop_lambda),
+        settings=("beta", "dpop_lambda"),
+        reward=lambda s, a: a.beta * dpop_logratio(s.logratio, a.dpop_lambda),
         reference="logp",
     ),
     "tdpo1": Method(
@@ -187,9 +178,9 @@ METHODS = {
     ),
     "tdpo2": Method(
         positions="all",
-        loss=lambda s, a: tdpo_loss(s.logratio, s.kl, beta=a.beta, variant=2, alpha=a.alpha),
-        settings=("beta", "alpha"),
-        reward=lambda s, a: a.beta * (s.logratio + a.alpha * s.kl),
+        loss=lambda s, a: tdpo_loss(s.logratio, s.kl, beta=a.beta, variant=2, alpha=a.tdpo2_alpha),
+        settings=("beta", "tdpo2_alpha"),
+        reward=lambda s, a: a.beta * (s.logratio + a.tdpo2_alpha * s.kl),
         reference="hidden",
         direction=lambda a: _FORWARD,
     ),
@@ -201,15 +192,15 @@ METHODS = {
     ),
     "simpo": Method(
         positions="all",
-        loss=lambda s, a: simpo_loss(s.score, beta=a.beta, margin=a.beta * a.gamma_beta_ratio),
+        loss=lambda s, a: simpo_loss(s.mean_logp, beta=a.beta, margin=a.beta * a.gamma_beta_ratio),
         settings=("beta", "gamma_beta_ratio"),
-        reward=lambda s, a: a.beta * s.score,
+        reward=lambda s, a: a.beta * s.mean_logp,
     ),
     "rrhf": Method(
         positions="all",
         loss=_rrhf,
         settings=("sft_weight", "sft_reduce"),
-        reward=lambda s, a: s.score,
+        reward=lambda s, a: s.mean_logp,
     ),
     "sepo": Method(positions="selected", **_SEPO),
     "sepo-rand": Method(positions="random", **_SEPO),
@@ -218,12 +209,19 @@ METHODS = {
 
 def idle_settings(args: SePOConfig) -> list[str]:
     """In words: flags that were given, but are of other methods or of another selection."""
-    reads = METHODS[args.method].reads(args)
+    method = METHODS[args.method]
+    reads = method.reads(args)
     others = {name for method in METHODS.values() for name in method.reads(args)} - reads
     if args.kl_mask_l1 == args.mask_l1:  # what it is where it wasn't given
         others -= {"kl_mask_l1"}
+    if method.needs_score:  # then it is the selection that has no use for it
+        others -= {"fraction"}
     given = given_of(args, *sorted(others))
     notes = [f"--{name} does nothing with --method {args.method}" for name in given]
     if "mass" not in reads and given_of(args, "mass"):
-        notes.append("--mass does nothing without --fraction mass")
+        notes.append("--mass does nothing without --select mass")
+    if method.needs_score and "fraction" not in reads and given_of(args, "fraction"):
+        notes.append("--fraction does nothing with --select mass")
+    if args.rejected_select == "mass" and args.rejected_fraction is not None:
+        notes.append("--rejected_fraction does nothing with --rejected_select mass")
     return notes

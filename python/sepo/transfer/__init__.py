@@ -3,22 +3,6 @@
 from sepo.errors import needs
 
 with needs("train", "sepo.transfer"):
-    from sepo.transfer.store import (
-        FRACTION,
-        MODELS,
-        OWNER,
-        add_arguments,
-        read_preferences,
-        run,
-        transfer_store,
-    )
+    from sepo.transfer.store import read_preferences, transfer_store
 
-__all__ = [
-    "FRACTION",
-    "MODELS",
-    "OWNER",
-    "add_arguments",
-    "read_preferences",
-    "run",
-    "transfer_store",
-]
+__all__ = ["read_preferences", "transfer_store"]

@@ -62,7 +62,7 @@ class Coverage:
         lines = [f"{self.rows:8} rows carried", f"{out:8} rows left out"]
         for why, ids in sorted(self.left_out.items(), key=lambda item: -len(item[1])):
             shown = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
-            lines.append(f"{len(ids):12} {why} (row {shown})")
+            lines.append(f"{len(ids):12} {why} (pair {shown})")
         for name in (name for name in COUNTS if name in self.counts):
             count, what = self.counts[name], COUNTS[name]
             if what.startswith("of them"):

@@ -1,24 +1,22 @@
-"""`sepo transfer`: an oracle's scores for a policy whose tokenizer is another.
+"""Write an oracle's scores for a policy whose tokenizer is another.
 
 The store has the oracle's tokens of each response and the policy's reading of the same rows has
 the policy's; both are laid over the bytes of the text, as `sepo.data.align` says.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from transformers.hf_argparser import string_to_bool
 
 import sepo
 from sepo.data.align import TokenBytes
 from sepo.data.read.formats import Preference, find_format
 from sepo.data.read.load import load_rows
-from sepo.data.read.read import PairSet, named_rows, read_pairs
+from sepo.data.read.read import PairSet, named_rows
 from sepo.data.read.render import spans
 from sepo.data.store.manifest import begun_with
 from sepo.data.store.store import (
@@ -32,10 +30,7 @@ from sepo.data.store.store import (
 )
 from sepo.data.types import ScoredPair
 from sepo.errors import InputError
-from sepo.flags.options import positive, share, whole_number
-from sepo.model.prepare import load_tokenizer
 from sepo.system.lock import lock
-from sepo.terminal import say
 from sepo.transfer.row import Aggregate, Carry, Coverage, LeftOut, Mode
 
 FRACTION = 0.3
@@ -130,7 +125,7 @@ def _align(
             continue
         if isinstance(one.prompt, np.ndarray):
             raise InputError(
-                f"row {one.id}: expected text, which any tokenizer reads, got token ids"
+                f"pair {one.id}: expected text, which any tokenizer reads, got token ids"
             )
         carried = carry(store[index.pop(one.id)], target, read(one), coverage.counts)
         if isinstance(carried, LeftOut):
@@ -191,68 +186,3 @@ def read_preferences(
     rows = load_rows(source, split=split, config=config, limit=limit)
     form = find_format(rows.column_names)
     return (one for one, _ in named_rows(rows, form) if isinstance(one, Preference))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `sepo transfer`."""
-    add = parser.add_argument
-    add("--scores", required=True, help="a store that `sepo score` wrote")
-    add("--oracle", required=True, help="the model that scored it, or its reference: its tokenizer")
-    add("--dataset_name", required=True, help="the data that was scored: a hub id or local path")
-    add("--dataset_config", help="the data set's configuration, if it has several")
-    add("--split", default="train")
-    add("--limit", type=positive, help="read the first so many rows only")
-    add(
-        "--max_length",
-        type=whole_number(2),
-        help="the policy's tokens of a prompt and one response",
-    )
-    add("--append_eos", type=string_to_bool, default=True, help="end token after plain text")
-    add("--strict", action="store_true", help="drop every row that would be kept with a note")
-    add("--model_name_or_path", required=True, help="the policy: its tokenizer and chat template")
-    add("--output_dir", required=True)
-    add("--mode", choices=get_args(Mode), default="score", help="what is carried")
-    add(
-        "--aggregate",
-        choices=get_args(Aggregate),
-        help="score: a token's score from its bytes'; max is min in rejected responses; "
-        "default mean",
-    )
-    add("--fraction", type=share, help=f"overlap: of the oracle's tokens; default {FRACTION}")
-    add("--pairs_per_part", type=positive, default=128)
-    add("--trust_remote_code", action="store_true", help="run code that comes with a tokenizer")
-
-
-def run(args: argparse.Namespace) -> None:
-    """`sepo transfer`. Raises InputError as `transfer_store` and `read_pairs` do."""
-    for name, mode in (("aggregate", "score"), ("fraction", "overlap")):
-        if getattr(args, name) is not None and args.mode != mode:
-            raise InputError(f"--{name}: expected with --mode {mode}, got --mode {args.mode}")
-    with lock(args.output_dir, OWNER):  # before anything is loaded
-        _transfer(args)
-
-
-def _transfer(args: argparse.Namespace) -> None:
-    code = dict(trust_remote_code=args.trust_remote_code)
-    tokenizers = [load_tokenizer(path, **code) for path in (args.oracle, args.model_name_or_path)]
-    store = ScoredStore.open(args.scores)
-    rows = dict(split=args.split, config=args.dataset_config, limit=args.limit)
-    how = ("max_length", "append_eos", "strict")
-    reading = dict(progress=True, **{name: getattr(args, name) for name in how})
-    data = read_pairs(args.dataset_name, tokenizers[1], **rows, **reading)
-    say(str(data.report))
-    coverage = transfer_store(
-        store,
-        data,
-        read_preferences(args.dataset_name, **rows),
-        args.output_dir,
-        oracle_tokenizer=tokenizers[0],
-        policy_tokenizer=tokenizers[1],
-        mode=args.mode,
-        aggregate=args.aggregate or "mean",
-        fraction=FRACTION if args.fraction is None else args.fraction,
-        pairs_per_part=args.pairs_per_part,
-        max_length=args.max_length,
-    )
-    say(str(coverage))
-    say(f"complete store: {args.output_dir}")

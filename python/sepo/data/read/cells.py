@@ -38,7 +38,7 @@ def messages(value: Any, id: str, field: str) -> list[dict]:
         value = [value]
     if not isinstance(value, list):
         raise InputError(
-            f"row {id}: expected {field} to be messages or a string, got {kind(value)}"
+            f"pair {id}: expected {field} to be messages or a string, got {kind(value)}"
         )
     return [_message(item, id, field) for item in value]
 
@@ -57,7 +57,7 @@ def unquoted(value: Any, id: str, field: str) -> Any:
     except ValueError:
         if re.match(r"\s*\[\s*\{\s*'", value) and value.rstrip().endswith("]"):
             raise InputError(
-                f"row {id}: expected {field} to be a string, messages, or messages as JSON, got "
+                f"pair {id}: expected {field} to be a string, messages, or messages as JSON, got "
                 f"what Python prints of a list: {short(value)}"
             ) from None
         return value
@@ -69,7 +69,7 @@ def unquoted(value: Any, id: str, field: str) -> Any:
 def _message(item: Any, id: str, field: str) -> dict:
     if not isinstance(item, dict):
         raise InputError(
-            f"row {id}: expected {field} to hold messages with role and content, got {short(item)}"
+            f"pair {id}: expected {field} to hold messages with role and content, got {short(item)}"
         )
     if item.get("role") is None:
         name = item.get("from")
@@ -77,7 +77,7 @@ def _message(item: Any, id: str, field: str) -> dict:
         if role is None:
             known = ", ".join(ROLES)
             raise InputError(
-                f"row {id}: expected each message of {field} to have a role, or a `from` out of "
+                f"pair {id}: expected each message of {field} to have a role, or a `from` out of "
                 f"{known}; got {short(name)}"
             )
         rest = {k: v for k, v in item.items() if k not in ("role", "from", "value")}
@@ -85,7 +85,7 @@ def _message(item: Any, id: str, field: str) -> dict:
     role, content = item["role"], item.get("content")
     if not isinstance(role, str) or not isinstance(content, str | list | None):
         raise InputError(
-            f"row {id}: expected role and content in {field} to be strings, "
+            f"pair {id}: expected role and content in {field} to be strings, "
             f"got {kind(role)} and {kind(content)}"
         )
     for key, value in item.items():
@@ -101,7 +101,7 @@ def _check_json(value: Any, id: str, field: str) -> None:
             _check_json(item, id, field)
     elif value is not None and not isinstance(value, str | bool | int | float):
         raise InputError(
-            f"row {id}: expected {field} to hold what JSON can say, got {kind(value)} "
+            f"pair {id}: expected {field} to hold what JSON can say, got {kind(value)} "
             f"({short(value)}); store it as text"
         )
 
@@ -114,7 +114,7 @@ def system_turn(row: dict, id: str) -> list[dict]:
 def tools(row: dict, id: str) -> list | None:
     tools = _json_cell(row, id, "tools")
     if tools and not isinstance(tools, list):
-        raise InputError(f"row {id}: expected tools to be a list, got {kind(tools)}")
+        raise InputError(f"pair {id}: expected tools to be a list, got {kind(tools)}")
     return tools or None
 
 
@@ -123,10 +123,10 @@ def template_kwargs(row: dict, id: str) -> dict | None:
     field = "chat_template_kwargs"
     kwargs = _json_cell(row, id, field)
     if kwargs and not isinstance(kwargs, dict):
-        raise InputError(f"row {id}: expected {field} to be an object, got {kind(kwargs)}")
+        raise InputError(f"pair {id}: expected {field} to be an object, got {kind(kwargs)}")
     if taken := sorted(OWN_KWARGS.intersection(kwargs or ())):
         raise InputError(
-            f"row {id}: expected {field} to hold what the chat template reads, got {taken[0]}"
+            f"pair {id}: expected {field} to hold what the chat template reads, got {taken[0]}"
         )
     return kwargs or None
 
@@ -142,7 +142,7 @@ def history(row: dict, id: str) -> list[dict]:
             or not all(isinstance(text, str) for text in pair)
         ):
             raise InputError(
-                f"row {id}: expected history to hold pairs of strings, what the user and the "
+                f"pair {id}: expected history to hold pairs of strings, what the user and the "
                 f"assistant said, got {short(pair)}"
             )
         turns += [
@@ -173,16 +173,16 @@ def string(value: Any, id: str, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InputError(f"row {id}: expected {field} to be a string, got {kind(value)}")
+        raise InputError(f"pair {id}: expected {field} to be a string, got {kind(value)}")
     return value
 
 
 def token_ids(value: Any, id: str, field: str) -> np.ndarray:  # (T,) int32
     array = _array(value, id, field)
     if array.size and array.dtype.kind not in "iu":
-        raise InputError(f"row {id}: expected {field} to be whole numbers, got {short(value)}")
+        raise InputError(f"pair {id}: expected {field} to be whole numbers, got {short(value)}")
     if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
-        raise InputError(f"row {id}: expected {field} to be token ids, got {array.min()}")
+        raise InputError(f"pair {id}: expected {field} to be token ids, got {array.min()}")
     return array.astype(np.int32)
 
 
@@ -191,21 +191,23 @@ def weight(row: dict, id: str, side: str, count: int) -> np.ndarray | None:  # (
     if not given:
         return None
     if len(given) == 2:
-        raise InputError(f"row {id}: expected {given[0]} or {given[1]}, got both")
+        raise InputError(f"pair {id}: expected {given[0]} or {given[1]}, got both")
     field = given[0]
     array = _array(row[field], id, field)
     if array.dtype.kind not in "iufb" or len(array) != count:
         raise InputError(
-            f"row {id}: expected {field} to hold {count} numbers, one for each token of "
+            f"pair {id}: expected {field} to hold {count} numbers, one for each token of "
             f"{side}_ids, got {len(array)}: {short(row[field])}"
         )
     with np.errstate(over="ignore"):
         narrow = array.astype(np.float32)  # in which 1e300 is infinite
     if not (good := np.isfinite(narrow) & (array >= 0)).all():
-        raise InputError(f"row {id}: expected {field} to be finite and >= 0, got {array[~good][0]}")
+        raise InputError(
+            f"pair {id}: expected {field} to be finite and >= 0, got {array[~good][0]}"
+        )
     if field.endswith("mask") and not (good := np.isin(array, (0, 1))).all():
         raise InputError(
-            f"row {id}: expected {field} to be 0 or 1 (else: weights), got {array[~good][0]}"
+            f"pair {id}: expected {field} to be 0 or 1 (else: weights), got {array[~good][0]}"
         )
     return narrow
 
@@ -215,13 +217,13 @@ def _array(value: Any, id: str, field: str) -> np.ndarray:
         value = _json(value, id, field) if value.strip() else []
     value = [] if value is None else value
     if not isinstance(value, list | np.ndarray):
-        raise InputError(f"row {id}: expected {field} to be a list of numbers, got {kind(value)}")
+        raise InputError(f"pair {id}: expected {field} to be a list of numbers, got {kind(value)}")
     try:
         array = np.asarray(value)
     except ValueError:  # lists of unequal length
         array = np.empty((0, 0))
     if array.ndim != 1:
-        raise InputError(f"row {id}: expected {field} to be one flat list, got {short(value)}")
+        raise InputError(f"pair {id}: expected {field} to be one flat list, got {short(value)}")
     return array
 
 
@@ -229,7 +231,7 @@ def _json(text: str, id: str, field: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        raise InputError(f"row {id}: expected {field} to be JSON, got {short(text)}") from None
+        raise InputError(f"pair {id}: expected {field} to be JSON, got {short(text)}") from None
 
 
 def kind(value: Any) -> str:

@@ -213,7 +213,7 @@ def _read_implicit(row: dict, id: str) -> Preference | Drop:
         head, mark, response = text.rpartition(TRANSCRIPT_MARK)
         if not mark:
             raise InputError(
-                f"row {id}: expected {side}, without a prompt column, to be a list of messages or "
+                f"pair {id}: expected {side}, without a prompt column, to be a list of messages or "
                 f"a transcript with {TRANSCRIPT_MARK!r}, got {cells.short(text)}; add a column prompt"
             )
         parts.append((head + mark, response))

@@ -52,7 +52,7 @@ class Report:
                 ids = ", ".join(self.examples[what]).replace("\n", "\\n")  # of one line
                 ids += ", ..." if count > 3 else ""
                 detail = f" [{self.details[what]}]" if what in self.details else ""
-                lines.append(f"{count:12} {what}{detail} (row {ids})")
+                lines.append(f"{count:12} {what}{detail} (pair {ids})")
         return "\n".join(lines)
 
     def drop(self, drop: Drop) -> None:

@@ -39,7 +39,7 @@ def spans(
         return _plain_spans(preference.prompt, preference)
     if tokenizer.chat_template is None:
         raise InputError(
-            f"row {preference.id}: expected a tokenizer with a chat template for messages, got "
+            f"pair {preference.id}: expected a tokenizer with a chat template for messages, got "
             f"{tokenizer.name_or_path or type(tokenizer).__name__} without one; use an instruct "
             "model's tokenizer or plain strings"
         )

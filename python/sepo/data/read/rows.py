@@ -89,7 +89,7 @@ def in_memory(rows: Iterable[Any]) -> Rows:
     rows = list(rows)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise InputError(f"row {number}: expected a dict of columns, got {kind(row)}")
+            raise InputError(f"pair {number}: expected a dict of columns, got {kind(row)}")
     return Rows(lambda: map(dict, rows))
 
 

@@ -59,12 +59,12 @@ def read_selected(row: dict, id: str, side: str) -> Selected:
     )
     if len(found.before) != len(found.ids):
         raise InputError(
-            f"row {id}: expected {ids} to hold {len(found.before)} numbers, one for each of "
+            f"pair {id}: expected {ids} to hold {len(found.before)} numbers, one for each of "
             f"{args}, got {len(found.ids)}"
         )
     if found.response is not None and (found.before >= len(found.response) - 1).any():
         raise InputError(
-            f"row {id}: expected {args} below {len(found.response) - 1}, the last place before "
+            f"pair {id}: expected {args} below {len(found.response) - 1}, the last place before "
             f"the end of {whole}, got {found.before.max()}"
         )
     return found

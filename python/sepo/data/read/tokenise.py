@@ -153,7 +153,9 @@ def _refuse_half_characters(texts: list[tuple[str, str]]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             half = ascii(text[error.start])
-            raise InputError(f"row {id}: expected text, got half of a character, {half}") from error
+            raise InputError(
+                f"pair {id}: expected text, got half of a character, {half}"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +283,7 @@ def _with_selected(pair: TokenPair, selected: Sequence[Selected]) -> TokenPair |
     for side, one in zip(("chosen", "rejected"), selected, strict=True):
         weight = one.weight(getattr(pair, side))
         if isinstance(weight, str):
-            return Drop(pair.id, Why.OTHER_IDS, f"row {pair.id}, {side} {weight}")
+            return Drop(pair.id, Why.OTHER_IDS, f"pair {pair.id}, {side} {weight}")
         if not weight.any():
             return Drop(pair.id, Why.ZERO_WEIGHT)
         weights[f"{side}_weight"] = weight
@@ -296,7 +298,7 @@ def _pair_of_ids(p: Preference, tokenizer: Any) -> tuple[TokenPair, list[Note]]:
     highest = max(int(ids.max()) for ids in (p.prompt, p.chosen, p.rejected))
     if tokenizer is not None and highest >= len(tokenizer):
         raise InputError(
-            f"row {p.id}: expected token ids below {len(tokenizer)}, the size of the vocabulary, "
+            f"pair {p.id}: expected token ids below {len(tokenizer)}, the size of the vocabulary, "
             f"got {highest}"
         )
     pair = TokenPair(

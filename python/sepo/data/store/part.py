@@ -116,13 +116,13 @@ class Part:
     def _check_values(self, file: Path) -> None:
         if (self.lengths < 1).any():
             row, column = np.argwhere(self.lengths < 1)[0]
-            raise InputError(f"{file}: row {self.ids[row]}: {TOKENS[column]} is empty")
+            raise InputError(f"{file}: pair {self.ids[row]}: {TOKENS[column]} is empty")
         for name in TOKENS if self.check is None else ():
             values, offsets, _ = self.columns[name]
             if (bad := np.flatnonzero(values < 0)).size:
                 row = np.searchsorted(offsets, bad[0], side="right") - 1
                 raise InputError(
-                    f"{file}: row {self.ids[row]}: expected token ids in {name}, found "
+                    f"{file}: pair {self.ids[row]}: expected token ids in {name}, found "
                     f"{values[bad[0]]}"
                 )
         for name, along in FLOATS.items():
@@ -130,14 +130,14 @@ class Part:
             found, expected = np.diff(offsets), self.lengths[:, TOKENS.index(along)]
             if wrong := np.flatnonzero(there & (found != expected)).tolist():
                 raise InputError(
-                    f"{file}: row {self.ids[wrong[0]]}: expected {expected[wrong[0]]} values in "
+                    f"{file}: pair {self.ids[wrong[0]]}: expected {expected[wrong[0]]} values in "
                     f"{name}, one per {along} token, found {found[wrong[0]]}"
                 )
             if not (is_finite := np.isfinite(values)).all():
                 bad = np.flatnonzero(~is_finite)
                 row = np.searchsorted(offsets, bad[0], side="right") - 1
                 raise InputError(
-                    f"{file}: row {self.ids[row]}: expected finite values in {name}, found "
+                    f"{file}: pair {self.ids[row]}: expected finite values in {name}, found "
                     f"{values[bad[0]]} at position {bad[0] - offsets[row]}"
                 )
 

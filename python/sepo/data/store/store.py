@@ -118,7 +118,7 @@ class ScoredStore(Sequence[ScoredPair]):
     @overload
     def __getitem__(self, index: slice) -> list[ScoredPair]: ...
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> ScoredPair | list[ScoredPair]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         if not -len(self) <= (index := as_index(index)) < len(self):

@@ -1,4 +1,4 @@
-// Products of tiles that are in cache, for operands that no library multiplies there: float32, and
+// GEMMs of tiles that are in cache, for operands that no library multiplies there: float32, and
 // bfloat16 widened on its way into a tile.
 #pragma once
 

@@ -1,4 +1,4 @@
-"""Make the tables of docs/benchmarks.md from bench/results: `python -m bench.readme`; --check compares.
+"""Make the tables of docs/benchmarks.md from bench/results: `python -m tools.readme`; --check compares.
 
 A block begins with <!-- bench:TABLE MACHINE --> and ends with <!-- /bench -->; MACHINE names a file of
 bench/results. A table tells of one run: the latest of those that measured most of its contenders.

@@ -1,9 +1,9 @@
 """The GPU leg: build, measure, test and sanitise from the source tree, with nothing installed.
 
-    make gpu, or: python bench/gpu.py [--json PATH] [--minutes 26] [--only head kl select]
+    make gpu, or: python tools/gpu.py [--json PATH] [--minutes 26] [--only head kl select]
 
 Needs torch and triton for CUDA, nvcc and pytest; what make gpu-wheels has put into runs/gpu-wheels is
-used. Every stage is a process with a time limit of its own (bench/leg/plan.py): a case that dies takes
+used. Every stage is a process with a time limit of its own (tools/leg/order.py): a case that dies takes
 no other, and what a stage leaves unused goes to those after it. The last line names what was not
 measured. Exit status: 0 all is well, 1 a stage failed, 2 no CUDA device, 3 something was not measured.
 """
@@ -26,8 +26,8 @@ if not __package__:  # run as a program: its own folder is no place to import fr
 import torch  # noqa: E402
 
 from bench import report  # noqa: E402
-from bench.leg import found, plan, wheels  # noqa: E402
-from bench.leg.stages import run_stages  # noqa: E402
+from tools.leg import found, order, wheels  # noqa: E402
+from tools.leg.stages import run_stages  # noqa: E402
 
 NO_DEVICE = "no CUDA device: nothing was measured"
 
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="append here; default bench/results/<GPU>.jsonl")
     parser.add_argument("--minutes", type=float, default=26.0, help="for everything asked for")
-    parser.add_argument("--only", nargs="+", choices=plan.GROUPS[1:], help="these groups of stages")
+    parser.add_argument(
+        "--only", nargs="+", choices=order.GROUPS[1:], help="these groups of stages"
+    )
     parser.add_argument("part", nargs="?", choices=PARTS, help="this stage only, without a limit")
     args, start = parser.parse_args(argv), time.monotonic()
     if not torch.cuda.is_available():
@@ -46,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.part:
         return PARTS[args.part](path)
     about = surroundings()
-    todo = plan.stages(path, tuple(args.only or ()))
+    todo = order.stages(path, tuple(args.only or ()))
     left = 60 * args.minutes - (time.monotonic() - start)
     scale = left / max(1, sum(stage.seconds for stage in todo))
     before = path.stat().st_size if path.exists() else 0
     append = lambda result: write_line(path, about | vars(result))
     results = run_stages(todo, scale=scale, env=environment(), done=append)
-    asked = {plan.ENVIRONMENT, *(args.only or plan.GROUPS)}
-    left_out = [group for group in plan.GROUPS if group not in asked]
+    asked = {order.ENVIRONMENT, *(args.only or order.GROUPS)}
+    left_out = [group for group in order.GROUPS if group not in asked]
     text, code = found.summary(results, found.rows(path, before), left_out)
     print(f"\nresults are in {path}\n{text}", flush=True)
     return code

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from bench import jobs
-from bench.leg.stages import ROOT, Stage
 from bench.operations import head, kl, topk
+from tools.leg.stages import ROOT, Stage
 
 ENVIRONMENT = "environment"
 GROUPS = ENVIRONMENT, "build", "head", "kl", "select", "attention", "step", "tests", "sanitizer"
@@ -39,7 +39,7 @@ def stages(path: Path, only: tuple[str, ...] = ()) -> tuple[Stage, ...]:
 
 
 def _setting_up(path: Path) -> list[Stage]:
-    leg = sys.executable, str(Path("bench") / "gpu.py")
+    leg = sys.executable, str(Path("tools") / "gpu.py")
     # --force: an extension without CUDA kernels may lie there, and be newer than its sources
     build = (sys.executable, "setup.py", "build_ext", "--inplace", "--force")
     return [
@@ -76,7 +76,7 @@ def _steps(path: Path) -> list[Stage]:
         what = "--case", case, *(("--model", model) if model else ())
         command = _bench(path, *options, *what)
         found.append(Stage(name, "step", seconds, command, absent, again=AGAIN))
-    trace = sys.executable, str(Path("bench") / "leg" / "trace.py")
+    trace = sys.executable, str(Path("tools") / "leg" / "trace.py")
     return [*found, Stage("trace", "step", 40, trace, absent)]
 
 
@@ -108,7 +108,7 @@ def _sanitizers() -> list[Stage]:
     # the API errors are torch's own questions to the driver
     asked = {"memcheck": (40, ("--report-api-errors", "no")), "racecheck": (30, ())}
     kernels = [word for kernel in KERNELS for word in ("--kernel-name", kernel)]
-    watch = (sys.executable, str(Path("bench") / "leg" / "watched.py"), tool or "")
+    watch = (sys.executable, str(Path("tools") / "leg" / "watched.py"), tool or "")
     return [
         Stage(
             name, "sanitizer", seconds, absent=absent,

@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.leg.stages import FAILED, PASSED, Result
-from bench.leg.wheels import RIVALS
+from tools.leg.stages import FAILED, PASSED, Result
+from tools.leg.wheels import RIVALS
 
 WELL, NOT_WELL, NOT_MEASURED = 0, 1, 3  # exit statuses
 

@@ -1,6 +1,6 @@
 """Where the GPU's time goes in a step of sepo, and when it has nothing to do: a profile in words.
 
-    python bench/leg/trace.py [--model llama-1b-shape] [--pairs 16]
+    python tools/leg/trace.py [--model llama-1b-shape] [--pairs 16]
 
 The trace itself, for a viewer, is runs/bench/step-trace.json.gz.
 """

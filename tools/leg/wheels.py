@@ -1,6 +1,6 @@
 """What a bare machine with torch lacks: one folder of wheels, carried there and installed from it.
 
-    make gpu-wheels, or: python bench/leg/wheels.py [--python 3.12] [names beside CARRIED]
+    make gpu-wheels, or: python tools/leg/wheels.py [--python 3.12] [names beside CARRIED]
 
 make gpu puts those that can't be imported yet into a folder of its own, runs/gpu-site: the machine's
 Python stays as it is, and nothing is looked up anywhere.

@@ -1,6 +1,6 @@
 """Run compute-sanitizer on a program: 0 nothing was found, 1 something was, 75 it would not watch.
 
-python bench/leg/watched.py /path/of/compute-sanitizer [its options] program [arguments]
+python tools/leg/watched.py /path/of/compute-sanitizer [its options] program [arguments]
 """
 
 import subprocess
