@@ -8,8 +8,8 @@
 TORCH_LIBRARY_FRAGMENT(sepo, m) {
   m.def("native_bfloat16_tiles() -> bool", &sepo::bfloat16_tiles);
   sepo::define_segment_operators(m);
-  // writes dlogits (M, V), its rows the fast dimension: dlogits / row_scale of loops.py, zero at the
-  // targets
+  // writes dlogits (M, V), its rows the fast dimension: dlogits / row_scale of loops.py, zero at
+  // the targets
   m.def(
       "native_logprob_fused(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float scale,"
       " float? softcap, Tensor(a!)? dlogits) -> (Tensor logp, Tensor lse, Tensor row_scale)");

@@ -1,5 +1,5 @@
-// Attention of packed pairs on a CPU, with float32 sums: scores are computed, turned into weights and
-// used while they are in cache, and never stored; backward recomputes them.
+// Attention of packed pairs on a CPU, with float32 sums: scores are computed, turned into weights
+// and used while they are in cache, and never stored; backward recomputes them.
 //
 // A task is one pair and one head of keys with all queries that share it, so a task owns its part
 // of every gradient: nothing is shared, and any number of threads gives the same bits.

@@ -1,15 +1,15 @@
-// selected_logprob for bfloat16: GEMM, log-sum-exp and dlogits in one pass over the vocabulary, from
-// float32 logits that stay in cache.
+// selected_logprob for bfloat16: GEMM, log-sum-exp and dlogits in one pass over the vocabulary,
+// from float32 logits that stay in cache.
 //
 // With c the target's own logit, known beforehand from one dot product, and e_v = exp(z_v - c):
 //
 //   tail = sum of e_v over v != target       logp = -log1p(tail)       p_v = e_v / (1 + tail)
 //
 // So e_v is stored at once in its final form, and the backward's factor includes 1 / (1 + tail).
-// The target's own entry outweighs all others of its row together. It is left out here; the backward
-// adds its part in float32, from logp.
-// bfloat16 has float32's range, so no e_v that matters is rounded to zero. Only a target less likely
-// than 2^-60 needs another c: such rows are redone from their largest logit.
+// The target's own entry outweighs all others of its row together. It is left out here; the
+// backward adds its part in float32, from logp.
+// bfloat16 has float32's range, so no e_v that matters is rounded to zero. Only a target less
+// likely than 2^-60 needs another c: such rows are redone from their largest logit.
 
 #include <tuple>
 
@@ -24,7 +24,7 @@ struct Results {
   std::vector<int64_t> to_redo;  // rows whose sum is too large for their c
 };
 
-// Sums the tail (M,) of the references c; writes e_v cap'(z_v) to `dlogits` (V, M), rows at stride ld
+// Sums the tail (M,) of the references c; writes e_v cap'(z_v) to dlogits (V, M), rows at stride ld
 template <bool WRITE_DLOGITS>
 Partial sum_pass(
     const Heads<1>& heads, const TargetIndex& index, const int64_t* targets,
@@ -77,7 +77,8 @@ Results run(
   const Partial partial = out ? sum_pass<true>(heads, index, targets, c, out, ld)
                               : sum_pass<false>(heads, index, targets, c, nullptr, 0);
   Results results{heads.floats({M}), heads.floats({M}), heads.floats({M}), {}};
-  float *logp = results.logp.mutable_data_ptr<float>(), *lse = results.lse.mutable_data_ptr<float>(),
+  float *logp = results.logp.mutable_data_ptr<float>(),
+        *lse = results.lse.mutable_data_ptr<float>(),
         *row_scale = results.row_scale.mutable_data_ptr<float>();
   for (int64_t m = 0; m < M; ++m) {
     const float tail = partial.sum(m), distance = target[m] - c[m], sum = tail + std::exp(distance);

@@ -8,8 +8,8 @@
 //   log p = a - log A      log q = b - log B      log q - log p = d - (log B - log A)
 //
 // Saved for the backward, because A and B are known only at the end: max(e^a, e^b) in bfloat16 and
-// d in float16. Of p and q the larger is exact to its rounding and the other is it times e^-|d|; near
-// the reference p - q comes from d, not from two rounded numbers.
+// d in float16. Of p and q the larger is exact to its rounding and the other is it times e^-|d|;
+// near the reference p - q comes from d, not from two rounded numbers.
 
 #include <tuple>
 
@@ -121,7 +121,8 @@ Results run(
               heads.floats({M, NUM_STATE}), {}};
   float* state = results.state.mutable_data_ptr<float>();
   float *logp = results.logp.mutable_data_ptr<float>(),
-        *ref_logp = results.ref_logp.mutable_data_ptr<float>(), *kl = results.kl.mutable_data_ptr<float>();
+        *ref_logp = results.ref_logp.mutable_data_ptr<float>(),
+        *kl = results.kl.mutable_data_ptr<float>();
   for (int64_t m = 0; m < M; ++m, state += NUM_STATE) {
     const float at_a = target.a[m] - shift.a[m], at_b = target.b[m] - shift.b[m];
     const float d = std::clamp(at_b - at_a, -LARGEST_HALF, LARGEST_HALF);
@@ -151,7 +152,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_fused(
   const int64_t* target_ids = at.const_data_ptr<int64_t>();
   const Head a(x, weight, bias, scale, softcap), b(ref_x, ref_weight, ref_bias, scale, softcap);
   const Pair target{target_logits(a, target_ids), target_logits(b, target_ids)};
-  Results results = run(pack(a, b), target_ids, target, target, Direction(direction), first, second);
+  Results results =
+      run(pack(a, b), target_ids, target, target, Direction(direction), first, second);
   if (!results.to_redo.empty()) {
     const at::Tensor index = as_index(results.to_redo, at), some_at = at.index_select(0, index);
     const int64_t* some_target_ids = some_at.const_data_ptr<int64_t>();

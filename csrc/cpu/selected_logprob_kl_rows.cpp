@@ -120,7 +120,8 @@ at::Tensor kl_rows(
   auto results = z.new_empty({3, z.size(0)});
   const auto to = first ? first->scalar_type() : z.scalar_type();
   const auto call = [&](auto kernel) {
-    kernel(z, ref_z, bias, ref_bias, at, scale, softcap, Direction(direction), first, second, results);
+    kernel(z, ref_z, bias, ref_bias, at, scale, softcap, Direction(direction), first, second,
+           results);
   };
   if (z.scalar_type() == at::kDouble) {
     call(do_rows<double, double>);

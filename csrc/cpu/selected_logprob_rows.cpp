@@ -34,7 +34,7 @@ struct Row {
   double logp, lse, row_scale;
 };
 
-// Computes one row from z (V,), before scale, bias and cap, overwritten; dlogits (V,) or null, may be z
+// Computes one row from z (V,), before scale, bias and cap, overwritten; dlogits (V,) or null, or z
 template <typename T, typename To>
 Row do_row(T* z, To* dlogits, int64_t V, int64_t target, const Finish<T>& finish) {
   const T top = finish(z, V), at_target = z[target], distance = at_target - top;
@@ -64,7 +64,8 @@ void do_rows(
     const at::Tensor& z, const std::optional<at::Tensor>& bias, const at::Tensor& targets, double scale,
     std::optional<double> softcap, const std::optional<at::Tensor>& dlogits, at::Tensor& logp,
     at::Tensor& lse, at::Tensor& row_scale) {
-  const int64_t V = z.size(1), stride = z.stride(0), dlogits_stride = dlogits ? dlogits->stride(0) : 0;
+  const int64_t V = z.size(1), stride = z.stride(0);
+  const int64_t dlogits_stride = dlogits ? dlogits->stride(0) : 0;
   const Finish<T> finish(bias, scale, softcap);
   T *at = z.mutable_data_ptr<T>(), *out[3] = {
       logp.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>(), row_scale.mutable_data_ptr<T>()};

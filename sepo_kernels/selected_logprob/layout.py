@@ -1,4 +1,4 @@
-"""What one row of selected_logprob costs: bytes of its (rows, V) buffers, and GEMMs."""
+"""The cost of a row of selected_logprob: bytes of its (rows, V) buffers, and GEMMs."""
 
 from typing import NamedTuple
 

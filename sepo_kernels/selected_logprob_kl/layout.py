@@ -1,4 +1,4 @@
-"""What one row of selected_logprob_kl costs: bytes of its (rows, V) buffers, and GEMMs.
+"""The cost of a row of selected_logprob_kl: bytes of its (rows, V) buffers, and GEMMs.
 
 The budget also bounds the (rows, columns) buffer for the gradient of the logits.
 """

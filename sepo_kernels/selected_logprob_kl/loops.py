@@ -134,9 +134,9 @@ def fwd(
         for whole, chunk in zip(statistics, values, strict=True):
             whole[part] = chunk
         if frozen:
-            one, zero = torch.ones_like(logp[part]), torch.zeros_like(logp[part])
+            ones, zeros = torch.ones_like(logp[part]), torch.zeros_like(logp[part])
             # the directions of dX, with the gradients of logp and kl that give them
-            directions = ((first[part], one, zero), (second[part], zero, one))
+            directions = ((first[part], ones, zeros), (second[part], zeros, ones))
             row = targets[part], logp[part], kl[part], state[part]
             for c in parts(0, V, columns):
                 dz = buffer[: part.stop - part.start, : c.stop - c.start]
