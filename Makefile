@@ -49,12 +49,12 @@ bench: .venv/.bench
 # from the source tree, with a Python that has torch and triton for CUDA; GPU="--only head kl select",
 # GPU="--minutes 15": its last line names what was not measured
 gpu:
-	$(PYTHON) bench/gpu.py $(GPU)
+	$(PYTHON) tools/gpu.py $(GPU)
 
 # what a machine with torch alone lacks, peers too, into runs/gpu-wheels, where make gpu looks for it:
 # WHEELS="--python 3.13", WHEELS="quack-kernels nvidia-cutlass-dsl ..."
 gpu-wheels:
-	$(PYTHON) bench/leg/wheels.py $(WHEELS)
+	$(PYTHON) tools/leg/wheels.py $(WHEELS)
 
 # the tests that need no GPU on the lowest versions that are declared, in .replica: 8 GB, most of an hour;
 # REPLICA="-- tests/gpu -q": some of them

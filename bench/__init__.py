@@ -1,13 +1,11 @@
 """What it costs, beside what it replaces: `python bench/run.py`. Nothing imports this package.
 
-run.py       the one program                      jobs.py     every case, by suite
-harness.py   a case: gate, memory, rounds         operations/ cases, inputs, float64 truth
-providers/   the contenders, one file each        end_to_end/ whole steps beside TRL's
-kl_steps/    steps with a KL of both models       measure.py  clock and allocator
-roof.py      a product and a copy beside a case   base.py     the same cases at another commit
-report.py    tables and JSON lines                figure.py   the same as bars
-readme.py    the README's tables, from results/   gpu.py      everything on a GPU: `make gpu`
-dtypes.py    what a device multiplies fastest
-cost/        FLOP and bytes of a step             hours.py    GPU-hours made of them
-plan.py      how full and even the steps are
+run.py        the one program                   jobs.py     every case, by suite
+harness.py    a case: gate, memory, rounds      contender.py  what takes part in one
+operations/   cases, inputs, float64 truth      contenders/   who takes part, of operations
+steps/        whole steps, beside TRL's and beside full softmaxes
+plain.py      the straightforward computation   precision.py  errors, limits, the faster dtype
+measure.py    clock, allocator, roof            base.py       the same cases at another commit
+report.py     tables and JSON lines             figure.py     the same as bars
+ledger.py     what a process is at, for tools/gpu.py, which marks what killed it
 """

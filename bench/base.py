@@ -13,9 +13,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-from bench import report
+from bench.harness import Job
 from sepo.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +79,7 @@ class Side:
         path = os.pathsep.join((str(tree), str(tree / "python")))
         self._said = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "bench/run.py", "--serve", *_arguments(suites, options)],
+            [sys.executable, "bench/run.py", "--serve", json.dumps([suites, options], default=str)],
             cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
             env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
@@ -120,32 +121,27 @@ class Beside:
         self.name, self.rounds = name, rounds
         self._job, self._sides, self._commit = job, {"here": here, "base": there}, commit
         self._number, self.legend = 0, ""
-
-    def gate(self) -> list[dict]:
-        return self._labelled({side: s.ask("gate", self._job) for side, s in self._sides.items()})
-
-    def ready(self) -> None:
-        for side in self._sides.values():
-            side.ask("ready", self._job)
+        self.gate, self.ready, self.finish = (
+            partial(self._ask, what) for what in ("gate", "ready", "finish")
+        )
 
     def turn(self) -> None:
         """One round of each; the other one first in the next."""
-        order = list(self._sides.values())
-        for side in order[:: 1 if self._number % 2 == 0 else -1]:
-            side.ask("turn", self._job)
+        self._ask("turn", -1 if self._number % 2 else 1)
         self._number += 1
 
-    def finish(self) -> tuple[list[dict], dict]:
-        found = {side: s.ask("finish", self._job) for side, s in self._sides.items()}
-        self.records = self._labelled({side: records for side, (records, _) in found.items()})
-        return self.records, found["here"][1]
+    def records(self) -> list[dict]:
+        return self._records
 
-    def _labelled(self, found: dict[str, list[dict]]) -> list[dict]:
+    def _ask(self, what: str, order: int = 1) -> None:
+        """Both sides, one after the other; what they answer are their records so far."""
+        found = {side: self._sides[side].ask(what, self._job) for side in [*self._sides][::order]}
         more = {"here": {"side": "here"}, "base": {"side": "base", "commit": self._commit}}
-        return [r | more[side] for side, records in found.items() for r in records]
+        self._records = [r | more[side] for side in self._sides for r in found[side][0]]
+        self.about = found["here"][1]
 
     def text(self) -> str:
-        return side_by_side(self.name, self.records, self._commit)
+        return side_by_side(self.name, self._records, self._commit)
 
 
 def side_by_side(name: str, records: list[dict], commit: str) -> str:
@@ -181,7 +177,7 @@ def _times(row: dict | None) -> str:
     return f"{1e3 * row['median']:10.2f}{1e3 * low:9.2f}{1e3 * high:9.2f}"
 
 
-def serve(found: list) -> int:
+def serve(found: list[Job]) -> int:
     """Answer one request a line until the other end closes: [what, job] -> what the job says."""
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
@@ -194,31 +190,16 @@ def serve(found: list) -> int:
     for line in sys.stdin:
         what, number = json.loads(line)
         job = found[number]
-        answer = getattr(job, what)()
-        if what == "gate":
-            answer = [report.record(row) for row in answer]
-        if what == "finish":
-            answer = [report.record(row) for row in answer], job.about
-        say(answer)
+        getattr(job, what)()
+        say([job.records(), job.about])
     return 0
 
 
-def _arguments(suites: tuple[str, ...], options: dict) -> list[str]:
-    found = ["--suite", *suites] if suites else []
-    for name, value in options.items():
-        flag = "--case" if name == "cases" else f"--{name}"
-        if value is True:
-            found.append(flag)
-        elif value not in (None, False, ()):
-            found += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    return found
-
-
-def _data(asked: Path | None) -> Path:
+def _data(asked: Path | None) -> str:
     """The same file for both: what is found by default depends on where a tree lies."""
-    from bench.end_to_end.rows import default_source
+    from bench.steps.pairs import default_source
 
-    return (asked or default_source()).resolve()
+    return str((asked or default_source()).resolve())
 
 
 def _git(*args: str) -> str:

@@ -1,13 +1,15 @@
 """Every case by suite, as jobs: `gate`, and after the gates of all `ready`, `turn`, `finish`."""
 
 import importlib.util
+from collections.abc import Iterator
 from fnmatch import fnmatch
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import dtypes
-from bench.harness import ROUNDS, CaseJob
+from bench import precision
+from bench.contender import Contender
+from bench.harness import ROUNDS, Job
 from sepo.errors import InputError
 
 SUITES = ("head", "select", "attention", "step")
@@ -24,7 +26,7 @@ def short(device: str) -> dict[str, tuple[str, ...]]:  # providers by case; (): 
     With the peers that two cores have time for, so that the step, which comes last, begins early
     enough in a slow minute too.
     """
-    kind = "bf16" if dtypes.fast(device) == torch.bfloat16 else "fp32"
+    kind = "bf16" if precision.fast(device) == torch.bfloat16 else "fp32"
     return {
         f"head-{kind}-30": ("gemm", "sepo", "dense_gathered", "torch_lce", "cce", "liger_simpo"),
         "topk-30": (),
@@ -48,70 +50,60 @@ def jobs(
     cases: tuple[str, ...] = (),  # patterns of names; (): all of the suites but the long ones
     providers: tuple[str, ...] = (),  # patterns of names; (): all
     rounds: int | None = None,
-    model: str | None = None,  # these five of whole steps
-    data: Path | None = None,
-    pairs: int | None = None,
-    max_length: int | None = None,
-    dtype: str = "bfloat16",  # | "float32"
-) -> list:
+    **steps,  # of whole steps: as steps.case.cases takes them
+) -> list[Job]:
     """The jobs of a run, in the order in which they are made. Raises InputError for unknown cases."""
-    numbers = dict(rounds=rounds, pairs=pairs, max_length=max_length)
-    given = {name: number for name, number in numbers.items() if number is not None}
     few = short(device) if not suites and not cases else {}
-    usual_rounds = SHORT_ROUNDS if few else ROUNDS
+    usual_rounds = rounds or (SHORT_ROUNDS if few else ROUNDS)
     wanted_suites = SUITES if not suites or FULL in suites else suites
+    steps |= dict(wanted=providers, rounds=rounds)
     found = []
     for suite in (s for s in SUITES if s in wanted_suites and not lacking(s)):
-        if suite == "step":
-            from bench.end_to_end import job
-
-            setting = job.Setting(device, model, data, float32=dtype == "float32")
-            steps = job.jobs(setting, providers, given)
-            found += [(x, True, x.name in ONLY_SHORT) for x in steps]
-        else:
-            found += _operations(suite, device, few, providers, rounds or usual_rounds)
+        for case, contenders in _steps(steps) if suite == "step" else _operations(suite, device):
+            wanted = providers or few.get(case.name, ())
+            chosen = [c for c in contenders if not wanted or _named(c.name, wanted)]
+            job = Job(
+                case, chosen, device=device, rounds=case.rounds or usual_rounds,
+                slow_too=suite == "step" or bool(providers),  # who names them gets them
+            )  # fmt: skip
+            if suite == "step" or job.contenders:
+                found.append(job)
     if cases:
-        chosen = [x for x, *_ in found if any(fnmatch(x.name, case) for case in cases)]
-        lost = [c for c in cases if not any(fnmatch(x.name, c) for x, *_ in found)]
+        chosen = [x for x in found if any(fnmatch(x.name, case) for case in cases)]
+        lost = [c for c in cases if not any(fnmatch(x.name, c) for x in found)]
         if lost:
-            known = ", ".join(x.name for x, *_ in found)
+            known = ", ".join(x.name for x in found)
             raise InputError(f"expected cases of {known}; got {', '.join(lost)}")
     elif few:
-        chosen = [x for x, *_ in found if x.name in few]
+        chosen = [x for x in found if x.name in few]
     else:
-        chosen = [x for x, usual, only in found if not only and (usual or FULL in suites)]
+        usual = lambda x: x.name not in ONLY_SHORT and (FULL in suites or not x.case.long)
+        chosen = [x for x in found if usual(x)]
     # a run that is cut short has then measured what only a GPU can
     return sorted(chosen, key=lambda job: "large" not in job.name)
 
 
-def _operations(
-    suite: str, device: str, few: dict[str, tuple], providers: tuple[str, ...], rounds: int
-) -> list[tuple[CaseJob, bool, bool]]:  # usual, only in the short run
-    found = []
-    for module, contenders in _contenders(suite):
-        for case in module.cases(device):
-            wanted = providers or few.get(case.name, ())
-            chosen = [p for p in contenders if not wanted or _named(p.name, wanted)]
-            # who names providers gets them, however long they take
-            named = bool(providers)
-            job = CaseJob(case, chosen, device=device, rounds=rounds, slow_too=named)
-            if job.providers:
-                found.append((job, not case.long, False))
-    return found
-
-
-def _contenders(suite: str) -> list[tuple]:
-    """Modules of cases with their providers; what needs transformers is imported when asked for."""
-    from bench import providers
-    from bench.operations import head, kl, topk
-
+def _operations(suite: str, device: str) -> Iterator[tuple[Any, tuple[Contender, ...]]]:
+    """Cases with all their contenders; what needs transformers is imported when asked for."""
     if suite == "attention":
+        from bench.contenders.attention import ATTENTION
         from bench.operations import attention
-        from bench.providers.attention import ATTENTION
 
-        return [(attention, ATTENTION)]
-    return {"head": [(head, providers.HEAD), (kl, providers.KL)],
-            "select": [(topk, providers.TOPK)]}[suite]  # fmt: skip
+        found = [(attention, ATTENTION)]
+    else:
+        from bench import contenders
+        from bench.operations import head, kl, topk
+
+        found = {"head": [(head, contenders.HEAD), (kl, contenders.KL)],
+                 "select": [(topk, contenders.TOPK)]}[suite]  # fmt: skip
+    return ((case, who) for module, who in found for case in module.cases(device))
+
+
+def _steps(setting: dict) -> list[tuple[Any, tuple]]:
+    """Their contenders are made with the model."""
+    from bench.steps.case import cases
+
+    return [(case, ()) for case in cases(**setting)]
 
 
 def _named(name: str, wanted: tuple[str, ...]) -> bool:

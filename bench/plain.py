@@ -1,12 +1,29 @@
-"""What a trainer without fused operations writes: the contender, and the yardstick of precision.
+"""The straightforward computation: what a trainer without fused operations writes.
 
-`product` is torch's own for the contender; the yardstick takes one that is nowhere slow.
+It is a contender, the yardstick of precision, and the truth of whole steps. `product` is torch's own
+for the contender; the yardstick takes one that is nowhere slow.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def log_softmax(logits: Tensor) -> Tensor:  # (..., V) -> float32, or float64 of float64
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def of_targets(logp: Tensor, targets: Tensor) -> Tensor:  # (..., V), (...) -> (...)
+    return logp.gather(-1, targets[..., None])[..., 0]
+
+
+def divergence(log_p: Tensor, log_q: Tensor, direction: str) -> Tensor:  # (..., V) each -> (...)
+    """KL of policy p and reference q, "ref||policy" or "policy||ref"."""
+    first, second = (log_q, log_p) if direction == "ref||policy" else (log_p, log_q)
+    return (first.exp() * (first - second)).sum(-1)
 
 
 def selected_logprob(
@@ -19,10 +36,8 @@ def selected_logprob(
     product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Tensor:  # (M,) float32
     if gather_first:
-        logp = product(hidden[rows], weight.T).float().log_softmax(-1)  # (M, V)
-        return logp.gather(-1, targets[:, None])[:, 0]
-    logp = product(hidden, weight.T).float().log_softmax(-1)  # (N, V)
-    return logp[rows.long(), targets]
+        return of_targets(log_softmax(product(hidden[rows], weight.T)), targets)
+    return log_softmax(product(hidden, weight.T))[rows.long(), targets]
 
 
 def selected_logprob_kl(
@@ -39,16 +54,43 @@ def selected_logprob_kl(
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, (M,) float32 each
     rows = rows.long()
     if gather_first:
-        hidden, ref_hidden, rows = (
-            hidden[rows],
-            ref_hidden[rows],
-            torch.arange(len(rows), device=rows.device),
-        )
-    log_p = product(hidden, weight.T).float().log_softmax(-1)  # (N or M, V)
+        hidden, ref_hidden = hidden[rows], ref_hidden[rows]
+        rows = torch.arange(len(rows), device=rows.device)
+    log_p = log_softmax(product(hidden, weight.T))  # (N or M, V)
     with torch.no_grad():
-        log_q = product(ref_hidden, ref_weight.T).float().log_softmax(-1)
-    if direction == "ref||policy":
-        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-    else:
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        log_q = log_softmax(product(ref_hidden, ref_weight.T))
+    kl = divergence(log_p, log_q, direction)
     return log_p[rows, targets], log_q[rows, targets], kl[rows]
+
+
+def padded(
+    pairs: list[Any],  # with tokens of prompt, chosen, rejected
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:  # tokens and attention mask, (2P, L) int64
+    """Each response after its prompt, filled up to the longest of all; chosen, rejected, chosen, ..."""
+    sequences = [np.concatenate([p.prompt, y]) for p in pairs for y in (p.chosen, p.rejected)]
+    longest = max(map(len, sequences))
+    ids = np.stack([np.pad(x, (0, longest - len(x))) for x in sequences]).astype(np.int64)
+    mask = np.stack([np.arange(longest) < len(x) for x in sequences]).astype(np.int64)
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def vocabulary_logp(
+    model: nn.Module, ids: Tensor, attention: Tensor, **options
+) -> tuple[Tensor, tuple | None]:  # (2P, L - 1, V) float32; L + 1 states, if asked for
+    """By the model's own forward, with the logits of every position but the last."""
+    output = model(input_ids=ids, attention_mask=attention, use_cache=False, **options)
+    return log_softmax(output.logits[:, :-1]), output.hidden_states
+
+
+class Autocast:
+    """Of a step in plain PyTorch: none where the gate compares in float32, bfloat16 when lowered."""
+
+    def __init__(self, device: torch.device, bf16: bool):
+        self.device, self.bf16, self.on = device, bf16, False
+
+    def lower(self) -> None:
+        self.on = self.bf16
+
+    def __call__(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on)

@@ -1,6 +1,5 @@
 """Rows for eyes (a table a case) and for files (one JSON object a line)."""
 
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -41,7 +40,7 @@ def table(rows: list, roof: str = "") -> str:
     most = max((len(row.seconds) for row in rows), default=0)
     lines = [f"\n{rows[0].case}: {shape}", *([f"{roof}; rounds: {most}"] if roof else []), HEADER]
     for row in rows:
-        name = f"{'>' if row.ours else ' '} {row.label:21}"
+        name = f"{'>' if row.ours else ' '} {row.provider:21}"
         if row.status == "measured":
             lines.append((name + _numbers(row, most)).rstrip())
         else:
@@ -67,11 +66,6 @@ def _numbers(row, most: int) -> str:
     few = f"{len(row.seconds)} rounds" if len(row.seconds) < most else ""
     notes = "; ".join(x for x in (row.rate, row.note, few) if x)
     return f"{times}{ratio(row.times_gemm)}{ratio(row.times_sepo)}{work}{size}  {text}{notes}"
-
-
-def record(row) -> dict:  # a row of either kind
-    """As a file has it."""
-    return dataclasses.asdict(row) | {"provider": row.label, "ours": row.ours}
 
 
 def append(records: list[dict], path: Path, about: dict) -> None:

@@ -5,7 +5,6 @@
     python bench/run.py --suite head        head | select | attention | step | full
     python bench/run.py --case 'head-bf16-*' --providers sepo cce
     python bench/run.py --case head-bf16-30 --base main    here and at another commit, in turn
-    python bench/run.py --plan config.yaml  GPU-hours of each stage, before they are spent
 
 Nothing is timed before every case has passed its gate, and nothing at all if one of ours has not.
 All contenders of a case take turns. Rows are appended to bench/results/<machine>.jsonl.
@@ -19,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,8 +26,9 @@ if not __package__:  # run as a program: its own folder is no place to import fr
     sys.path[:1] = [str(ROOT), str(ROOT / "python")]
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of itself in every table
-from bench import base, dtypes, figure, jobs, report  # noqa: E402
+from bench import base, figure, jobs, precision, report  # noqa: E402
 from bench.harness import device_here  # noqa: E402
+from sepo.commands import main as cli  # noqa: E402
 from sepo.errors import InputError  # noqa: E402
 
 SHORT_MINUTES = 3.25  # of a run without arguments: four, with the imports and a last round
@@ -39,14 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")  # the peers', and none of our business
     try:
         if args.plan or args.hours:
-            return hours(args)
+            now = "plan", str(args.plan or "--papers")
+            print(f"bench: this is now: sepo {' '.join(now)}", file=sys.stderr)
+            return cli.run([*now]) or 0
+        if args.serve:
+            suites, options = args.serve
+            options["data"] = options["data"] and Path(options["data"])
+            return base.serve(jobs.jobs(tuple(suites), **options))
         options = dict(
             device=args.device, cases=tuple(args.case), providers=tuple(args.providers),
             rounds=args.rounds, model=args.model, data=args.data, pairs=args.pairs,
             max_length=args.max_length, dtype=dtype_of_steps(args),
         )  # fmt: skip
-        if args.serve:
-            return base.serve(jobs.jobs(tuple(args.suite), **options))
         return measure(args, options)
     except InputError as error:
         print(f"bench: error: {error}", file=sys.stderr)
@@ -54,11 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="bench/run.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser("bench/run.py", description=__doc__, formatter_class=raw)
     add = found.add_argument
     add("--suite", nargs="+", default=[], choices=(*jobs.SUITES, jobs.FULL))
     add("--case", nargs="+", default=[], help="patterns of names, long cases too")
@@ -66,30 +68,20 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="append rows to this file; -: print them, tables on stderr")
     add("--figure", type=Path, help="default runs/bench/<machine>.svg; none: no figure")
     add("--base", metavar="REV", help="the same cases at another commit, side by side")
-    add("--plan", type=Path, metavar="CONFIG", help="GPU-hours of each stage; modelled")
-    add("--hours", action="store_true", help="GPU-hours of the papers' models; modelled")
+    add("--plan", type=Path, metavar="CONFIG", help="now: sepo plan CONFIG")
+    add("--hours", action="store_true", help="now: sepo plan --papers")
     add("--device", default=device_here(), choices=("cpu", "cuda"))
     add("--rounds", type=int)
     add("--minutes", type=float, help=f"no round after; {SHORT_MINUTES} without arguments")
-    step = found.add_argument_group("whole steps")
-    step.add_argument(
-        "--model", help="smollm2, smollm2-shape, llama-1b-shape, a directory, a hub id"
-    )
-    step.add_argument(
-        "--data",
-        type=Path,
-        help="default: runs/data/dpo_en_demo.json, or pairs as long made of this project's",
-    )
-    step.add_argument("--pairs", type=int, help="of one step")
-    step.add_argument("--max_length", type=int, help="tokens of a prompt and one response")
-    step.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="bfloat16: autocast; default what the device multiplies fastest, for all contenders",
-    )
-    step.add_argument("--float32", action="store_const", dest="dtype", const="float32")
-    add("--serve", action="store_true", help=argparse.SUPPRESS)  # base.py's other end
+    add = found.add_argument_group("whole steps").add_argument
+    add("--model", help="smollm2, smollm2-shape, llama-1b-shape, a directory, a hub id")
+    add("--data", type=Path, help="default: runs/data/dpo_en_demo.json, or pairs as long of ours")
+    add("--pairs", type=int, help="of one step")
+    add("--max_length", type=int, help="tokens of a prompt and one response")
+    kinds = "auto", "float32", "bfloat16"
+    add("--dtype", default="auto", choices=kinds, help="of all; auto: what is fastest here")
+    add("--float32", action="store_const", dest="dtype", const="float32")
+    add("--serve", type=json.loads, help=argparse.SUPPRESS)  # base.py's other end
     return found
 
 
@@ -97,14 +89,7 @@ def dtype_of_steps(args: argparse.Namespace) -> str:
     """Told once, so that the other side of --base takes the same."""
     if args.dtype != "auto":
         return args.dtype
-    return str(dtypes.fast(args.device)).removeprefix("torch.")
-
-
-def hours(args: argparse.Namespace) -> int:
-    from bench.hours import plan, table1
-
-    print(plan(args.plan) if args.plan else table1())
-    return 0
+    return str(precision.fast(args.device)).removeprefix("torch.")
 
 
 def measure(args: argparse.Namespace, options: dict) -> int:
@@ -130,39 +115,20 @@ def measure(args: argparse.Namespace, options: dict) -> int:
         else:
             report.append(records, path, about | more)
 
-    if args.base:
-        with base.beside(args.base, suites, options) as entries:
-            records, code = run(entries, tell=tell, keep=keep, deadline=deadline)
-    else:
-        entries = [Alone(job) for job in jobs.jobs(suites, **options)]
+    alone = lambda: nullcontext(jobs.jobs(suites, **options))
+    with base.beside(args.base, suites, options) if args.base else alone() as entries:
         records, code = run(entries, tell=tell, keep=keep, deadline=deadline)
     if code == 0 and str(args.figure) != "none":
-        picture = (
-            args.figure or ROOT / "runs" / "bench" / f"{report.default_path(args.device).stem}.svg"
-        )
+        usual = f"{report.default_path(args.device).stem}.svg"
+        picture = args.figure or ROOT / "runs" / "bench" / usual
         figure.draw(records, picture, title=f"{about['machine']}, {report.short(about['commit'])}")
         tell(f"\n{'' if for_files else f'rows: {path}; '}figure: {picture}")
     tell(f"{time.monotonic() - start:.0f} s")
     return code
 
 
-class Alone:
-    """A job of this process; its rows as records."""
-
-    def __init__(self, job):
-        self.job, self.name, self.rounds = job, job.name, job.rounds
-        self.ready, self.turn, self.text = job.ready, job.turn, job.text
-        self.legend = job.legend
-
-    def gate(self) -> list[dict]:
-        return [report.record(row) for row in self.job.gate()]
-
-    def finish(self) -> tuple[list[dict], dict]:
-        return [report.record(row) for row in self.job.finish()], self.job.about
-
-
 def run(
-    entries: Sequence,  # Alone, or base.Beside
+    entries: Sequence,  # harness.Job, or base.Beside
     *,
     tell: Callable[[str], None] = print,
     keep: Callable[[list[dict], dict], None] = lambda records, about: None,
@@ -171,12 +137,12 @@ def run(
     """All gates, then all rounds; records are kept a case at a time."""
     gates, red = [], False
     for entry in entries:
-        gates.append(found := entry.gate())
+        entry.gate()
+        gates.append(found := entry.records())
         wrong = [r for r in found if r["status"] == "refused"]
         red |= any(map(is_ours, wrong))
-        tell(
-            f"gate {entry.name}: {sum(r['status'] == 'passed' for r in found)} of {len(found)} pass"
-        )
+        passed = sum(r["status"] == "passed" for r in found)
+        tell(f"gate {entry.name}: {passed} of {len(found)} pass")
         for r in wrong:
             tell(f"  {r['provider']} is refused: {r['reason']}")
     if red:
@@ -196,8 +162,8 @@ def run(
             if deadline is not None and number >= LEAST_ROUNDS and time.monotonic() > deadline:
                 break
             entry.turn()
-        found, about = entry.finish()
-        keep(found, about)
+        entry.finish()
+        keep(found := entry.records(), entry.about)
         records += found
         tell(entry.text())
     # unless peers alone were asked for, a run without ours has said nothing

@@ -2,6 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -9,18 +13,21 @@ class Impl:
     """One implementation of an operation; `bwd` is None where the operation has no gradient."""
 
     name: str  # what the user writes: impl="chunked"
-    fwd: Callable
-    bwd: Callable | None
+    fwd: Callable[..., Any]
+    bwd: Callable[..., Any] | None
     why_not: Callable[..., str | None]  # None: can run these tensors; else the reason
-    # a head's: with this dtype, the logits never leave the cache
-    fused: Callable[..., bool] = lambda dtype: False
+    # of a head: whether the logits of this dtype never leave the cache
+    fused: Callable[[torch.dtype], bool] = lambda dtype: False
 
 
-def always(*tensors) -> None:
-    """`why_not` of an implementation that runs everywhere."""
+SomeImpl = TypeVar("SomeImpl", bound=Impl)
 
 
-def pick(impls: Sequence[Impl], requested: str, *tensors) -> Impl:
+def always(*tensors: Tensor) -> None:
+    """Return None: the `why_not` of an implementation that runs everywhere."""
+
+
+def pick(impls: Sequence[SomeImpl], requested: str, *tensors: Tensor) -> SomeImpl:
     """Return the requested implementation, or for "auto" the first that can run `tensors`.
 
     A named implementation that cannot run is an error with its reason: it never falls back.

@@ -1,14 +1,15 @@
 """The Triton kernels of two heads' rows.
 
 With a, b the logits of policy and reference, each less a reference of the row (its logit of the
-target, or its largest where the target is hopeless), A and B the sums of e^a and e^b, and d = b - a:
+target, or its largest where the target is hopeless), A, B the sums of e^a and e^b, and d = b - a:
 
     log p = a - log A      log q = b - log B      log q - log p = d - (log B - log A)
 
-`kl_row` reads both rows once. In bfloat16 it keeps max(e^a, e^b) and, in float16, d, because A and
-B are known only at the end: of p and q the larger is exact to its rounding, the other is it times
-e^-|d|, and near the reference p - q comes from d, not from two rounded numbers. `kl_combine_ratios`
-makes the gradient of that. For float16 and float32 see triton_kl_slopes.py.
+`kl_row` reads both rows once. For bfloat16 inputs it writes max(e^a, e^b) and, in float16, d,
+because A and B are known only at the end. Of p and q the larger is exact to its rounding and the
+other is it times e^-|d|; near the reference p - q comes from d, not from two rounded numbers.
+`kl_combine_ratios` computes the gradient from both. For float16 and float32 inputs see
+triton_kl_dlogits.py.
 """
 
 import triton
@@ -19,11 +20,11 @@ from sepo_kernels.triton_rows import (
     LOWEST,
     UNSPECIALISED,
     expm1,
-    first_slope,
     load,
     load_logits,
     load_target,
     log1p,
+    logp_dlogits,
     store,
 )
 
@@ -41,8 +42,8 @@ def kl_row(
     ref_logp_ptr,  # (rows,) out
     kl_ptr,  # (rows,) out
     state_ptr,  # (rows, 5) out: both references, 1 / A, log(B / A), 1 / softcap or 0
-    first_ptr,  # (rows, V) out: max(e^a, e^b); anything if not KEPT
-    second_ptr,  # (rows, V) out: d; anything if not KEPT
+    first_ptr,  # (rows, V) out: max(e^a, e^b); anything if not WRITE_BLOCKS
+    second_ptr,  # (rows, V) out: d; anything if not WRITE_BLOCKS
     stride_logits,
     stride_ref_logits,
     stride_first,
@@ -54,7 +55,7 @@ def kl_row(
     softcap,
     CAPPED: tl.constexpr,
     POLICY_FIRST: tl.constexpr,  # KL(policy || ref), else KL(ref || policy)
-    KEPT: tl.constexpr,
+    WRITE_BLOCKS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # int64 before the multiply: rows * V passes 2**31
@@ -71,11 +72,11 @@ def kl_row(
     )
     reference = at_a
     ref_reference = at_b
-    # without the target's terms: what is left keeps the digits of a row that is sure of it
+    # without the target's terms, which keeps the digits of a row that is sure of it
     others, ref_others, weighted = _sums(
         logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
         ref_reference, column, V, has_bias, has_ref_bias, scale, softcap, CAPPED, POLICY_FIRST,
-        KEPT, BLOCK_V,
+        WRITE_BLOCKS, BLOCK_V,
     )  # fmt: skip
     own = 1.0
     ref_own = 1.0
@@ -90,7 +91,7 @@ def kl_row(
         others, ref_others, weighted = _sums(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
             ref_reference, column, V, has_bias, has_ref_bias, scale, softcap, CAPPED, POLICY_FIRST,
-            KEPT, BLOCK_V,
+            WRITE_BLOCKS, BLOCK_V,
         )  # fmt: skip
         own = tl.where(known, tl.exp(at_a - reference), 0.0)
         ref_own = tl.where(known, tl.exp(at_b - ref_reference), 0.0)
@@ -126,7 +127,7 @@ def kl_ratios(
     ref_logits_ptr,  # (rows, V) float32
     bias_ptr,  # (V,) float32
     ref_bias_ptr,  # (V,) float32
-    state_ptr,  # (rows, 5): its references are taken, for the sums beside them are relative to them
+    state_ptr,  # (rows, 5): its references are used, because its sums are relative to them
     first_ptr,  # (rows, V) out
     second_ptr,  # (rows, V) out
     stride_logits,
@@ -141,7 +142,7 @@ def kl_ratios(
     CAPPED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """What kl_row keeps, once more."""
+    """Write the blocks of `kl_row` a second time."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK_V
     logits_ptr += row * stride_logits
@@ -207,9 +208,9 @@ def kl_combine_ratios(
 def _sums(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
     ref_reference, target, V, has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr,
-    POLICY_FIRST: tl.constexpr, KEPT: tl.constexpr, BLOCK_V: tl.constexpr,
+    POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The sums of e^a, of e^b and of d weighted by the KL's first, over a row but for its target."""
+    """Sum e^a, e^b and d weighted by the KL's first, over a row but for its target."""
     total = tl.zeros((BLOCK_V,), tl.float32)  # a sum in each lane, added up once at the end
     ref_total = tl.zeros((BLOCK_V,), tl.float32)
     weighted = tl.zeros((BLOCK_V,), tl.float32)
@@ -218,7 +219,7 @@ def _sums(
         e, ref_e, w = _sums_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
             ref_reference, target, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
-            POLICY_FIRST, KEPT, True, BLOCK_V,
+            POLICY_FIRST, WRITE_BLOCKS, True, BLOCK_V,
         )  # fmt: skip
         total += e
         ref_total += ref_e
@@ -227,7 +228,7 @@ def _sums(
         e, ref_e, w = _sums_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
             ref_reference, target, whole, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
-            POLICY_FIRST, KEPT, False, BLOCK_V,
+            POLICY_FIRST, WRITE_BLOCKS, False, BLOCK_V,
         )  # fmt: skip
         total += e
         ref_total += ref_e
@@ -239,7 +240,8 @@ def _sums(
 def _sums_tile(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
     ref_reference, target, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr,
-    POLICY_FIRST: tl.constexpr, KEPT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
+    POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK_V)
     a, _ = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, WHOLE)
@@ -250,8 +252,8 @@ def _sums_tile(
     ref_e = tl.exp(b - ref_reference)
     # b - a first: near the reference it is exact
     d = (b - a) - (ref_reference - reference)
-    if KEPT:
-        _keep(first_ptr, second_ptr, tl.maximum(e, ref_e), d, v, V, WHOLE)
+    if WRITE_BLOCKS:
+        _write_blocks(first_ptr, second_ptr, tl.maximum(e, ref_e), d, v, V, WHOLE)
     e = tl.where(v == target, 0.0, e)
     ref_e = tl.where(v == target, 0.0, ref_e)
     share = e if POLICY_FIRST else ref_e
@@ -272,12 +274,12 @@ def _ratios_tile(
     reference = tl.load(state_ptr)
     ref_reference = tl.load(state_ptr + 1)
     larger = tl.maximum(tl.exp(a - reference), tl.exp(b - ref_reference))
-    _keep(first_ptr, second_ptr, larger, (b - a) - (ref_reference - reference), v, V, WHOLE)
+    _write_blocks(first_ptr, second_ptr, larger, (b - a) - (ref_reference - reference), v, V, WHOLE)
 
 
 @triton.jit
-def _keep(first_ptr, second_ptr, larger, d, v, V, WHOLE: tl.constexpr):
-    # d is NaN where both heads rule a word out: what has no weight may have 0
+def _write_blocks(first_ptr, second_ptr, larger, d, v, V, WHOLE: tl.constexpr):
+    # d is NaN where both heads rule a word out: without weight it may be 0
     d = tl.where(larger > 0, tl.minimum(tl.maximum(d, -LARGEST_HALF), LARGEST_HALF), 0.0)
     store(first_ptr, larger, v, V, WHOLE)
     store(second_ptr, d, v, V, WHOLE)
@@ -310,21 +312,21 @@ def _combine_ratios_tile(
     larger = load(first_ptr, v, columns, WHOLE)
     d = load(second_ptr, v, columns, WHOLE)
     reference = tl.load(state_ptr)
-    unit = tl.load(state_ptr + 2)
+    row_scale = tl.load(state_ptr + 2)
     shift = tl.load(state_ptr + 3)
     inverse_cap = tl.load(state_ptr + 4)
     smaller = larger * tl.exp(-tl.abs(d))
-    p = tl.where(d > 0, smaller, larger) * unit
+    p = tl.where(d > 0, smaller, larger) * row_scale
     ratio = d - shift  # log q - log p
     if POLICY_FIRST:
-        of_kl = tl.where(p > 0, -p * (ratio + kl), 0.0)
+        dkl = tl.where(p > 0, -p * (ratio + kl), 0.0)
     else:  # p - q, from the larger of both
-        q = tl.where(d > 0, larger, smaller) * (unit * tl.exp(-shift))
+        q = tl.where(d > 0, larger, smaller) * (row_scale * tl.exp(-shift))
         loss = expm1(-tl.abs(ratio))
-        of_kl = tl.where(ratio > 0, q, -p) * loss
-    out = grad_kl * of_kl - grad_logp * first_slope(p, 1.0, v, target, logp)
+        dkl = tl.where(ratio > 0, q, -p) * loss
+    out = grad_kl * dkl - grad_logp * logp_dlogits(p, 1.0, v, target, logp)
     if inverse_cap > 0:
-        # a / softcap, from what is kept, whose rounding may take it beyond 1
+        # a / softcap, from the saved blocks, whose rounding may take it beyond 1
         a = tl.log(tl.maximum(larger, 1e-37)) - tl.maximum(d, 0.0)
         relative = (a + reference) * inverse_cap
         relative = tl.minimum(tl.maximum(relative, -1.0), 1.0)

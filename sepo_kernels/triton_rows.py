@@ -1,4 +1,4 @@
-"""What the Triton row kernels of both heads share: how they are launched, and how they read logits.
+"""Launching the Triton row kernels of both heads, and the parts that they share.
 
 All compute in float32 from float32 logits. A kernel either walks its row with one program, or gives
 every tile of every row a program. Each treats whole tiles and the last, narrower one apart: the
@@ -8,6 +8,8 @@ each output element has one writer, each sum one order.
 Imported at the first launch, because the operations work without triton too.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,29 +17,30 @@ from torch import Tensor
 
 from sepo_kernels.configs import CONFIGS
 
-# compiled once for all values of V (whose last tile is narrower than 1 in 16 of most rows) and of
-# what only chooses, and for any alignment of one number a row
+# arguments that Triton must not specialise on: one compilation serves all values of V (whose last
+# tile is narrower than 1 in 16 of most rows) and of flags, and any alignment of one number a row
 UNSPECIALISED = {
     "do_not_specialize": ["V", "has_bias", "has_ref_bias", "column"],
     "do_not_specialize_on_alignment": [
-        "targets_ptr", "logp_ptr", "ref_logp_ptr", "lse_ptr", "reference_ptr", "unit_ptr", "kl_ptr",
-        "state_ptr", "grad_logp_ptr", "grad_kl_ptr",
+        "targets_ptr", "logp_ptr", "ref_logp_ptr", "lse_ptr", "reference_ptr", "row_scale_ptr",
+        "kl_ptr", "state_ptr", "grad_logp_ptr", "grad_kl_ptr",
     ],
 }  # fmt: skip
-# finite: where all of a tile is -inf (a padded vocabulary's bias), e^(-inf - top) = 0 needs a top
+# finite: in a tile of nothing but -inf (a padded vocabulary's bias), e^(-inf - top) = 0 needs a top
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# of exponentials relative to the target's: beyond it the target's share is below 2^-60, and the
-# row is done again relative to its largest logit; below it nothing overflows float32 or bfloat16
+# of a row's exponentials relative to its target's. Beyond it the target's share is below 2^-60, and
+# the row is redone relative to its largest logit; below it nothing overflows float32 or bfloat16
 LARGEST_SUM = tl.constexpr(2.0**60)
 
 
 def launch(
-    kernel,  # in the table
+    kernel: Any,  # one of configs.CONFIGS
     rows: int,
     columns: int | None,  # None: the kernel walks its row itself
-    *args,
+    *args: Any,
     **flags: bool,
 ) -> None:
+    """Run `kernel` on its `args`, one program a row or a tile of every row."""
     config = CONFIGS[kernel.fn.__name__]
     assert set(flags) == set(config.flags), f"{kernel.fn.__name__}: {flags}"
     grid = (rows,) if columns is None else (rows, triton.cdiv(columns, config.BLOCK_V))
@@ -51,7 +54,8 @@ def launch(
 def bias_argument(
     bias: Tensor | None,  # (V,)
     logits: Tensor,  # (rows, V) float32
-) -> Tensor:  # (V,) float32, or without a bias a tensor that no kernel reads
+) -> Tensor:  # (V,) float32
+    """Return the bias as the kernels take it; without one, a tensor that they do not read."""
     return logits.new_empty((1,)) if bias is None else bias.float().contiguous()
 
 
@@ -67,7 +71,7 @@ def load_logits(
     CAPPED: tl.constexpr,
     WHOLE: tl.constexpr,  # all of v is below V
 ):
-    """One row's logits at columns v, e^z = 0 beyond V, and the derivative of their cap."""
+    """Return one row's logits at columns v, e^z = 0 beyond V, and their cap's derivative."""
     z = load(logits_ptr, v, V, WHOLE) * scale
     if WHOLE:
         z += tl.load(bias_ptr + v, mask=has_bias != 0, other=0.0)
@@ -83,7 +87,7 @@ def load_logits(
 
 @triton.jit
 def load_target(logits_ptr, bias_ptr, target, V, has_bias, scale, softcap, CAPPED: tl.constexpr):
-    """The target's logit and the derivative of its cap; a target that is none has NaN."""
+    """Return the target's logit, NaN for one outside of V, and its cap's derivative."""
     ok = (target >= 0) & (target < V)
     z = tl.load(logits_ptr + target, mask=ok, other=float("nan")) * scale
     z += tl.load(bias_ptr + target, mask=ok & (has_bias != 0), other=0.0)
@@ -95,7 +99,7 @@ def load_target(logits_ptr, bias_ptr, target, V, has_bias, scale, softcap, CAPPE
 
 @triton.jit
 def load(ptr, v, V, WHOLE: tl.constexpr):
-    """Columns v of a row, in float32; beyond V zero."""
+    """Return columns v of a row in float32, zero beyond V."""
     if WHOLE:
         return tl.load(ptr + v).to(tl.float32)
     return tl.load(ptr + v, mask=v < V, other=0.0).to(tl.float32)
@@ -111,14 +115,14 @@ def store(ptr, values, v, V, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def first_slope(p, derivative, v, target, logp):
-    """-dlogp/dz; the target's entry is expm1(logp): p - 1 has the error of an exponential near 1."""
+def logp_dlogits(p, derivative, v, target, logp):
+    """Return -dlogp/dz; the target has expm1(logp), because p - 1 rounds an exponential near 1."""
     return tl.where(v == target, expm1(logp), p) * derivative
 
 
 @triton.jit
 def _cap(z, softcap):
-    """softcap * tanh(z / softcap) and its derivative, from e^(-2|y|): Triton has no tanh."""
+    """Return softcap * tanh(z / softcap) and its derivative, by e^(-2|y|): Triton has no tanh."""
     u = -2.0 * tl.abs(z / softcap)
     e = tl.exp(u)
     capped = softcap * (-expm1(u) / (1.0 + e))
@@ -127,7 +131,7 @@ def _cap(z, softcap):
 
 @triton.jit
 def expm1(x):
-    """e^x - 1: within a half by its series, whose first term left out is 1e-8 of the sum."""
+    """Return e^x - 1; for |x| < 1/2 by its series, whose first omitted term is 1e-8 of the sum."""
     series = 1.0
     for n in tl.static_range(8, 1, -1):
         series = 1.0 + x * series * (1.0 / n)
@@ -136,7 +140,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x): within a half by the series of 2 atanh(x / (2 + x)), as far as 1e-8 of the sum."""
+    """Return log(1 + x); for |x| < 1/2 by the series of 2 atanh(x / (2 + x)), to 1e-8 of it."""
     y = x / (2.0 + x)
     series = 1.0 / 15
     for n in tl.static_range(13, 0, -2):

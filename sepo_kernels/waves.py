@@ -1,4 +1,4 @@
-"""Rows of a chunk that fill a GPU in whole waves of what its multiprocessors run at once.
+"""Chunk sizes that fill a GPU in whole waves, a wave being all rows that run at once.
 
 A wave that is nearly empty takes as long as a full one, so 819 rows on a GPU that holds 792 take
 two. The choice is a function of sizes and of the number of multiprocessors: nothing is measured.
@@ -8,20 +8,20 @@ from functools import lru_cache
 
 from sepo_kernels.configs import RESIDENT_ROWS
 
-# rows and columns of a product that a multiprocessor makes at once, as libraries cut large ones
+# rows and columns of a GEMM that a multiprocessor computes at once, as libraries cut large ones
 TILE_ROWS, TILE_COLUMNS = 128, 256
-ENOUGH_ROWS = 1024  # of a product, which reads the weight once a chunk: more take memory alone
-# FLOP of a product in the time of a byte of memory, of an H200 (790 TFLOP/s, 4.3 TB/s); what is
-# chosen hardly depends on it
+ENOUGH_ROWS = 1024  # of a GEMM, which reads the weight once a chunk: more only take memory
+# FLOP of a GEMM in the time of a byte of memory, on an H200 (790 TFLOP/s, 4.3 TB/s); the choice
+# hardly depends on it
 FLOP_PER_BYTE = 184
-# of a product that adds to a float32 sum, 8 bytes an entry: with fewer it waits for memory
+# rows of a GEMM that adds to a float32 sum, 8 bytes an entry: with fewer, memory is its limit
 ADDING_ROWS = 4 * FLOP_PER_BYTE // TILE_ROWS * TILE_ROWS + TILE_ROWS
 # sizes whose work differs by less are equally quick, and a last wave need be no fuller than that
 ALIKE, FULL_ENOUGH = 1.03, 0.6
 
 
 def working_rows(multiprocessors: int, heads: int) -> int:
-    """Rows of a chunk that are as good as any more: one wave, on a large GPU."""
+    """Return the rows of a chunk that are as good as any more: one wave, on a large GPU."""
     return max(ENOUGH_ROWS, multiprocessors * RESIDENT_ROWS[heads])
 
 
@@ -34,7 +34,7 @@ def chunk_rows(
     multiprocessors: int,
     heads: int,
 ) -> int:
-    """Rows of each chunk but the last: all if there is room, else tiles that fill the most.
+    """Return the rows of each chunk but the last: all if there is room, else whole tiles.
 
     Of equally quick sizes the one whose last waves are fullest, then the largest.
     """
@@ -59,13 +59,13 @@ def chunk_rows(
 
 
 def last_wave(count: int, at_once: int) -> float:
-    """How full the last wave of `count` programs is, above 0 to 1."""
+    """Return how full the last wave of `count` programs is, above 0 to 1."""
     return (count - 1) % at_once / at_once + 1 / at_once
 
 
 def _work(rows: int, V: int, D: int, multiprocessors: int, at_once: int) -> float:
-    """FLOP in the time of a chunk: its logits, then a pass over them of 8 bytes an entry."""
+    """Return a chunk's time in FLOP: its logits, then a pass over them of 8 bytes an entry."""
     tiles = -(-rows // TILE_ROWS) * -(-V // TILE_COLUMNS)
     tile = 2 * TILE_ROWS * TILE_COLUMNS * D
-    product = -(-tiles // multiprocessors) * multiprocessors * tile
-    return product + -(-rows // at_once) * at_once * V * 8 * FLOP_PER_BYTE
+    gemm = -(-tiles // multiprocessors) * multiprocessors * tile
+    return gemm + -(-rows // at_once) * at_once * V * 8 * FLOP_PER_BYTE

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sepo.losses import (
     dpo_loss,
+    dpop_logratio,
     dpop_loss,
     ipo_loss,
-    positive,
     rrhf_loss,
     sepo_loss,
     simpo_loss,
@@ -240,10 +240,10 @@ def test_far_from_the_boundary_the_losses_are_linear():
     assert smoothed.tolist() == pytest.approx([1.8e4, 2e3])
 
 
-def test_positive_is_what_dpop_compares(score):
+def test_dpop_logratio_is_what_dpop_compares(score):
     """A chosen response below its reference counts 1 + penalty times; others as they are."""
     expected = [6 * s if i % 2 == 0 and s < 0 else s for i, s in enumerate(score.tolist())]
-    assert positive(score, 5.0).tolist() == pytest.approx(expected, abs=1e-12)
+    assert dpop_logratio(score, 5.0).tolist() == pytest.approx(expected, abs=1e-12)
     assert 0 < sum(a != b for a, b in zip(expected, score.tolist(), strict=True)) < 7
 
 

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import exact
-from bench.dtypes import product
-from bench.end_to_end.rows import drawn_pairs
-from bench.operations import seeded
+from bench import precision
+from bench.operations import Case, Inputs, seeded
+from bench.precision import product
+from bench.steps.pairs import drawn_pairs
 from sepo.data import all_positions, pack, truncate
 
 NAMES = ("out", "grad_query", "grad_key", "grad_value")
 
 
 @dataclass(frozen=True)
-class AttentionCase:
+class AttentionCase(Case):
     suite: ClassVar[str] = "attention"
     name: str
     pairs: int = 8
@@ -27,15 +27,12 @@ class AttentionCase:
     groups: int = 3  # heads of keys and values
     width: int = 64
     dtype: torch.dtype = torch.bfloat16
-    only: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    long: bool = False
 
     def inputs(self, device: str) -> "AttentionInputs":
         return AttentionInputs(self, device)
 
 
-class AttentionInputs:
+class AttentionInputs(Inputs):
     """One packed batch of drawn lengths, and the same rows as padded sequences."""
 
     def __init__(self, case: AttentionCase, device: str):
@@ -158,12 +155,12 @@ class AttentionInputs:
     def errors(self, result: dict[str, Tensor], objective: str) -> dict[str, float]:
         """Largest error over the largest entry; `objective` "padded" comes as padded sequences."""
         result = self._unpad(result) if objective == "padded" else result
-        return {name: exact.relative_error(result[name], self._truth[name]) for name in NAMES}
+        return {name: precision.relative_error(result[name], self._truth[name]) for name in NAMES}
 
     def limits(self, ours: bool, objective: str) -> dict[str, float]:
         """The largest errors that are given a speed: those of the gradients, for the output too."""
         plain = {f"grad_{name}": error for name, error in self.baselines["plain"].items()}
-        found = exact.gradient_limits(plain, ours, self.case.dtype)
+        found = precision.gradient_limits(plain, ours, self.case.dtype)
         return {name.removeprefix("grad_"): limit for name, limit in found.items()}
 
     @cached_property

@@ -8,9 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bench.operations import Case, Inputs
+
 
 @dataclass(frozen=True)
-class TopkCase:
+class TopkCase(Case):
     suite: ClassVar[str] = "select"
     name: str
     S: int = 512  # segments
@@ -18,21 +20,17 @@ class TopkCase:
     longest: int = 4000
     fraction: float = 0.3
     dtype: torch.dtype = torch.float32
-    only: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    long: bool = False
     products: int = 0
 
     def inputs(self, device: str) -> "TopkInputs":
         return TopkInputs(self, device)
 
 
-class TopkInputs:
+class TopkInputs(Inputs):
     """Scores in steps of 1/1024 nat, so that segments have ties."""
 
     gradient_bytes = 0
     flop = 0.0
-    baselines: dict[str, dict[str, float]] = {}
 
     def __init__(self, case: TopkCase, device: str):
         self.case, self.device = case, device

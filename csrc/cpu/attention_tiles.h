@@ -5,7 +5,7 @@
 // index: a query sees keys up to its own position, and with a window only the last so many.
 //
 // In is the tensors' type, bfloat16 or float; T that of the tiles, which is In or wider. bfloat16
-// tiles are multiplied by oneDNN's brgemm, float ones by small_products.h.
+// tiles are multiplied by oneDNN's brgemm, float ones by small_gemm.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,7 +17,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "small_products.h"
+#include "small_gemm.h"
 
 namespace sepo {
 
@@ -113,7 +113,7 @@ struct Operand {
   }
 };
 
-// What is computed of a tile: queries that there are, each with the keys that it sees, in whole
+// The part of a tile that is computed: its queries, each with the keys that it sees, in whole
 // panels. brgemm takes whole tiles.
 struct Part {
   int64_t queries;  // even

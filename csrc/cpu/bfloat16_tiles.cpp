@@ -1,4 +1,4 @@
-// Whether oneDNN multiplies bfloat16 tiles here: found out by multiplying one.
+// Tells whether oneDNN multiplies bfloat16 tiles on this CPU, by multiplying one.
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/Exception.h>
 

@@ -1,4 +1,4 @@
-// One row of logits that a library product has written: finished in place (scale, bias, soft cap).
+// One row of logits that a library GEMM has written, finished in place: scale, bias, soft cap.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -34,7 +34,7 @@ struct Finish {
     return VecOf<T>(T(1)) - relative * relative;
   }
 
-  // products to logits, in place; returns the largest, or NaN if there is one
+  // Finishes a row of logits in place; returns the largest, or NaN if there is one
   T operator()(T* z, int64_t V) const {
     const bool plain = scale == T(1) && !bias.defined() && !softcap;
     const T* offset = bias.defined() ? bias.const_data_ptr<T>() : nullptr;

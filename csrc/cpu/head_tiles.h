@@ -61,15 +61,15 @@ inline std::vector<float> target_logits(const Head& head, const int64_t* targets
   std::vector<float> z(M);
   at::parallel_for(0, M, 64, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
-      const float product = dot(x + m * D, w + targets[m] * head.weight.stride(0), D);
-      z[m] = product * head.scale + head.bias_at(targets[m]);
+      const float raw = dot(x + m * D, w + targets[m] * head.weight.stride(0), D);
+      z[m] = raw * head.scale + head.bias_at(targets[m]);
       if (head.softcap) z[m] = *head.softcap * std::tanh(z[m] / *head.softcap);
     }
   });
   return z;
 }
 
-// Products to logits, in place, for the tile that starts at entry v0
+// Finishes logits in place (scale, bias, soft cap), for the tile that starts at entry v0
 inline void finish_logits(const Head& head, int64_t v0, int64_t count, float* z) {
   if (head.scale == 1.f && !head.bias.defined() && !head.softcap) return;
   const Vec scale(head.scale), cap(head.softcap.value_or(1.f)), inverse(head.inverse_cap());
@@ -126,8 +126,7 @@ void for_each_tile(const Heads<N>& heads, const Visit& visit) {
   });
 }
 
-// What a pass finds for each group of columns and row, to be reduced in a fixed order, whatever
-// the threads did
+// One number for each group of columns and row, reduced in a fixed order whatever the threads did
 class Partial {
  public:
   Partial(int64_t groups, int64_t padded, float start)
@@ -166,10 +165,10 @@ std::array<std::vector<float>, N> largest_logits(const Heads<N>& heads) {
         largest.store(at);
       }
   });
-  std::array<std::vector<float>, N> found;
+  std::array<std::vector<float>, N> largest;
   for (size_t i = 0; i < N; ++i)
-    for (int64_t m = 0; m < heads.M(); ++m) found[i].push_back(top[i].max(m));
-  return found;
+    for (int64_t m = 0; m < heads.M(); ++m) largest[i].push_back(top[i].max(m));
+  return largest;
 }
 
 inline at::Tensor as_index(const std::vector<int64_t>& rows, const at::Tensor& targets) {

@@ -18,7 +18,7 @@ namespace sepo {
 
 constexpr int64_t TILE_V = 64;        // vocabulary entries of a tile
 constexpr int64_t TILE_M = 64;        // rows of a tile: 16 KiB of float32, half of a first-level cache
-constexpr int64_t GROUP_TILES = 8;    // tiles of one unit of work: its sums have a place of their own
+constexpr int64_t GROUP_TILES = 8;    // tiles of one task: it has sums of its own
 constexpr int64_t GROUP_V = TILE_V * GROUP_TILES;
 
 // x.T in blocks of TILE_M rows, as brgemm wants its right operand: (blocks, ceil(D / 2), TILE_M, 2)

@@ -8,11 +8,11 @@
 TORCH_LIBRARY_FRAGMENT(sepo, m) {
   m.def("native_bfloat16_tiles() -> bool", &sepo::bfloat16_tiles);
   sepo::define_segment_operators(m);
-  // slope (M, V) with its rows as the fast dimension is written: slope / unit of loops.py, zero at
-  // the targets
+  // writes dlogits (M, V), its rows the fast dimension: dlogits / row_scale of loops.py, zero at the
+  // targets
   m.def(
       "native_logprob_fused(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float scale,"
-      " float? softcap, Tensor(a!)? slope) -> (Tensor logp, Tensor lse, Tensor unit)");
+      " float? softcap, Tensor(a!)? dlogits) -> (Tensor logp, Tensor lse, Tensor row_scale)");
   // direction 0: KL(ref||policy), 1: KL(policy||ref); first, second (M, V) with the rows as their
   // fast dimension, bfloat16 and float16, are written for combine
   m.def(
@@ -24,15 +24,16 @@ TORCH_LIBRARY_FRAGMENT(sepo, m) {
       "native_kl_combine(Tensor first, Tensor second, Tensor targets, int start,"
       " Tensor kl, Tensor state, Tensor grad_logp, Tensor grad_kl, int direction, Tensor(a!) out)"
       " -> ()");
-  // z, ref_z (M, V) float32 or float64 products, overwritten; first, second (M, V), which may be
-  // they, are written with -dlogp/dz and dKL/dz; returns logp, ref_logp and KL (3, M)
+  // z, ref_z (M, V) float32 or float64 GEMMs, overwritten; first, second (M, V), which may be they,
+  // are written with -dlogp/dz and dKL/dz; returns logp, ref_logp and KL (3, M)
   m.def(
       "native_kl_rows(Tensor(a!) z, Tensor(b!) ref_z, Tensor? bias, Tensor? ref_bias, Tensor targets,"
       " float scale, float? softcap, int direction, Tensor(c!)? first, Tensor(d!)? second) -> Tensor");
-  // z (M, V) float32 or float64 products, overwritten; slope (M, V) may be z: slope / unit of loops.py
+  // z (M, V) float32 or float64 GEMM, overwritten; dlogits (M, V), which may be z, is written with
+  // dlogits / row_scale of loops.py
   m.def(
       "native_logprob_rows(Tensor(a!) z, Tensor? bias, Tensor targets, float scale, float? softcap,"
-      " Tensor(b!)? slope) -> (Tensor logp, Tensor lse, Tensor unit)");
+      " Tensor(b!)? dlogits) -> (Tensor logp, Tensor lse, Tensor row_scale)");
   m.def(
       "native_kl_combine_rows(Tensor first, Tensor second, Tensor grad_logp, Tensor grad_kl,"
       " Tensor(a!) out) -> ()");

@@ -24,10 +24,10 @@ Tensor segment_sum_bwd(const Tensor& grad_sum, const Tensor& cu_rows, int64_t M)
 
 std::tuple<Tensor, Tensor, Tensor> logprob_fused(
     const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& targets, double scale,
-    std::optional<double> softcap, const Maybe& slope);
+    std::optional<double> softcap, const Maybe& dlogits);
 std::tuple<Tensor, Tensor, Tensor> logprob_rows(
     const Tensor& z, const Maybe& bias, const Tensor& targets, double scale,
-    std::optional<double> softcap, const Maybe& slope);
+    std::optional<double> softcap, const Maybe& dlogits);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kl_fused(
     const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& ref_x,

@@ -1,5 +1,5 @@
-// Attention of packed pairs on a CPU, with float32 sums: scores are made, turned into weights and
-// used while they are in cache, and never stored; backward makes them again.
+// Attention of packed pairs on a CPU, with float32 sums: scores are computed, turned into weights and
+// used while they are in cache, and never stored; backward recomputes them.
 //
 // A task is one pair and one head of keys with all queries that share it, so a task owns its part
 // of every gradient: nothing is shared, and any number of threads gives the same bits.
@@ -214,7 +214,7 @@ class Backward {
       make_scores(part, d, query_.data(), keys_transposed_.tile(t), z);
       queries.mask(t, part, z);
       make_scores(part, d, grad_out_.data(), values_transposed_.tile(t), grad_weight);
-      slopes(part, z, grad_weight, lse, delta, grad_score, weight, right_grad_score);
+      differentiate(part, z, grad_weight, lse, delta, grad_score, weight, right_grad_score);
       sum_over_keys(part, d, grad_score, keys_.tile(t), grad_query_.data(), t > queries.tile_begin);
       float *to_k = sums.k.data() + t * TILE * d, *to_v = sums.v.data() + t * TILE * d;
       add_over_queries(part, d, query_transposed_.data(), PAIRED ? right_grad_score : grad_score,
@@ -229,30 +229,30 @@ class Backward {
 
   // weight = exp(score - lse), and the gradient of the score, weight (grad_weight - delta) scale;
   // as right operands brgemm wants them paired, the gradient once more beside the left operand
-  void slopes(const Part& part, const float* z, const float* grad_weight, const float* lse,
-              const float* delta, T* grad_score, T* weights,
-              [[maybe_unused]] T* right_grad_score) const {
+  void differentiate(const Part& part, const float* z, const float* grad_weight, const float* lse,
+                     const float* delta, T* grad_score, T* weights,
+                     [[maybe_unused]] T* right_grad_score) const {
     const Vec scale(shape_.scale);
     part.for_blocks([&](int64_t first, int64_t rows, int64_t keys) {
       for (int64_t i = first; i < first + rows; i += 2) {
         for (int64_t j = 0; j < keys; j += LANES) {
-          Vec weight[2], slope[2];
+          Vec weight[2], grad[2];
           for (int64_t r = 0; r < 2; ++r) {
             const int64_t at = (i + r) * TILE + j;
             weight[r] = exponential<T>(at::vec::fmadd(Vec::loadu(z + at), scale, Vec(-lse[i + r])));
-            slope[r] = weight[r] * (Vec::loadu(grad_weight + at) - Vec(delta[i + r])) * scale;
+            grad[r] = weight[r] * (Vec::loadu(grad_weight + at) - Vec(delta[i + r])) * scale;
           }
           if constexpr (PAIRED) {
             store_interleaved(weight[0], weight[1], weights + i * TILE + 2 * j);
-            store_interleaved(slope[0], slope[1], right_grad_score + i * TILE + 2 * j);
+            store_interleaved(grad[0], grad[1], right_grad_score + i * TILE + 2 * j);
           }
           for (int64_t r = 0; r < 2; ++r) {
             const int64_t at = (i + r) * TILE + j;
             if constexpr (PAIRED) {
-              at::vec::convert_float_bfloat16(slope[r], slope[r]).store(grad_score + at, LANES);
+              at::vec::convert_float_bfloat16(grad[r], grad[r]).store(grad_score + at, LANES);
             } else {
               weight[r].store(weights + at);
-              slope[r].store(grad_score + at);
+              grad[r].store(grad_score + at);
             }
           }
         }

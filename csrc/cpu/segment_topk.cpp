@@ -92,15 +92,15 @@ void select(
   int64_t count = T;
   while (low < high && count != K) {
     const Bits middle = Bits(low + Bits(high - low) / 2 + 1);
-    const int64_t found = count_from(key, T, middle);
-    if (found >= K) {
+    const int64_t from_middle = count_from(key, T, middle);
+    if (from_middle >= K) {
       low = middle;
-      count = found;
+      count = from_middle;
     } else {
       high = Bits(middle - 1);
     }
   }
-  // what is too much are ties at low, and the later ones go
+  // the surplus are ties at low, of which the later ones are left out
   int64_t tie_stop = T;
   for (int64_t surplus = count - K; surplus > 0;) surplus -= key[--tie_stop] == low;
   const int64_t n = write_from(key, 0, tie_stop, low, start, 0, K, index);

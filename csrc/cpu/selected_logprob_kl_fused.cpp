@@ -1,5 +1,5 @@
-// selected_logprob_kl for bfloat16: both heads' products in one pass over the vocabulary, from
-// float32 logits that stay in cache.
+// selected_logprob_kl for bfloat16: both heads' GEMMs in one pass over the vocabulary, from float32
+// logits that stay in cache.
 //
 // With a, b the logits of policy and reference, each less its logit of the target (or, where the
 // target is next to impossible, less its largest), e^a and e^b their exponentials, A and B the
@@ -7,9 +7,9 @@
 //
 //   log p = a - log A      log q = b - log B      log q - log p = d - (log B - log A)
 //
-// Kept for the backward, because A and B are known only at the end: max(e^a, e^b) in bfloat16 and
-// d in float16. Of p and q the larger is exact to its rounding, the other is it times e^-|d|, and
-// near the reference p - q comes from d, not from two rounded numbers.
+// Saved for the backward, because A and B are known only at the end: max(e^a, e^b) in bfloat16 and
+// d in float16. Of p and q the larger is exact to its rounding and the other is it times e^-|d|; near
+// the reference p - q comes from d, not from two rounded numbers.
 
 #include <tuple>
 
@@ -33,16 +33,16 @@ struct Sums {
   Partial a, b, weighted;  // of e^a, of e^b, of d weighted with e^b or e^a; the target left out
 };
 
-struct Kept {
+struct Blocks {
   at::BFloat16* first = nullptr;  // (V, M), rows at stride ld
   at::Half* second = nullptr;
   int64_t ld_first = 0, ld_second = 0;
 };
 
-template <bool KEEP>
+template <bool WRITE_BLOCKS>
 Sums sum_pass(
     const Heads<2>& heads, const TargetIndex& index, const int64_t* targets, const Pair& shift,
-    Direction direction, Kept kept) {
+    Direction direction, Blocks blocks) {
   const auto shift_a = padded_copy(shift.a, heads.padded());
   const auto shift_b = padded_copy(shift.b, heads.padded());
   const Partial zero(heads.groups(), heads.padded(), 0.f);
@@ -51,7 +51,7 @@ Sums sum_pass(
     const int64_t m0 = block * TILE_M, in_block = heads.rows[0].block_rows(block);
     index.visit(v0, m0, m0 + in_block, [&](int64_t m) {
       const int64_t at = (targets[m] - v0) * TILE_M + m - m0;
-      z[0][at] = z[1][at] = NOWHERE;  // the sums are made without it
+      z[0][at] = z[1][at] = NOWHERE;  // the sums leave it out
     });
     for (int64_t lane = 0; lane < in_block; lane += 2 * LANES) {
       const int64_t m = m0 + lane, width = std::min(2 * LANES, in_block - lane);
@@ -65,8 +65,8 @@ Sums sum_pass(
           const Vec to_b = Vec::loadu(&shift_b[m + i * LANES]);
           const Vec exp_a = (a - to_a).exp_u20(), exp_b = (b - to_b).exp_u20();
           larger[i] = at::vec::maximum(exp_a, exp_b);
-          // b - a first: near the reference it is exact. It is none where both heads rule a word
-          // out; what has no weight may have 0
+          // b - a first: near the reference it is exact. It is NaN where both heads rule a word
+          // out: without weight it may be 0
           const Vec zero(0.f), any = (b - a) - (to_b - to_a);
           const Vec d = Vec::blendv(at::vec::clamp(any, Vec(-LARGEST_HALF), Vec(LARGEST_HALF)), zero,
                                     larger[i] == zero);
@@ -75,11 +75,11 @@ Sums sum_pass(
           weighted[i] = at::vec::fmadd(direction == REF_POLICY ? exp_b : exp_a, d, weighted[i]);
           distance[i] = d;
         }
-        if constexpr (KEEP) {
+        if constexpr (WRITE_BLOCKS) {
           at::vec::convert_float_bfloat16(larger[0], larger[1])
-              .store(kept.first + (v0 + v) * kept.ld_first + m, width);
+              .store(blocks.first + (v0 + v) * blocks.ld_first + m, width);
           at::vec::convert_float_half(distance[0], distance[1])
-              .store(kept.second + (v0 + v) * kept.ld_second + m, width);
+              .store(blocks.second + (v0 + v) * blocks.ld_second + m, width);
         }
       }
       for (int64_t i = 0; i < 2; ++i) {
@@ -94,10 +94,10 @@ Sums sum_pass(
   return sums;
 }
 
-struct Found {
+struct Results {
   at::Tensor logp, ref_logp, kl;  // (M,) float32
   at::Tensor state;               // (M, NUM_STATE) float32
-  std::vector<int64_t> again;     // rows whose sums are too large for their shift
+  std::vector<int64_t> to_redo;     // rows whose sums are too large for their shift
 };
 
 // log(e^distance + tail); exact for a row that is sure of its target
@@ -105,23 +105,23 @@ double log_sum(double distance, double tail) {
   return distance == 0. ? std::log1p(tail) : std::log(std::exp(distance) + tail);
 }
 
-Found run(
+Results run(
     const Heads<2>& heads, const int64_t* targets, const Pair& target, const Pair& shift,
     Direction direction, const std::optional<at::Tensor>& first,
     const std::optional<at::Tensor>& second) {
   const int64_t M = heads.M();
-  Kept kept;
+  Blocks blocks;
   if (first)
-    kept = {first->mutable_data_ptr<at::BFloat16>(), second->mutable_data_ptr<at::Half>(),
+    blocks = {first->mutable_data_ptr<at::BFloat16>(), second->mutable_data_ptr<at::Half>(),
             first->stride(1), second->stride(1)};
   const TargetIndex index(targets, M, heads.V());
-  const Sums sums = first ? sum_pass<true>(heads, index, targets, shift, direction, kept)
-                          : sum_pass<false>(heads, index, targets, shift, direction, kept);
-  Found found{heads.floats({M}), heads.floats({M}), heads.floats({M}),
+  const Sums sums = first ? sum_pass<true>(heads, index, targets, shift, direction, blocks)
+                          : sum_pass<false>(heads, index, targets, shift, direction, blocks);
+  Results results{heads.floats({M}), heads.floats({M}), heads.floats({M}),
               heads.floats({M, NUM_STATE}), {}};
-  float* state = found.state.mutable_data_ptr<float>();
-  float *logp = found.logp.mutable_data_ptr<float>(),
-        *ref_logp = found.ref_logp.mutable_data_ptr<float>(), *kl = found.kl.mutable_data_ptr<float>();
+  float* state = results.state.mutable_data_ptr<float>();
+  float *logp = results.logp.mutable_data_ptr<float>(),
+        *ref_logp = results.ref_logp.mutable_data_ptr<float>(), *kl = results.kl.mutable_data_ptr<float>();
   for (int64_t m = 0; m < M; ++m, state += NUM_STATE) {
     const float at_a = target.a[m] - shift.a[m], at_b = target.b[m] - shift.b[m];
     const float d = std::clamp(at_b - at_a, -LARGEST_HALF, LARGEST_HALF);
@@ -135,9 +135,9 @@ Found run(
     state[AT_TARGET] = target.a[m];
     state[LOG_A] = log_a, state[LOG_B] = log_b, state[SHIFT] = shift.a[m];
     state[INVERSE_CAP] = heads.head[0].inverse_cap();
-    if (!(a < LARGEST_SUM && b < LARGEST_SUM)) found.again.push_back(m);
+    if (!(a < LARGEST_SUM && b < LARGEST_SUM)) results.to_redo.push_back(m);
   }
-  return found;
+  return results;
 }
 
 }  // namespace
@@ -148,13 +148,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_fused(
     const at::Tensor& targets, double scale, std::optional<double> softcap, int64_t direction,
     const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& second) {
   const at::Tensor at = targets.contiguous();
-  const int64_t* where = at.const_data_ptr<int64_t>();
+  const int64_t* target_ids = at.const_data_ptr<int64_t>();
   const Head a(x, weight, bias, scale, softcap), b(ref_x, ref_weight, ref_bias, scale, softcap);
-  const Pair target{target_logits(a, where), target_logits(b, where)};
-  Found found = run(pack(a, b), where, target, target, Direction(direction), first, second);
-  if (!found.again.empty()) {
-    const at::Tensor index = as_index(found.again, at), some_at = at.index_select(0, index);
-    const int64_t* some_where = some_at.const_data_ptr<int64_t>();
+  const Pair target{target_logits(a, target_ids), target_logits(b, target_ids)};
+  Results results = run(pack(a, b), target_ids, target, target, Direction(direction), first, second);
+  if (!results.to_redo.empty()) {
+    const at::Tensor index = as_index(results.to_redo, at), some_at = at.index_select(0, index);
+    const int64_t* some_target_ids = some_at.const_data_ptr<int64_t>();
     const Head some_a = a.at_rows(index), some_b = b.at_rows(index);
     const auto heads = pack(some_a, some_b);
     const auto block = [&](const std::optional<at::Tensor>& whole) {
@@ -163,23 +163,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_fused(
     };
     const auto some_first = block(first), some_second = block(second);
     const auto top = largest_logits(heads);
-    const Found redone = run(
-        heads, some_where, {target_logits(some_a, some_where), target_logits(some_b, some_where)},
+    const Results redone = run(
+        heads, some_target_ids,
+        {target_logits(some_a, some_target_ids), target_logits(some_b, some_target_ids)},
         {top[0], top[1]}, Direction(direction), some_first, some_second);
-    found.logp.index_copy_(0, index, redone.logp);
-    found.ref_logp.index_copy_(0, index, redone.ref_logp);
-    found.kl.index_copy_(0, index, redone.kl);
-    found.state.index_copy_(0, index, redone.state);
+    results.logp.index_copy_(0, index, redone.logp);
+    results.ref_logp.index_copy_(0, index, redone.ref_logp);
+    results.kl.index_copy_(0, index, redone.kl);
+    results.state.index_copy_(0, index, redone.state);
     if (first) {
       at::Tensor(*first).index_copy_(0, index, *some_first);
       at::Tensor(*second).index_copy_(0, index, *some_second);
     }
   }
-  return {found.logp, found.ref_logp, found.kl, found.state};
+  return {results.logp, results.ref_logp, results.kl, results.state};
 }
 
-// out = dZ for the columns that start at `start`, but zero at the targets, whose part the caller
-// adds in float32; all blocks (rows, columns), rows the fast dimension
+// Writes dZ of the columns that start at `start`, but zero at the targets, whose part the caller
+// adds in float32; all blocks are (rows, columns), rows the fast dimension
 void kl_combine(
     const at::Tensor& first, const at::Tensor& second, const at::Tensor& targets, int64_t start,
     const at::Tensor& kl, const at::Tensor& state, const at::Tensor& grad_logp,
@@ -191,7 +192,8 @@ void kl_combine(
     const float* data = flat.const_data_ptr<float>();
     return padded_copy(std::vector<float>(data, data + M), padded);
   };
-  const auto log_a = lanes(rows.select(0, LOG_A)), log_b = lanes(rows.select(0, LOG_B)), shift = lanes(rows.select(0, SHIFT));
+  const auto log_a = lanes(rows.select(0, LOG_A)), log_b = lanes(rows.select(0, LOG_B));
+  const auto shift = lanes(rows.select(0, SHIFT));
   const auto g_logp = lanes(grad_logp), g_kl = lanes(grad_kl), kls = lanes(kl);
   const float inverse_cap = M ? rows.select(0, INVERSE_CAP).const_data_ptr<float>()[0] : 0.f;
   const auto* from = first.const_data_ptr<at::BFloat16>();
@@ -236,9 +238,10 @@ void kl_combine(
       }
   });
 
-  const at::Tensor where = targets.contiguous();
+  const at::Tensor targets_here = targets.contiguous();
+  const int64_t* target_ids = targets_here.const_data_ptr<int64_t>();
   for (int64_t m = 0; m < M; ++m) {
-    const int64_t v = where.const_data_ptr<int64_t>()[m] - start;
+    const int64_t v = target_ids[m] - start;
     if (v >= 0 && v < columns) to[v * ld_to + m] = 0.f;
   }
 }

@@ -1,4 +1,4 @@
-// selected_logprob_kl from both heads' logits, which library products have written: one thread a
+// selected_logprob_kl from both heads' logits, which library GEMMs have written: one thread a
 // row; sums in float64 from blocks of a row, so that near the reference the KL keeps its digits.
 #include <algorithm>
 #include <tuple>
@@ -16,7 +16,7 @@ struct Sums {
   double a = 0, b = 0, weighted = 0;  // of e^a, of e^b, of (b - a) weighted with e^b or e^a
 };
 
-// Their product; 0 where the weight is 0, for an infinite x and for none (NaN) too
+// weight * x, but 0 where the weight is 0, for an infinite x and for NaN too
 template <typename T>
 VecOf<T> weighed(const VecOf<T>& weight, const VecOf<T>& x) {
   const VecOf<T> zero(T(0));
@@ -48,7 +48,7 @@ Sums<T> sum_row(const T* z, const T* ref_z, int64_t V, T c, T ref_c, Direction d
 
 // z becomes -dlogp/dz and ref_z dKL/dz, but for the target; shift = ref_lse - lse, not rounded twice
 template <typename T>
-void slope_row(T* z, T* ref_z, int64_t V, T lse, T ref_lse, T shift, T kl, Direction direction,
+void dlogits_row(T* z, T* ref_z, int64_t V, T lse, T ref_lse, T shift, T kl, Direction direction,
                const Finish<T>& finish) {
   const VecOf<T> zero(T(0));
   for (int64_t v = 0; v < V; v += VecOf<T>::size()) {
@@ -83,10 +83,10 @@ void do_rows(
     const at::Tensor& z, const at::Tensor& ref_z, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ref_bias, const at::Tensor& targets, double scale,
     std::optional<double> softcap, Direction direction, const std::optional<at::Tensor>& first,
-    const std::optional<at::Tensor>& second, at::Tensor& found) {
+    const std::optional<at::Tensor>& second, at::Tensor& results) {
   const Finish<T> finish(bias, scale, softcap), ref_finish(ref_bias, scale, softcap);
   const int64_t M = z.size(0), V = z.size(1);
-  T *logp = found.mutable_data_ptr<T>(), *ref_logp = logp + M, *kl = ref_logp + M;
+  T *logp = results.mutable_data_ptr<T>(), *ref_logp = logp + M, *kl = ref_logp + M;
   const int64_t* target = targets.const_data_ptr<int64_t>();
   at::parallel_for(0, M, 1, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
@@ -101,7 +101,7 @@ void do_rows(
       kl[m] = direction == REF_POLICY ? sums.weighted / sums.b - shift : shift - sums.weighted / sums.a;
       if (!first) continue;
       const T between = (double(ref_c) - double(c)) + shift;
-      slope_row<T>(a, b, V, c + log_a, ref_c + log_b, between, kl[m], direction, finish);
+      dlogits_row<T>(a, b, V, c + log_a, ref_c + log_b, between, kl[m], direction, finish);
       a[target[m]] = std::expm1(logp[m]) * finish.derivative(at);
       write(a, first->mutable_data_ptr<To>() + m * first->stride(0), V);
       write(b, second->mutable_data_ptr<To>() + m * second->stride(0), V);
@@ -117,10 +117,10 @@ at::Tensor kl_rows(
     std::optional<double> softcap, int64_t direction, const std::optional<at::Tensor>& first,
     const std::optional<at::Tensor>& second) {
   const at::Tensor at = targets.contiguous();
-  auto found = z.new_empty({3, z.size(0)});
+  auto results = z.new_empty({3, z.size(0)});
   const auto to = first ? first->scalar_type() : z.scalar_type();
   const auto call = [&](auto kernel) {
-    kernel(z, ref_z, bias, ref_bias, at, scale, softcap, Direction(direction), first, second, found);
+    kernel(z, ref_z, bias, ref_bias, at, scale, softcap, Direction(direction), first, second, results);
   };
   if (z.scalar_type() == at::kDouble) {
     call(do_rows<double, double>);
@@ -131,7 +131,7 @@ at::Tensor kl_rows(
   } else {
     call(do_rows<float, at::Half>);
   }
-  return found;
+  return results;
 }
 
 namespace {

@@ -1,4 +1,4 @@
-// selected_logprob from logits that a library product has written: one thread a row, passes over a
+// selected_logprob from logits that a library GEMM has written: one thread a row, passes over a
 // row that the first of them brought into cache.
 #include <tuple>
 
@@ -8,8 +8,8 @@
 namespace sepo {
 namespace {
 
-// z becomes exp(z - c) * cap'(z) if SLOPE; returns the sum of exp(z - c)
-template <typename T, bool SLOPE>
+// Sums exp(z - c); overwrites z with exp(z - c) * cap'(z) if WRITE_DLOGITS
+template <typename T, bool WRITE_DLOGITS>
 double exponentials(T* z, int64_t V, T c, const Finish<T>& finish) {
   const VecOf<T> reference(c);
   double total = 0;  // of blocks: the fewer lanes a vector has, the longer the sum in each
@@ -20,7 +20,7 @@ double exponentials(T* z, int64_t V, T c, const Finish<T>& finish) {
       const VecOf<T> y = VecOf<T>::loadu(z + v, width);
       VecOf<T> e = (y - reference).exp();
       sum = sum + only(e, width);
-      if constexpr (SLOPE) {
+      if constexpr (WRITE_DLOGITS) {
         if (finish.softcap) e = e * finish.derivative(y);
         e.store(z + v, width);
       }
@@ -31,50 +31,50 @@ double exponentials(T* z, int64_t V, T c, const Finish<T>& finish) {
 }
 
 struct Row {
-  double logp, lse, unit;
+  double logp, lse, row_scale;
 };
 
-// One row: z (V,) products, overwritten; slope (V,) or null, which may be z.
+// Computes one row from z (V,), before scale, bias and cap, overwritten; dlogits (V,) or null, may be z
 template <typename T, typename To>
-Row do_row(T* z, To* slope, int64_t V, int64_t target, const Finish<T>& finish) {
+Row do_row(T* z, To* dlogits, int64_t V, int64_t target, const Finish<T>& finish) {
   const T top = finish(z, V), at_target = z[target], distance = at_target - top;
   z[target] = -std::numeric_limits<T>::infinity();  // summed apart: see logp below
-  const T tail = slope ? exponentials<T, true>(z, V, top, finish)
+  const T tail = dlogits ? exponentials<T, true>(z, V, top, finish)
                        : exponentials<T, false>(z, V, top, finish);
   const T sum = tail + std::exp(distance);
   // log1p keeps the relative precision of a row that is sure of its target
   const T logp = distance == T(0) ? -std::log1p(tail) : distance - std::log(sum);
-  T unit(1);
-  if (slope) {
+  T row_scale(1);
+  if (dlogits) {
     const T entry = -tail * finish.derivative(at_target);
-    if (static_cast<void*>(slope) == static_cast<void*>(z)) {
+    if (static_cast<void*>(dlogits) == static_cast<void*>(z)) {
       z[target] = entry;
-      unit = T(1) / sum;
+      row_scale = T(1) / sum;
     } else if constexpr (!std::is_same_v<T, To>) {
       const VecOf<T> factor(T(1) / sum);
       z[target] = entry;
-      at::vec::map([factor](VecOf<T> e) { return e * factor; }, slope, z, V);
+      at::vec::map([factor](VecOf<T> e) { return e * factor; }, dlogits, z, V);
     }
   }
-  return {logp, at_target - logp, unit};
+  return {logp, at_target - logp, row_scale};
 }
 
 template <typename T, typename To>
 void do_rows(
     const at::Tensor& z, const std::optional<at::Tensor>& bias, const at::Tensor& targets, double scale,
-    std::optional<double> softcap, const std::optional<at::Tensor>& slope, at::Tensor& logp,
-    at::Tensor& lse, at::Tensor& unit) {
-  const int64_t V = z.size(1), stride = z.stride(0), slope_stride = slope ? slope->stride(0) : 0;
+    std::optional<double> softcap, const std::optional<at::Tensor>& dlogits, at::Tensor& logp,
+    at::Tensor& lse, at::Tensor& row_scale) {
+  const int64_t V = z.size(1), stride = z.stride(0), dlogits_stride = dlogits ? dlogits->stride(0) : 0;
   const Finish<T> finish(bias, scale, softcap);
   T *at = z.mutable_data_ptr<T>(), *out[3] = {
-      logp.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>(), unit.mutable_data_ptr<T>()};
-  To* to = slope ? slope->mutable_data_ptr<To>() : nullptr;
+      logp.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>(), row_scale.mutable_data_ptr<T>()};
+  To* to = dlogits ? dlogits->mutable_data_ptr<To>() : nullptr;
   const int64_t* target = targets.const_data_ptr<int64_t>();
   at::parallel_for(0, z.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
-      To* row = to ? to + m * slope_stride : nullptr;
+      To* row = to ? to + m * dlogits_stride : nullptr;
       const Row r = do_row<T, To>(at + m * stride, row, V, target[m], finish);
-      out[0][m] = r.logp, out[1][m] = r.lse, out[2][m] = r.unit;
+      out[0][m] = r.logp, out[1][m] = r.lse, out[2][m] = r.row_scale;
     }
   });
 }
@@ -83,13 +83,13 @@ void do_rows(
 
 std::tuple<Tensor, Tensor, Tensor> logprob_rows(
     const Tensor& z, const Maybe& bias, const Tensor& targets, double scale,
-    std::optional<double> softcap, const Maybe& slope) {
+    std::optional<double> softcap, const Maybe& dlogits) {
   const at::Tensor at = targets.contiguous();
   auto logp = z.new_empty({z.size(0)});
-  auto lse = z.new_empty({z.size(0)}), unit = z.new_empty({z.size(0)});
-  const auto to = slope ? slope->scalar_type() : z.scalar_type();
+  auto lse = z.new_empty({z.size(0)}), row_scale = z.new_empty({z.size(0)});
+  const auto to = dlogits ? dlogits->scalar_type() : z.scalar_type();
   const auto call = [&](auto kernel) {
-    kernel(z, bias, at, scale, softcap, slope, logp, lse, unit);
+    kernel(z, bias, at, scale, softcap, dlogits, logp, lse, row_scale);
   };
   if (z.scalar_type() == at::kDouble) {
     call(do_rows<double, double>);
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> logprob_rows(
   } else {
     call(do_rows<float, at::Half>);
   }
-  return {logp, lse, unit};
+  return {logp, lse, row_scale};
 }
 
 }  // namespace sepo

@@ -1,4 +1,4 @@
-// What every vectorised CPU kernel of bfloat16 and float32 counts in.
+// Vector types and widths of the CPU kernels of bfloat16 and float32.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>

@@ -1,5 +1,5 @@
 // Sums over segments, one block each: every thread adds its own values, a fixed tree adds threads.
-// In double, whatever comes in: there are few values, and a loss is what they add up to.
+// In double for any input dtype: there are few values, and they add up to a loss.
 #include "segment_reduce.h"
 
 #include "launch.h"

@@ -1,8 +1,8 @@
-// Segmented top-k % by radix selection: one block a segment, which stays where it is.
+// Segmented top-k % by radix selection: one block a segment, which is not copied.
 //
 // Pass after pass over 8 bits of the keys, from the top, a histogram narrows the K-th best key down
 // to a prefix; then each warp writes the selected tokens of its own stretch, in order. The keys are
-// made anew in every pass: that costs a few instructions, and keeping them would cost a workspace.
+// recomputed in every pass: that costs a few instructions, and storing them would cost a workspace.
 #include "segment_topk.h"
 
 #include "../ordered_key.h"
@@ -27,7 +27,7 @@ struct Bin {
 __device__ void find_bin(
     const unsigned* histogram,  // (BINS,)
     unsigned rank,              // 0 < rank <= the sum of the histogram
-    Bin* found                  // out, written by one lane
+    Bin* bin                    // out, written by one lane
 ) {
   constexpr int EACH = BINS / WARP;
   const int lane = threadIdx.x % WARP;
@@ -43,7 +43,7 @@ __device__ void find_bin(
   if (above >= rank || upto < rank) return;
   unsigned digit = top;
   for (; above + histogram[digit] < rank; --digit) above += histogram[digit];
-  *found = {digit, histogram[digit], above};
+  *bin = {digit, histogram[digit], above};
 }
 
 // Of a warp's tokens, one a lane: which are above the prefix, and which are tied with it.
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(MAX_THREADS) select_tokens(
     tied = bin.size;
   }
 
-  // Each warp has a stretch of its own: counts it, learns what lies before it, then writes it.
+  // Each warp has a stretch of its own: it counts it, adds up the stretches before, then writes it.
   const unsigned warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const unsigned rounds = (T + blockDim.x - 1) / blockDim.x;
   const unsigned first = warp * rounds * WARP + lane;
@@ -109,9 +109,9 @@ __global__ void __launch_bounds__(MAX_THREADS) select_tokens(
   unsigned above_before = 0, tied_before = 0;
 #pragma unroll 4
   for (unsigned round = 0; round < rounds; ++round) {
-    const Compared<Bits> found = compare(round);
-    above_before += __popc(found.above);
-    tied_before += __popc(found.tied);
+    const Compared<Bits> lanes = compare(round);
+    above_before += __popc(lanes.above);
+    tied_before += __popc(lanes.tied);
   }
   if (lane == 0) {
     above_of[warp] = above_before;
@@ -125,15 +125,15 @@ __global__ void __launch_bounds__(MAX_THREADS) select_tokens(
   }
 #pragma unroll 4
   for (unsigned round = 0; round < rounds; ++round) {
-    const Compared<Bits> found = compare(round);
-    const unsigned tied_here = tied_before + __popc(found.tied & lanes_before);
-    const bool is_tied = found.tied >> lane & 1, is_above = found.above >> lane & 1;
+    const Compared<Bits> lanes = compare(round);
+    const unsigned tied_here = tied_before + __popc(lanes.tied & lanes_before);
+    const bool is_tied = lanes.tied >> lane & 1, is_above = lanes.above >> lane & 1;
     if (is_above || (is_tied && tied_here < ties)) {
-      const unsigned above_here = above_before + __popc(found.above & lanes_before);
+      const unsigned above_here = above_before + __popc(lanes.above & lanes_before);
       index[above_here + min(tied_here, ties)] = start + first + round * WARP;
     }
-    above_before += __popc(found.above);
-    tied_before += __popc(found.tied);
+    above_before += __popc(lanes.above);
+    tied_before += __popc(lanes.tied);
   }
 }
 

@@ -12,7 +12,7 @@ from examples.precision.arithmetic import Float64Only, tf32
 from sepo.data.selection import random_positions, select_positions
 from sepo.data.types import TokenPair
 from sepo.demo import evaluate
-from sepo.model.prepare import load_model
+from sepo.model.load import load_model
 from sepo.score.logp import response_logp
 
 MAX_TOKENS = 1024  # of a batch

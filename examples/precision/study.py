@@ -30,7 +30,7 @@ from sepo.demo.judge import sentiment
 from sepo.demo.run import ORACLE, POLICY, continue_openings, read_lines, score, train
 from sepo.demo.smollm2 import save_smollm2
 from sepo.errors import InputError
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 from sepo.score.score import score_dataset
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.trainer import SePOTrainer

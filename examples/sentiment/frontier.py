@@ -42,7 +42,7 @@ from sepo.demo.run import continue_openings, read_lines, score, train
 from sepo.demo.sample import Completion
 from sepo.demo.smollm2 import save_smollm2
 from sepo.errors import InputError, exit_with_one_line
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 from sepo.system.files import Atomic
 from sepo.trainer.methods import METHODS
 

@@ -23,7 +23,7 @@ from sepo.data.types import TokenPair
 from sepo.demo import DATA
 from sepo.errors import exit_with_one_line
 from sepo.masks import load_mask
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 
 TRAINED_ON = 96  # pairs, of those that the policies are trained on
 DECAY = 1e-3

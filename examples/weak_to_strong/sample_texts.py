@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sepo.demo.sample import sample
-from sepo_kernels.platform import fast_dtype
+from sepo_kernels.devices import fast_dtype
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sentiment"))
 from openings import training_openings  # noqa: E402  the directory is no package

@@ -19,13 +19,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.data.store.store import ScoredStore
 from sepo.demo import DATA
 from sepo.demo.evaluate import clustered_mean, kl_per_token, response_logp
 from sepo.demo.judge import sentiment
 from sepo.demo.lexicon import in_lexicon
 from sepo.demo.sample import sample
-from sepo_kernels.platform import fast_dtype
+from sepo_kernels.devices import fast_dtype
 
 FRACTION, SEED = 0.3, 0
 FILMS_PER_TEMPLATE = 12  # consecutive openings that differ by their film alone
@@ -212,7 +213,7 @@ def compare_selections(stores: dict[str, Path], baseline: str, tokenizer) -> dic
 
 
 def positions(pair, how: str) -> list[np.ndarray]:
-    _, *sides = make_segments(pair, how, fraction=FRACTION, seed=SEED)
+    _, *sides = make_segments(pair, Selection(how, fraction=FRACTION, seed=SEED))
     return [side.positions for side in sides]
 
 

@@ -4,6 +4,11 @@
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what a type checker and an editor see; `__getattr__` gives the same
+    from sepo.trainer.config import SePOConfig
+    from sepo.trainer.trainer import SePOTrainer
 
 from sepo import _moved
 
@@ -17,6 +22,10 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'sepo' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME} - {"TYPE_CHECKING", "importlib", "_moved"})
 
 
 _moved.install()

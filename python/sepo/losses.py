@@ -10,31 +10,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = [
+    "dpo_loss",
+    "dpop_logratio",
+    "dpop_loss",
+    "ipo_loss",
+    "rrhf_loss",
+    "sepo_loss",
+    "simpo_loss",
+    "sparsepo_loss",
+    "tdpo_loss",
+]
+
 
 def sepo_loss(
-    score: Tensor,  # (S,) mean logp of each segment's selected tokens
+    mean_logp: Tensor,  # (S,) of each segment's selected tokens
     *,
-    gamma: float,  # scale of the score difference, per nat
-    margin: float = 0.0,  # the paper's lambda, in units of gamma * score
+    gamma: float,  # scale of the difference, per nat
+    margin: float = 0.0,  # the paper's lambda, in units of gamma * mean_logp
 ) -> Tensor:  # (P,)
     """SePO (arXiv 2408.13518) eq. 11: -log sigmoid(gamma * (chosen - rejected) - margin).
 
-    Raises ValueError for a score that is not (2 P,).
+    Args:
+        mean_logp: (2 P,) floating point, nats: the mean log-probability of each segment's selected
+            tokens, chosen and rejected in turn.
+        gamma: scale of the difference, per nat.
+        margin: the paper's lambda, in units of gamma * mean_logp.
+
+    Returns:
+        Tensor: (P,) losses, in the dtype of mean_logp.
+
+    Raises:
+        ValueError: for a mean_logp that is not (2 P,).
     """
-    return -F.logsigmoid(gamma * _chosen_minus_rejected(score) - margin)
+    return -F.logsigmoid(gamma * _chosen_minus_rejected(mean_logp) - margin)
 
 
 def simpo_loss(
-    score: Tensor,  # (S,) mean logp of each response
+    mean_logp: Tensor,  # (S,) of each response
     *,
-    beta: float,  # scale of the score difference, per nat
-    margin: float,  # SimPO's gamma = beta * gamma_beta_ratio, in units of beta * score
+    beta: float,  # scale of the difference, per nat
+    margin: float,  # SimPO's gamma = beta * gamma_beta_ratio, in units of beta * mean_logp
 ) -> Tensor:  # (P,)
     """SimPO (arXiv 2405.14734) eq. 6: -log sigmoid(beta * (chosen - rejected) - margin).
 
-    Raises ValueError for a score that is not (2 P,).
+    Args:
+        mean_logp: (2 P,) floating point, nats: the mean log-probability of each response's tokens,
+            chosen and rejected in turn.
+        beta: scale of the difference, per nat.
+        margin: SimPO's gamma = beta * gamma_beta_ratio, in units of beta * mean_logp.
+
+    Returns:
+        Tensor: (P,) losses, in the dtype of mean_logp.
+
+    Raises:
+        ValueError: for a mean_logp that is not (2 P,).
     """
-    return -F.logsigmoid(beta * _chosen_minus_rejected(score) - margin)
+    return -F.logsigmoid(beta * _chosen_minus_rejected(mean_logp) - margin)
 
 
 def dpo_loss(
@@ -47,7 +79,18 @@ def dpo_loss(
 
     -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h).
 
-    Raises ValueError for a logratio that is not (2 P,).
+    Args:
+        logratio: (2 P,) floating point, nats: the sum over each response of logp - ref_logp, chosen
+            and rejected in turn.
+        beta: scale of the difference, per nat.
+        label_smoothing: probability that a pair's label is wrong, in [0, 0.5); above 0 the loss is
+            conservative DPO.
+
+    Returns:
+        Tensor: (P,) losses, in the dtype of logratio.
+
+    Raises:
+        ValueError: for a logratio that is not (2 P,).
     """
     h = beta * _chosen_minus_rejected(logratio)
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
@@ -60,23 +103,43 @@ def ipo_loss(
 ) -> Tensor:  # (P,)
     """IPO (arXiv 2310.12036) eq. 17: (h - 1 / (2 beta))^2, h = chosen - rejected.
 
-    Means are what its authors confirmed; sums make the target depend on the responses' lengths.
-    Raises ValueError for a logratio that is not (2 P,).
+    Args:
+        logratio: (2 P,) floating point, nats: the mean over each response of logp - ref_logp,
+            chosen and rejected in turn. Means are what the authors confirmed; sums, as first
+            published, make the target depend on the responses' lengths.
+        beta: the paper's tau, per nat.
+
+    Returns:
+        Tensor: (P,) losses, in the dtype of logratio.
+
+    Raises:
+        ValueError: for a logratio that is not (2 P,).
     """
     return (_chosen_minus_rejected(logratio) - 1 / (2 * beta)).square()
 
 
 def rrhf_loss(
-    score: Tensor,  # (S,) mean logp of each response over its own length
+    mean_logp: Tensor,  # (S,) of each response, over its own length
     chosen_nll: Tensor,  # (P,) -sum (the paper) or -mean of the chosen response's logp
     *,
     sft_weight: float = 1.0,
 ) -> Tensor:  # (P,)
     """RRHF (arXiv 2304.05302) eq. 3-5, two responses: max(0, rejected - chosen) + w chosen_nll.
 
-    Raises ValueError for a score that is not (2 P,), or a chosen_nll that is not (P,).
+    Args:
+        mean_logp: (2 P,) floating point, nats: the mean log-probability of each response over its
+            own length, chosen and rejected in turn.
+        chosen_nll: (P,) floating point, nats: minus the sum (the paper) or the mean of the chosen
+            response's log-probabilities.
+        sft_weight: w, the weight of chosen_nll.
+
+    Returns:
+        Tensor: (P,) losses, in the dtype of mean_logp.
+
+    Raises:
+        ValueError: for a mean_logp that is not (2 P,), or a chosen_nll that is not (P,).
     """
-    ranking = F.relu(-_chosen_minus_rejected(score))
+    ranking = F.relu(-_chosen_minus_rejected(mean_logp))
     if chosen_nll.shape != ranking.shape:
         raise ValueError(
             f"expected one chosen_nll a pair, ({len(ranking)},), got {tuple(chosen_nll.shape)}"
@@ -92,16 +155,43 @@ def dpop_loss(
 ) -> Tensor:  # (P,)
     """DPO-Positive (arXiv 2402.13228) eq. 3: -log sigmoid(beta (h - lambda max(0, -chosen))).
 
-    The penalty is inside beta. Raises ValueError for a logratio that is not (2 P,).
+    h = chosen - rejected; the penalty is inside beta.
+
+    Args:
+        logratio: (2 P,) floating point, nats: the sum over each response of logp - ref_logp, chosen
+            and rejected in turn.
+        beta: scale of the difference, per nat.
+        penalty: the paper's lambda, on a chosen response that is less likely than under the
+            reference.
+
+    Returns:
+        Tensor: (P,) losses, in the dtype of logratio.
+
+    Raises:
+        ValueError: for a logratio that is not (2 P,).
     """
-    return -F.logsigmoid(beta * _chosen_minus_rejected(positive(logratio, penalty)))
+    return -F.logsigmoid(beta * _chosen_minus_rejected(dpop_logratio(logratio, penalty)))
 
 
-def positive(
+def dpop_logratio(
     logratio: Tensor,  # (S,) sum over each response of logp - ref_logp
     penalty: float,
 ) -> Tensor:  # (S,)
-    """What DPOP compares: a chosen response below its reference counts 1 + penalty times."""
+    """Return what DPO-Positive (arXiv 2402.13228) compares; its reward divided by beta.
+
+    A chosen response below its reference counts 1 + penalty times.
+
+    Args:
+        logratio: (2 P,) floating point, nats: the sum over each response of logp - ref_logp, chosen
+            and rejected in turn.
+        penalty: the paper's lambda.
+
+    Returns:
+        Tensor: (2 P,) nats, in the dtype of logratio.
+
+    Raises:
+        ValueError: for a logratio that is not (2 P,).
+    """
     chosen, rejected = _pairs(logratio)
     return torch.stack([chosen - penalty * F.relu(-chosen), rejected], 1).flatten()
 
@@ -119,7 +209,20 @@ def tdpo_loss(
     variant 1, eq. 16: -log sigmoid(beta (h - (F_rejected - F_chosen)));
     variant 2, eq. 17: -log sigmoid(beta (h - alpha (F_rejected - stop_gradient(F_chosen)))).
 
-    Raises ValueError for values that are not (2 P,), or another variant.
+    Args:
+        logratio: (2 P,) floating point, nats: the sum over each response of logp - ref_logp, chosen
+            and rejected in turn.
+        kl: (2 P,) floating point, nats: the sum over each response of KL(ref || policy), token by
+            token.
+        beta: scale of the difference, per nat.
+        variant: 1 or 2.
+        alpha: weight of the KL in variant 2; variant 1 has none.
+
+    Returns:
+        Tensor: (P,) losses, in the dtype of logratio.
+
+    Raises:
+        ValueError: for values that are not (2 P,), or another variant.
     """
     if variant not in (1, 2):
         raise ValueError(f"expected variant 1 or 2, got {variant}")
@@ -141,8 +244,21 @@ def sparsepo_loss(
     "released", what its authors ran: -log sigmoid(beta (u + d)); with masks of 1 it is TDPO1;
     "paper", eq. 6-8, with KL(policy || ref): -log sigmoid(beta (u - d)).
 
-    The L1 norms of the masks are added by the caller. Raises ValueError for values that are not
-    (2 P,), or another form.
+    The L1 norms of the masks are added by the caller.
+
+    Args:
+        logratio: (2 P,) floating point, nats: the sum over each response of
+            m_u (logp - ref_logp), chosen and rejected in turn.
+        kl: (2 P,) floating point, nats: the sum over each response of m_d KL, of ref || policy for
+            "code", of policy || ref for "paper".
+        beta: scale of the difference, per nat.
+        form: "code" or "paper".
+
+    Returns:
+        Tensor: (P,) losses, in the dtype of logratio.
+
+    Raises:
+        ValueError: for values that are not (2 P,), or another form.
     """
     return -F.logsigmoid(beta * _chosen_minus_rejected(logratio + _sign(form) * kl))
 
@@ -162,4 +278,5 @@ def _chosen_minus_rejected(values: Tensor) -> Tensor:  # (S,) -> (P,)
 def _pairs(values: Tensor) -> tuple[Tensor, Tensor]:  # (S,) -> (P,), (P,)
     if values.ndim != 1 or values.shape[0] % 2:
         raise ValueError(f"expected one value a segment, (2 P,), got {tuple(values.shape)}")
-    return values.view(-1, 2).unbind(1)
+    chosen, rejected = values.view(-1, 2).unbind(1)
+    return chosen, rejected

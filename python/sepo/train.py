@@ -24,8 +24,9 @@ from sepo.data.types import TokenPair
 from sepo.flags.options import say_idle
 from sepo.flags.reading import read_data
 from sepo.model.folder import ModelFolder, find_folder
-from sepo.model.prepare import explain_attention, load_model, load_tokenizer
-from sepo.model.reference import Reference, cached_reference, load_reference
+from sepo.model.load import load_model, load_tokenizer
+from sepo.model.prepare import explain_attention
+from sepo.model.reference import ReferenceFolder
 from sepo.system.lock import contents, lock
 from sepo.terminal import release_warnings, say
 from sepo.trainer.adapters import lora_config, quantization_config
@@ -62,7 +63,7 @@ def train(args: SePOConfig) -> None:
     pairs, *eval_pairs = data.values()
     reference = None
     if METHODS[args.method].reference is not None:
-        reference = reference_of(args, policy, data, tokenizer)
+        reference = find_reference(args, policy, data, tokenizer)
     model = load_model(
         policy,
         dtype=getattr(torch, args.dtype),
@@ -125,27 +126,28 @@ def load_pairs(
     return read.pairs
 
 
-def reference_of(
+def find_reference(
     args: SePOConfig,
     policy: ModelFolder,
     data: dict[str, Sequence[TokenPair]],
     tokenizer: PreTrainedTokenizerBase,
-) -> Reference | None:
-    """Cached if all data keeps what the method reads, else live; None: the policy without adapters."""
-    path, named = policy, args.reference
+) -> ReferenceFolder:
+    """The folder of the reference, printed if it is not the policy's: the trainer decides the rest."""
+    folder, named = policy, args.reference
     if named is not None:
-        path = find_folder(named, trust_remote_code=args.trust_remote_code)
+        folder = find_folder(named, trust_remote_code=args.trust_remote_code)
         if args.should_log:
-            print(f"reference: {path}")
-    how = dict(
-        keep=METHODS[args.method].reference,
+            print(f"reference: {folder}")
+    return ReferenceFolder(
+        folder,
+        data,
+        tokenizer,
         dtype=compute_dtype(args),
+        weights_dtype=getattr(torch, args.dtype),
+        attn_impl=args.attn_impl,
         trust_remote_code=args.trust_remote_code,
+        adapters_stand_in=args.use_peft and named is None,
     )
-    if args.use_peft and named is None:
-        return cached_reference(path, data, tokenizer, **how)
-    like_policy = dict(weights_dtype=getattr(torch, args.dtype), attn_impl=args.attn_impl)
-    return load_reference(path, data, tokenizer, **how, **like_policy)
 
 
 def compute_dtype(args: SePOConfig) -> torch.dtype:

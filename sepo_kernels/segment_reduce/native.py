@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sepo_kernels import extension
 
-# asked here, once: Dynamo, which traces why_not, cannot trace the question
+# evaluated once: Dynamo traces why_not, and cannot trace the look-up
 _MISSING = {
     device: extension.why_not("native_segment_sum", torch.device(device))
     for device in ("cpu", "cuda")

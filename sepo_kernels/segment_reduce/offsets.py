@@ -13,7 +13,7 @@ def fwd(
     cu_rows: Tensor,  # (S + 1,) int32 or int64
 ) -> Tensor:  # (S,)
     # in double, because it adds one value after the other, and float32 would lose four digits of
-    # 70 000; unsafe: skips a check that would wait for the GPU
+    # 70 000; unsafe: skips a check that would synchronise
     options = dict(offsets=cu_rows.long(), initial=0.0, unsafe=True)
     return torch.segment_reduce(values.double(), "sum", **options).to(values.dtype)
 

@@ -1,4 +1,4 @@
-"""segment_topk by selection in C++ and CUDA: no sort, and a segment never leaves its thread or block."""
+"""segment_topk by selection in C++ and CUDA: no sort, one thread or block a segment."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from sepo_kernels.segment_topk.counts import selected_offsets
 
 SIDES = {"highest": 0, "lowest": 1, "alternate": 2}
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# asked here, once: Dynamo, which traces why_not, cannot trace the question
+# evaluated once: Dynamo traces why_not, and cannot trace the look-up
 _MISSING = {
     device: extension.why_not("native_segment_topk", torch.device(device))
     for device in ("cpu", "cuda")

@@ -28,5 +28,5 @@ def fwd(
     # after the second sort, place i holds rank i - cu[segment] of the segment of token i
     chosen = place - cu[segment] < cu_rows.diff()[segment]
     keep = torch.zeros_like(chosen).index_put_((order,), chosen)
-    # static: the size is known, and without it a GPU would be waited for
+    # static: the size is known, and without it a GPU would synchronise
     return torch.nonzero_static(keep, size=M)[:, 0].int(), cu_rows

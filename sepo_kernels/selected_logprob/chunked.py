@@ -1,14 +1,14 @@
-"""selected_logprob in plain PyTorch: library matrix products, and passes over one buffer.
+"""selected_logprob in plain PyTorch: library GEMMs, and passes over one buffer.
 
-The target's entry of the slope is expm1(logp), not p - 1: a confident row keeps its relative
-precision when the slope is rounded to bfloat16.
+The target's entry of dlogits is expm1(logp), not p - 1: a confident row keeps its relative
+precision when dlogits is rounded to bfloat16.
 """
 
 import torch
 from torch import Tensor
 
-from sepo_kernels import products
-from sepo_kernels.selected_logprob.loops import RowKernels
+from sepo_kernels import gemm
+from sepo_kernels.selected_logprob.loops import LogitKernels
 
 
 def forward(
@@ -18,43 +18,49 @@ def forward(
     targets: Tensor,  # (chunk,)
     scale: float,
     softcap: float | None,
-    slope: Tensor | None,  # (chunk, V), written
-    logits: Tensor,  # (chunk, V) accumulator dtype, scratch; may be slope
-) -> tuple[Tensor, Tensor, Tensor]:  # logp, lse, unit, each (chunk,)
+    dlogits: Tensor | None,  # (chunk, V), written
+    logits: Tensor,  # (chunk, V) accumulator dtype, scratch; may be dlogits
+) -> tuple[Tensor, Tensor, Tensor]:  # logp, lse, row_scale, each (chunk,)
     z = _logits(logits, x, weight, bias, scale)
-    derivative = _cap(z, softcap, slope is not None)
+    derivative = _cap(z, softcap, dlogits is not None)
     at = targets[:, None]
     top = z.amax(-1, keepdim=True)
     target = z.gather(-1, at) - top
     total = z.sub_(top).exp_().sum(-1, keepdim=True)
     log_total = total.log()
     logp = target - log_total
-    if slope is not None:
-        _write_slope(slope, z.div_(total), at, logp, derivative)
+    if dlogits is not None:
+        _write_dlogits(dlogits, z.div_(total), at, logp, derivative)
     return logp[:, 0], (top + log_total)[:, 0], torch.ones_like(logp[:, 0])
 
 
-def again(
+def recompute(
     x: Tensor,  # (chunk, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
     scale: float,
     softcap: float | None,
-    slope: Tensor,  # (chunk, V), written
-    logits: Tensor,  # (chunk, V) accumulator dtype, scratch; may be slope
+    dlogits: Tensor,  # (chunk, V), written
+    logits: Tensor,  # (chunk, V) accumulator dtype, scratch; may be dlogits
     logp: Tensor,  # (chunk,)
     lse: Tensor,  # (chunk,)
-) -> Tensor:  # unit (chunk,)
+) -> Tensor:  # row_scale (chunk,)
     z = _logits(logits, x, weight, bias, scale)
     derivative = _cap(z, softcap, True)
     p = z.sub_(lse[:, None]).exp_()
-    _write_slope(slope, p, targets[:, None], logp[:, None], derivative)
+    _write_dlogits(dlogits, p, targets[:, None], logp[:, None], derivative)
     return torch.ones_like(logp)
 
 
-def _logits(out, x, weight, bias, scale) -> Tensor:  # (chunk, V), before the soft cap
-    products.logits(out, x, weight)
+def _logits(
+    out: Tensor,  # (chunk, V), written
+    x: Tensor,  # (chunk, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    scale: float,
+) -> Tensor:  # out: the logits before the soft cap
+    gemm.logits(out, x, weight)
     if scale != 1.0:
         out *= scale
     if bias is not None:
@@ -62,18 +68,18 @@ def _logits(out, x, weight, bias, scale) -> Tensor:  # (chunk, V), before the so
     return out
 
 
-def _cap(z: Tensor, softcap: float | None, slope: bool) -> Tensor | None:
-    """Cap `z` (chunk, V) in place; return the cap's derivative there where the slope needs it."""
+def _cap(z: Tensor, softcap: float | None, need_derivative: bool) -> Tensor | None:
+    """Cap `z` (chunk, V) in place; return the cap's derivative (chunk, V) if needed."""
     if softcap is None:
         return None
     z.div_(softcap).tanh_()
-    derivative = (z * z).neg_().add_(1) if slope else None
+    derivative = (z * z).neg_().add_(1) if need_derivative else None
     z.mul_(softcap)
     return derivative
 
 
-def _write_slope(
-    slope: Tensor,  # (chunk, V), written; may be p
+def _write_dlogits(
+    dlogits: Tensor,  # (chunk, V), written; may be p
     p: Tensor,  # (chunk, V) probabilities, overwritten
     targets: Tensor,  # (chunk, 1)
     logp: Tensor,  # (chunk, 1)
@@ -82,8 +88,8 @@ def _write_slope(
     p.scatter_(-1, targets, logp.expm1())
     if derivative is not None:
         p.mul_(derivative)
-    if slope is not p:
-        slope.copy_(p)
+    if dlogits is not p:
+        dlogits.copy_(p)
 
 
-KERNELS = RowKernels(forward, again, fused=lambda dtype: False)
+KERNELS = LogitKernels(forward, recompute, fused=lambda dtype: False)

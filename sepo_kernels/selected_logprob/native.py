@@ -1,16 +1,16 @@
 """selected_logprob by the native CPU kernels of csrc/cpu.
 
-bfloat16: product, log-sum-exp and slope in one pass, the float32 logits never leave the cache.
-The other dtypes, and bfloat16 without the instructions: a library product, then a row kernel.
+bfloat16: GEMM, log-sum-exp and dlogits in one pass, the float32 logits never leave the cache.
+The other dtypes, and bfloat16 without the instructions: a library GEMM, then a row kernel.
 """
 
 import torch
 from torch import Tensor
 
-from sepo_kernels import extension, products
-from sepo_kernels.selected_logprob.loops import RowKernels
+from sepo_kernels import extension, gemm
+from sepo_kernels.selected_logprob.loops import LogitKernels
 
-# asked once, at import: Dynamo traces why_not
+# evaluated once, at import: Dynamo traces why_not
 _MISSING = extension.why_not("native_logprob_rows", torch.device("cpu"))
 
 
@@ -21,19 +21,29 @@ def forward(
     targets: Tensor,  # (chunk,)
     scale: float,
     softcap: float | None,
-    slope: Tensor | None,  # (chunk, V), written
-    logits: Tensor | None,  # (chunk, V) accumulator dtype, scratch; may be slope; None if fused
-) -> tuple[Tensor, Tensor, Tensor]:  # logp, lse, unit, each (chunk,)
+    dlogits: Tensor | None,  # (chunk, V), written
+    logits: Tensor | None,  # (chunk, V) accumulator dtype, scratch; may be dlogits; None if fused
+) -> tuple[Tensor, Tensor, Tensor]:  # logp, lse, row_scale, each (chunk,)
     ops = torch.ops.sepo
     if logits is None:
-        return ops.native_logprob_fused(x, weight, bias, targets, scale, softcap, slope)
-    products.logits(logits, x, weight)
-    return ops.native_logprob_rows(logits, bias, targets, scale, softcap, slope)
+        return ops.native_logprob_fused(x, weight, bias, targets, scale, softcap, dlogits)
+    gemm.logits(logits, x, weight)
+    return ops.native_logprob_rows(logits, bias, targets, scale, softcap, dlogits)
 
 
-def again(x, weight, bias, targets, scale, softcap, slope, logits, logp, lse) -> Tensor:
-    """The unit (chunk,) of a slope written once more; arguments as in loops.RowKernels."""
-    return forward(x, weight, bias, targets, scale, softcap, slope, logits)[2]
+def recompute(
+    x: Tensor,  # (chunk, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (chunk,)
+    scale: float,
+    softcap: float | None,
+    dlogits: Tensor,  # (chunk, V), written
+    logits: Tensor | None,  # (chunk, V) accumulator dtype, scratch; may be dlogits; None if fused
+    logp: Tensor,  # (chunk,), unread
+    lse: Tensor,  # (chunk,), unread
+) -> Tensor:  # row_scale (chunk,)
+    return forward(x, weight, bias, targets, scale, softcap, dlogits, logits)[2]
 
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
@@ -46,4 +56,4 @@ def fused(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and extension.BFLOAT16_TILES
 
 
-KERNELS = RowKernels(forward, again, fused)
+KERNELS = LogitKernels(forward, recompute, fused)

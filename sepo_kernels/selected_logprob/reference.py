@@ -7,7 +7,7 @@ z       = softcap * tanh((hidden[rows] @ weight.T * scale + bias) / softcap)
 import torch
 from torch import Tensor
 
-from sepo_kernels.platform import accumulator
+from sepo_kernels.devices import accumulator
 
 
 def selected_logprob(

@@ -1,15 +1,18 @@
-"""selected_logprob_kl in plain PyTorch: library matrix products, and passes over a few rows.
+"""selected_logprob_kl in plain PyTorch: library GEMMs, and passes over a few rows.
 
-p - q is made from log q - log p, not from two rounded numbers: near the reference, where training
-starts, their rounding would be most of it. So is the target's entry of p - onehot, expm1(logp).
+p - q is computed from log q - log p, not from two rounded numbers, whose rounding would be most of
+it near the reference, where training starts. So is the target's entry of p - onehot, expm1(logp).
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sepo_kernels import products
-from sepo_kernels.selected_logprob_kl.loops import RowKernels
-from sepo_kernels.selected_logprob_kl.schedule import REF_POLICY
+from sepo_kernels import gemm
+from sepo_kernels.selected_logprob_kl.layout import REF_POLICY
+from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
 # the passes take so many bytes of rows at once, because each makes up to five temporaries of that
 # size, which no budget counts: on a CPU they stay in cache, a GPU wants longer rows of work
@@ -27,23 +30,25 @@ def forward(
     scale: float,
     softcap: float | None,
     direction: str,
-    kept: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written with -dlogp/da and dkl/da
-    logits: tuple[Tensor, Tensor],  # (chunk, V) each, accumulator dtype, scratch; may be kept
+    blocks: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written with -dlogp/da and dkl/da
+    logits: tuple[Tensor, Tensor],  # (chunk, V) each, accumulator dtype, scratch; may be blocks
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 0)
     z, ref_z = logits
-    products.logits(z, x, weight)
-    products.logits(ref_z, ref_x, ref_weight)
+    gemm.logits(z, x, weight)
+    gemm.logits(ref_z, ref_x, ref_weight)
     logp, ref_logp, kl = (z.new_empty(targets.shape) for _ in range(3))
     for part in _tiles(z):
-        blocks = None if kept is None else (kept[0][part], kept[1][part])
-        a, slope = _cap(z[part], bias, scale, softcap, kept is not None)
+        tiles = None if blocks is None else (blocks[0][part], blocks[1][part])
+        a, derivative = _cap(z[part], bias, scale, softcap, blocks is not None)
         b, _ = _cap(ref_z[part], ref_bias, scale, softcap, False)
-        logp[part], ref_logp[part], kl[part] = _rows(a, b, targets[part], direction, slope, blocks)
+        logp[part], ref_logp[part], kl[part] = _rows(
+            a, b, targets[part], direction, derivative, tiles
+        )
     return logp, ref_logp, kl, z.new_empty((z.shape[0], 0))
 
 
-def again(*args) -> None:
-    """The blocks once more; arguments as in loops.RowKernels, of which the last four are unread."""
+def recompute(*args: Any) -> None:
+    """Write the blocks a second time; of loops.LogitKernels' arguments the last four are unread."""
     forward(*args[:-4])
 
 
@@ -67,18 +72,19 @@ def combine(
         out[part] = total
 
 
-def _tiles(block: Tensor):  # (chunk, V) -> slices of rows
+def _tiles(block: Tensor) -> Iterator[slice]:
+    """Cut the rows of `block` (chunk, V) into slices of TILE_BYTES in float32."""
     step = max(1, TILE_BYTES[block.device.type] // (4 * block.shape[1]))
     for start in range(0, block.shape[0], step):
         yield slice(start, start + step)
 
 
 def _cap(
-    z: Tensor,  # (tile, V) products, overwritten with capped logits
+    z: Tensor,  # (tile, V) GEMM, overwritten with capped logits
     bias: Tensor | None,  # (V,)
     scale: float,
     softcap: float | None,
-    need_slope: bool,
+    need_derivative: bool,
 ) -> tuple[Tensor, Tensor | None]:  # z, the cap's derivative there (tile, V)
     if scale != 1.0:
         z *= scale
@@ -87,8 +93,8 @@ def _cap(
     if softcap is None:
         return z, None
     z.div_(softcap).tanh_()
-    slope = (z * z).neg_().add_(1) if need_slope else None
-    return z.mul_(softcap), slope
+    derivative = (z * z).neg_().add_(1) if need_derivative else None
+    return z.mul_(softcap), derivative
 
 
 def _rows(
@@ -96,8 +102,8 @@ def _rows(
     b: Tensor,  # (tile, V) the reference's logits, overwritten
     targets: Tensor,  # (tile,)
     direction: str,
-    slope: Tensor | None,  # (tile, V) the cap's derivative
-    blocks: tuple[Tensor, Tensor] | None,  # (tile, V) each, written; may be a and b
+    derivative: Tensor | None,  # (tile, V) the cap's derivative
+    tiles: tuple[Tensor, Tensor] | None,  # (tile, V) each, written; may be a and b
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, each (tile,)
     at = targets[:, None]
     ratio = b - a  # exact where the heads nearly agree; once shifted, both are rounded
@@ -117,13 +123,13 @@ def _rows(
         kl = _weighted(q, ratio).add_(difference).sum(-1, keepdim=True)
     else:
         kl = _weighted(p, ratio).add_(difference).sum(-1, keepdim=True).neg_()
-    if blocks is not None:
-        first, second = blocks
+    if tiles is not None:
+        first, second = tiles
         grad = difference if direction == REF_POLICY else _weighted(p, ratio.add_(kl)).neg_()
         p.scatter_(-1, at, logp.expm1())
-        if slope is not None:
-            p *= slope
-            grad *= slope
+        if derivative is not None:
+            p *= derivative
+            grad *= derivative
         second.copy_(grad)
         if first.data_ptr() != p.data_ptr():
             first.copy_(p)
@@ -131,7 +137,7 @@ def _rows(
 
 
 def _weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """Their product; 0 where the weight is 0, for an infinite x too."""
+    """Return weight * x, but 0 where the weight is 0, for an infinite x too."""
     return (weight * x).masked_fill_(weight == 0, 0)
 
 
@@ -141,7 +147,7 @@ def _shift(z: Tensor) -> tuple[Tensor, Tensor]:
     return top, z.sub_(top).exp().sum(-1, keepdim=True)
 
 
-KERNELS = RowKernels(
-    forward, again, combine, num_state=0,
+KERNELS = LogitKernels(
+    forward, recompute, combine, num_state=0,
     fused=lambda dtype: False, second_dtype=lambda dtype: dtype,
 )  # fmt: skip

@@ -6,9 +6,9 @@ and l = log q - log p, the gradient of the policy's logits is
     dZ = -g_logp * (p - onehot(target)) * cap'(a) + g_kl * dKL/da * cap'(a)              (M, V)
     dKL(ref||policy)/da = p - q,    dKL(policy||ref)/da = -p * (l + KL)
 
-Two terms with two incoming gradients for each row: forward keeps two (M, V) blocks from which
-`combine` makes any columns of dZ, and backward goes over columns, so that dZ is a narrow buffer,
-each part of dW is written once, and nothing kept is overwritten: a second backward is right.
+Two terms with two incoming gradients for each row: forward saves two (M, V) blocks from which
+`combine` computes any columns of dZ. Backward goes over columns, so that dZ is a narrow buffer,
+each part of dW is written once, and nothing saved is overwritten: a second backward is right.
 """
 
 from collections.abc import Callable
@@ -19,33 +19,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sepo_kernels import platform
-from sepo_kernels.platform import accumulator
-from sepo_kernels.products import add_product, add_rows, add_targets, product
+from sepo_kernels import devices, schedules
+from sepo_kernels.devices import accumulator
+from sepo_kernels.gemm import add_gemm, add_rows, add_targets, gemm
 from sepo_kernels.registry import Impl
-from sepo_kernels.selected_logprob.loops import new_slope
-from sepo_kernels.selected_logprob.schedule import parts
-from sepo_kernels.selected_logprob_kl import schedule as plan
+from sepo_kernels.schedules import parts
+from sepo_kernels.selected_logprob.loops import new_block
+from sepo_kernels.selected_logprob_kl.layout import (
+    REF_POLICY,
+    TwoHeadLayout,
+    chunk_gradient,
+    saved_gradient,
+)
+
+Pair = tuple[Tensor, Tensor]  # of the policy and of the reference, or the first and second block
 
 
-class RowKernels(NamedTuple):
-    """One implementation: what is done to a chunk of rows.
+class LogitKernels(NamedTuple):
+    """One implementation: how it computes a chunk of rows.
 
     forward(x (chunk, D), weight (V, D), bias (V,) | None,
             ref_x (chunk, D_ref), ref_weight (V, D_ref), ref_bias (V,) | None,
-            targets (chunk,), scale, softcap, direction, kept, logits)
+            targets (chunk,), scale, softcap, direction, blocks, logits)
             -> logp, ref_logp, kl, each (chunk,), state (chunk, num_state), accumulator's dtype
-        kept: None, or (first, second), two (chunk, V) to be written: whatever combine needs
+        blocks: None, or (first, second), two (chunk, V) to be written: whatever combine needs
         logits: None if fused, else (z, ref_z), two (chunk, V) scratch in the accumulator's dtype;
         z is first, and ref_z second, where both are wanted and the dtypes agree
-    again(... as forward ..., kept, logits, logp, ref_logp, kl, state) -> None
-        writes kept once more, from what forward found
+    recompute(... as forward ..., blocks, logits, logp, ref_logp, kl, state) -> None
+        writes blocks a second time, given what forward returned
     combine(first, second, targets, start, logp, kl, state, grad_logp, grad_kl, direction, out)
         -> None
         out (chunk, columns), input's dtype: written with dZ in columns [start, start + columns),
         given these columns of first and second, (chunk, columns) each; grad_* (chunk,) in the
         accumulator's dtype. out is a view of a buffer; first and second stay as they are
-    num_state: what combine wants to know of each row beside logp and kl
+    num_state: how many numbers a row `combine` reads beside logp and kl
     fused(dtype) -> bool: no logits are written, and the blocks are stored with the rows as their
         fast dimension, out too: each is the transpose of a contiguous (V, chunk) or its columns.
         combine writes zero at the targets: each outweighs the rest of its row, and its part is
@@ -53,39 +60,41 @@ class RowKernels(NamedTuple):
     second_dtype(dtype) -> torch.dtype of the second block; the first has the input's
     """
 
-    forward: Callable
-    again: Callable
-    combine: Callable
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    recompute: Callable[..., None]
+    combine: Callable[..., None]
     num_state: int
     fused: Callable[[torch.dtype], bool]
     second_dtype: Callable[[torch.dtype], torch.dtype]
 
     def layout(
         self, V: int, dtype: torch.dtype, multiprocessors: int = 0, D: int = 1
-    ) -> plan.Layout:
-        return plan.Layout(
+    ) -> TwoHeadLayout:
+        return TwoHeadLayout(
             V, dtype, self.second_dtype(dtype), self.fused(dtype), multiprocessors, D
         )
 
-    def layout_of(self, hidden: Tensor, weight: Tensor) -> plan.Layout:
-        (V, D), gpu = weight.shape, platform.multiprocessors(hidden.device)
+    def layout_of(self, hidden: Tensor, weight: Tensor) -> TwoHeadLayout:
+        (V, D), gpu = weight.shape, devices.multiprocessors(hidden.device)
         return self.layout(V, hidden.dtype, gpu, D)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TwoHeads(Impl):
-    kernels: RowKernels | None = None
+    kernels: LogitKernels
 
 
-def implementation(name: str, kernels: RowKernels, why_not: Callable) -> TwoHeads:
-    """`kernels` in the loops, with the signature of the operators."""
+def implementation(
+    name: str, kernels: LogitKernels, why_not: Callable[..., str | None]
+) -> TwoHeads:
+    """Put `kernels` into the loops, with the signature of the operators."""
     return TwoHeads(
-        name, partial(fwd, kernels), partial(bwd, kernels), why_not, kernels.fused, kernels
+        name, partial(fwd, kernels), partial(bwd, kernels), why_not, kernels.fused, kernels=kernels
     )
 
 
 def fwd(
-    kernels: RowKernels,
+    kernels: LogitKernels,
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
@@ -102,44 +111,50 @@ def fwd(
 ) -> tuple[Tensor, ...]:  # logp, ref_logp, kl, state, first, second: see outputs
     M, V = rows.shape[0], weight.shape[0]
     layout = kernels.layout_of(hidden, weight)
-    saved = plan.saved_rows(M, layout, budget, schedule)
-    found = outputs(kernels, hidden, weight, rows, schedule, saved)
-    *statistics, first, second = found
-    logp, _, kl, state = statistics
-    step = plan.chunk_rows(M, layout, budget, schedule, backward=False)
-    frozen = schedule == plan.FROZEN_HEAD
-    buffers = _Buffers(hidden, min(step, M), layout, kept=frozen, saved=schedule == plan.SAVE)
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
+    results = outputs(kernels, hidden, weight, rows, schedule, num_saved)
+    *statistics, first, second = results
+    logp, ref_logp, kl, state = statistics
+    step = schedules.chunk_rows(M, layout, budget, schedule, backward=False)
+    frozen = schedule == schedules.FROZEN_HEAD
+    buffers = _Buffers(
+        hidden, min(step, M), layout, blocks=frozen, saved=schedule == schedules.SAVE
+    )
     if frozen:
-        columns = plan.made_gradient(M, layout, budget, schedule).columns
-        buffer = new_slope(hidden, min(step, M), columns, layout.fused)
-    for part in (*parts(0, saved, step), *parts(saved, M, step)):
-        blocks = (first[part], second[part]) if part.start < saved else None
-        kept, logits = buffers.of(part, blocks)
+        columns = chunk_gradient(M, layout, budget, schedule).columns
+        buffer = new_block(hidden, min(step, M), columns, layout.fused)
+    for part in (*parts(0, num_saved, step), *parts(num_saved, M, step)):
+        saved = (first[part], second[part]) if part.start < num_saved else None
+        blocks, logits = buffers.of(part, saved)
         x, ref_x = hidden.index_select(0, rows[part]), ref_hidden.index_select(0, rows[part])
-        made = kernels.forward(
+        values = kernels.forward(
             x, weight, bias, ref_x, ref_weight, ref_bias, targets[part], scale, softcap, direction,
-            kept, logits,
+            blocks, logits,
         )  # fmt: skip
-        for whole, chunk in zip(statistics, made, strict=True):
+        for whole, chunk in zip(statistics, values, strict=True):
             whole[part] = chunk
         if frozen:
             one, zero = torch.ones_like(logp[part]), torch.zeros_like(logp[part])
+            # the directions of dX, with the gradients of logp and kl that give them
+            directions = ((first[part], one, zero), (second[part], zero, one))
             row = targets[part], logp[part], kl[part], state[part]
             for c in parts(0, V, columns):
                 dz = buffer[: part.stop - part.start, : c.stop - c.start]
-                for total, *grads in ((first[part], one, zero), (second[part], zero, one)):
-                    _combine(kernels, kept, row, c, *grads, direction, dz)
-                    add_product(total, dz, weight[c])
+                for total, of_logp, of_kl in directions:
+                    _combine(kernels, blocks, row, c, of_logp, of_kl, direction, dz)
+                    add_gemm(total, dz, weight[c])
             if layout.fused:
-                of_row = [x[part] for x in statistics]
-                for total, *grads in ((first[part], one, zero), (second[part], zero, one)):
-                    entry = _at_target(*of_row, *grads, direction, softcap)
+                for total, of_logp, of_kl in directions:
+                    entry = _dz_at_target(
+                        logp[part], ref_logp[part], kl[part], state[part], of_logp, of_kl,
+                        direction, softcap,
+                    )  # fmt: skip
                     total += weight.index_select(0, targets[part]) * entry
-    return found
+    return results
 
 
 def bwd(
-    kernels: RowKernels,
+    kernels: LogitKernels,
     grad_logp: Tensor,  # (M,)
     grad_kl: Tensor,  # (M,)
     hidden: Tensor,  # (N, D)
@@ -172,55 +187,61 @@ def bwd(
     # dZ / scale would round X once more in dW; so dZ has the scale, and db is freed of it
     grad_logp, grad_kl = grad_logp.to(acc) * scale, grad_kl.to(acc) * scale
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=acc)
-    if schedule == plan.FROZEN_HEAD:
+    if schedule == schedules.FROZEN_HEAD:
         add_rows(grad_hidden, rows, first * grad_logp[:, None] + second * grad_kl[:, None])
         return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
 
     layout = kernels.layout_of(hidden, weight)
-    saved = plan.saved_rows(M, layout, budget, schedule)
-    step = plan.chunk_rows(M, layout, budget, schedule, backward=True)
-    some = [*parts(0, saved, max(1, saved)), *parts(saved, M, step)]
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
+    step = schedules.chunk_rows(M, layout, budget, schedule, backward=True)
+    chunks = [*parts(0, num_saved, max(1, num_saved)), *parts(num_saved, M, step)]
     # one part of rows writes dW once, in the weight's dtype; more are summed in float32
     grad_weight = weight.new_empty(
-        weight.shape if need_weight else (0,), dtype=acc if some[1:] else dtype
+        weight.shape if need_weight else (0,), dtype=acc if chunks[1:] else dtype
     )
     grad_bias = weight.new_zeros((V,) if need_bias else (0,), dtype=acc)
-    buffers = buffer = None
-    for part in some:
+    buffers: _Buffers | None = None
+    buffer: Tensor | None = None
+    dz: Tensor | None = None
+    for part in chunks:
         x = hidden.index_select(0, rows[part])
-        if part.start < saved:
-            kept = first, second
-            gradient = plan.saved_gradient(M, layout, budget, schedule)
-            buffer = new_slope(hidden, *gradient, layout.fused)
+        if part.start < num_saved:
+            blocks: Pair | None = (first, second)
+            gradient = saved_gradient(M, layout, budget, schedule)
+            buffer = new_block(hidden, *gradient, layout.fused)
         else:
             if buffers is None:
-                buffer = dz = None  # the saved rows', which is not to be alive beside these
-                gradient = plan.made_gradient(M, layout, budget, schedule)
-                buffer = new_slope(hidden, *gradient, layout.fused)
-                buffers = _Buffers(hidden, gradient.rows, layout, kept=True, saved=False)
-            kept, logits = buffers.of(part, None)
-            kernels.again(
+                buffer = dz = None  # free the saved rows' before these are allocated
+                gradient = chunk_gradient(M, layout, budget, schedule)
+                buffer = new_block(hidden, *gradient, layout.fused)
+                buffers = _Buffers(hidden, gradient.rows, layout, blocks=True, saved=False)
+            blocks, logits = buffers.of(part, None)
+            assert ref_hidden is not None
+            kernels.recompute(
                 x, weight, bias, ref_hidden.index_select(0, rows[part]), ref_weight, ref_bias,
-                targets[part], scale, softcap, direction, kept, logits,
+                targets[part], scale, softcap, direction, blocks, logits,
                 logp[part], ref_logp[part], kl[part], state[part],
             )  # fmt: skip
+        assert buffer is not None
         row = targets[part], logp[part], kl[part], state[part]
         dx = x.new_zeros(x.shape if need_hidden else (0,), dtype=acc)
         ones = x.new_ones((x.shape[0], 1))
         for c in parts(0, V, gradient.columns):
             dz = buffer[: part.stop - part.start, : c.stop - c.start]
-            _combine(kernels, kept, row, c, grad_logp[part], grad_kl[part], direction, dz)
+            _combine(kernels, blocks, row, c, grad_logp[part], grad_kl[part], direction, dz)
             if need_hidden:
-                add_product(dx, dz, weight[c])
+                add_gemm(dx, dz, weight[c])
             if need_weight and part.start == 0:
-                product(dz.T, x, out=grad_weight[c])
+                gemm(dz.T, x, out=grad_weight[c])
             elif need_weight:
-                add_product(grad_weight[c], dz.T, x)
+                add_gemm(grad_weight[c], dz.T, x)
             if need_bias:
-                grad_bias[c] += product(dz.T, ones)[:, 0]
+                grad_bias[c] += gemm(dz.T, ones)[:, 0]
         if layout.fused:
-            of_row = [x[part] for x in (logp, ref_logp, kl, state, grad_logp, grad_kl)]
-            entry = _at_target(*of_row, direction, softcap)
+            entry = _dz_at_target(
+                logp[part], ref_logp[part], kl[part], state[part], grad_logp[part], grad_kl[part],
+                direction, softcap,
+            )  # fmt: skip
             if need_hidden:
                 dx += weight.index_select(0, targets[part]) * entry
             if need_weight:
@@ -229,61 +250,72 @@ def bwd(
                 grad_bias.index_add_(0, targets[part], entry[:, 0])
         if need_hidden:
             add_rows(grad_hidden, rows[part], dx)
-    if not some:
+    if not chunks:
         grad_weight.zero_()
     return grad_hidden.to(dtype), grad_weight.to(dtype), (grad_bias / scale).to(dtype)
 
 
 def outputs(
-    kernels: RowKernels,
+    kernels: LogitKernels,
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     rows: Tensor,  # (M,)
     schedule: str,
-    saved: int,
+    num_saved: int,
 ) -> tuple[Tensor, ...]:
-    """What fwd returns, empty: logp, ref_logp, kl (M,), state (M, num_state), first, second.
+    """Return what fwd fills: logp, ref_logp, kl (M,), state (M, num_state), first, second.
 
-    first and second are (saved, V) blocks, or the two directions of dX, zeros (M, D), or (0,).
+    first and second are (num_saved, V) blocks, or the two directions of dX, zeros (M, D), or (0,).
     """
     (M,), (V, D) = rows.shape, weight.shape
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
     numbers = [hidden.new_empty((M,), dtype=acc) for _ in range(3)]
     state = hidden.new_empty((M, kernels.num_state), dtype=acc)
-    if schedule in (plan.SAVE, plan.PARTIAL):
+    if schedule in (schedules.SAVE, schedules.PARTIAL):
         fused, second = kernels.fused(dtype), kernels.second_dtype(dtype)
-        blocks = new_slope(hidden, saved, V, fused), new_slope(hidden, saved, V, fused, second)
-    elif schedule == plan.FROZEN_HEAD:
-        blocks = hidden.new_zeros((M, D), dtype=acc), hidden.new_zeros((M, D), dtype=acc)
+        new = partial(new_block, hidden, num_saved, V, fused)
+        saved = new(), new(second)
+    elif schedule == schedules.FROZEN_HEAD:
+        saved = hidden.new_zeros((M, D), dtype=acc), hidden.new_zeros((M, D), dtype=acc)
     else:
-        blocks = hidden.new_empty((0,)), hidden.new_empty((0,))
-    return *numbers, state, *blocks
+        saved = hidden.new_empty((0,)), hidden.new_empty((0,))
+    return *numbers, state, *saved
 
 
 class _Buffers:
     """Blocks of one chunk, used for every chunk in turn: two sets would be alive at a change."""
 
-    def __init__(self, hidden, rows: int, layout: plan.Layout, kept: bool, saved: bool):
+    def __init__(
+        self, hidden: Tensor, rows: int, layout: TwoHeadLayout, *, blocks: bool, saved: bool
+    ) -> None:
         acc, dtypes = accumulator(layout.dtype), (layout.dtype, layout.second)
-        new = partial(new_slope, hidden, rows, layout.V, layout.fused)
-        self.kept = [new(dtype) if kept else None for dtype in dtypes]
-        shared = [(kept or saved) and dtype == acc for dtype in dtypes]
-        self.logits = None if layout.fused else [None if s else new(acc) for s in shared]
-        self.acc = acc
+        new = partial(new_block, hidden, rows, layout.V, layout.fused)
+        self.blocks = (new(layout.dtype), new(layout.second)) if blocks else None
+        # None: fused, or the logits are written into the block
+        unwanted = [layout.fused or ((blocks or saved) and dtype == acc) for dtype in dtypes]
+        self.logits = [None if none else new(acc) for none in unwanted]
+        self.acc, self.fused = acc, layout.fused
 
-    def of(self, part: slice, saved) -> tuple:  # kept, logits, as forward takes them
+    def of(self, part: slice, saved: Pair | None) -> tuple[Pair | None, Pair | None]:
+        """Return blocks and logits as `forward` takes them, the blocks in `saved` if given."""
         rows = part.stop - part.start
-        kept = saved or [x if x is None else x[:rows] for x in self.kept]
-        logits = self.logits
-        if logits is not None:
-            logits = tuple(
-                k if k is not None and k.dtype == self.acc else z[:rows]
-                for k, z in zip(kept, logits, strict=True)
-            )
-        return (None if kept[0] is None else tuple(kept)), logits
+        blocks = saved
+        if blocks is None and self.blocks is not None:
+            blocks = self.blocks[0][:rows], self.blocks[1][:rows]
+        if self.fused:
+            return blocks, None
+        first, second = blocks or (None, None)
+        z, ref_z = self.logits
+        return blocks, (self._logits(first, z, rows), self._logits(second, ref_z, rows))
+
+    def _logits(self, block: Tensor | None, buffer: Tensor | None, rows: int) -> Tensor:
+        if block is not None and block.dtype == self.acc:
+            return block
+        assert buffer is not None
+        return buffer[:rows]
 
 
-def _at_target(
+def _dz_at_target(
     logp: Tensor,  # (chunk,)
     ref_logp: Tensor,  # (chunk,)
     kl: Tensor,  # (chunk,)
@@ -293,21 +325,31 @@ def _at_target(
     direction: str,
     softcap: float | None,
 ) -> Tensor:  # (chunk, 1)
-    """dZ at each row's own target."""
+    """Return dZ at each row's own target."""
     ratio = ref_logp - logp
-    if direction == plan.REF_POLICY:  # p - q, from the larger of both
+    if direction == REF_POLICY:  # p - q, from the larger of both
         larger = torch.maximum(logp, ref_logp).exp()
-        of_kl = torch.copysign(larger, ratio) * ratio.abs().neg().expm1()
+        dkl = torch.copysign(larger, ratio) * ratio.abs().neg().expm1()
     else:
-        of_kl = -logp.exp() * (ratio + kl)
-    entry = grad_kl * of_kl - grad_logp * logp.expm1()
+        dkl = -logp.exp() * (ratio + kl)
+    entry = grad_kl * dkl - grad_logp * logp.expm1()
     if softcap is not None:
         entry = entry * (1 - (state[:, 0] / softcap) ** 2)
     return entry[:, None]
 
 
-def _combine(kernels, kept, row, c: slice, grad_logp, grad_kl, direction, dz) -> None:
-    first, second = kept
+def _combine(
+    kernels: LogitKernels,
+    blocks: Pair | None,  # (chunk, V) each
+    row: tuple[Tensor, Tensor, Tensor, Tensor],  # targets, logp, kl, state of the chunk
+    c: slice,  # columns
+    grad_logp: Tensor,  # (chunk,)
+    grad_kl: Tensor,  # (chunk,)
+    direction: str,
+    dz: Tensor,  # (chunk, columns), written
+) -> None:
+    assert blocks is not None
+    first, second = blocks
     targets, logp, kl, state = row
     kernels.combine(
         first[:, c], second[:, c], targets, c.start, logp, kl, state, grad_logp, grad_kl, direction,

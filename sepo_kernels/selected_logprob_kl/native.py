@@ -1,18 +1,20 @@
 """selected_logprob_kl by the native CPU kernels of csrc/cpu.
 
-bfloat16: both products, the log-sum-exps and the KL in one pass, the float32 logits never leave
-the cache. The other dtypes, and bfloat16 without the instructions: library products, row kernels.
+bfloat16: both GEMMs, the log-sum-exps and the KL in one pass, the float32 logits never leave the
+cache. The other dtypes, and bfloat16 without the instructions: library GEMMs, then row kernels.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sepo_kernels import extension, products
-from sepo_kernels.selected_logprob_kl.loops import RowKernels
-from sepo_kernels.selected_logprob_kl.schedule import DIRECTIONS
+from sepo_kernels import extension, gemm
+from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS
+from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
 NUM_STATE = 5  # as csrc/cpu/selected_logprob_kl_fused.cpp has it
-# asked once, at import: Dynamo traces why_not
+# evaluated once, at import: Dynamo traces why_not
 _MISSING = extension.why_not("native_kl_rows", torch.device("cpu"))
 
 
@@ -27,27 +29,27 @@ def forward(
     scale: float,
     softcap: float | None,
     direction: str,
-    kept: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written: see csrc for what they hold
-    logits: tuple[Tensor, Tensor] | None,  # (chunk, V) each, scratch; may be kept; None if fused
+    blocks: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written: see csrc for what they hold
+    logits: tuple[Tensor, Tensor] | None,  # (chunk, V) each, scratch; may be blocks; None if fused
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 5)
     toward = DIRECTIONS.index(direction)
-    first, second = kept or (None, None)
+    first, second = blocks or (None, None)
     if logits is None:
         return torch.ops.sepo.native_kl_fused(
             x, weight, bias, ref_x, ref_weight, ref_bias, targets, scale, softcap, toward, first,
             second,
         )  # fmt: skip
     z, ref_z = logits
-    products.logits(z, x, weight)
-    products.logits(ref_z, ref_x, ref_weight)
-    found = torch.ops.sepo.native_kl_rows(
+    gemm.logits(z, x, weight)
+    gemm.logits(ref_z, ref_x, ref_weight)
+    logp, ref_logp, kl = torch.ops.sepo.native_kl_rows(
         z, ref_z, bias, ref_bias, targets, scale, softcap, toward, first, second
     )
-    return *found, z.new_zeros((z.shape[0], NUM_STATE))
+    return logp, ref_logp, kl, z.new_zeros((z.shape[0], NUM_STATE))
 
 
-def again(*args) -> None:
-    """The blocks once more; arguments as in loops.RowKernels, of which the last four are unread."""
+def recompute(*args: Any) -> None:
+    """Write the blocks a second time; of loops.LogitKernels' arguments the last four are unread."""
     forward(*args[:-4])
 
 
@@ -88,4 +90,4 @@ def second_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if fused(dtype) else dtype
 
 
-KERNELS = RowKernels(forward, again, combine, NUM_STATE, fused, second_dtype)
+KERNELS = LogitKernels(forward, recompute, combine, NUM_STATE, fused, second_dtype)

@@ -8,7 +8,7 @@ kl      = sum_v q (log q - log p)  for "ref||policy",  sum_v p (log p - log q)  
 import torch
 from torch import Tensor
 
-from sepo_kernels.platform import accumulator
+from sepo_kernels.devices import accumulator
 
 
 def selected_logprob_kl(

@@ -1,18 +1,18 @@
-"""selected_logprob_kl on a GPU: library matrix products, and Triton kernels over each pair of rows."""
+"""selected_logprob_kl on a GPU: library GEMMs, and Triton kernels over each pair of rows."""
 
 import torch
 from torch import Tensor
 
-from sepo_kernels import platform, products
+from sepo_kernels import devices, gemm
 from sepo_kernels.configs import one_pass
-from sepo_kernels.selected_logprob_kl.loops import RowKernels
-from sepo_kernels.selected_logprob_kl.schedule import POLICY_REF
+from sepo_kernels.selected_logprob_kl.layout import POLICY_REF
+from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
 NUM_STATE = 5  # as kl_row has it
 
 
-def why_not(hidden: Tensor, *_) -> str | None:
-    return platform.why_not_triton(hidden)
+def why_not(hidden: Tensor, *_: Tensor) -> str | None:
+    return devices.why_not_triton(hidden)
 
 
 def forward(
@@ -26,19 +26,20 @@ def forward(
     scale: float,
     softcap: float | None,
     direction: str,
-    kept: tuple[Tensor, Tensor] | None,  # two (chunk, V), written
-    logits: tuple[Tensor, Tensor],  # two (chunk, V) float32, scratch; may be the kept blocks
+    blocks: tuple[Tensor, Tensor] | None,  # two (chunk, V), written
+    logits: tuple[Tensor, Tensor],  # two (chunk, V) float32, scratch; may be the blocks
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 5)
     from sepo_kernels import triton_kl, triton_rows
 
     z, ref_z = logits
-    products.logits(z, x, weight)
-    products.logits(ref_z, ref_x, ref_weight)
+    gemm.logits(z, x, weight)
+    gemm.logits(ref_z, ref_x, ref_weight)
     (rows, V), targets = z.shape, targets.contiguous()
     logp, ref_logp, kl = z.new_empty((3, rows))
     state = z.new_empty((rows, NUM_STATE))
-    at_once = kept is not None and one_pass(kept[0].dtype)
-    first, second = kept if at_once else (logp, logp)  # or any, which are not read
+    at_once = blocks is not None and one_pass(blocks[0].dtype)
+    # any tensors do where the kernel does not write
+    first, second = blocks if blocks is not None and at_once else (logp, logp)
     strides = (first.stride(0), second.stride(0)) if at_once else (0, 0)
     assert z.stride(1) == ref_z.stride(1) == first.stride(-1) == second.stride(-1) == 1
     triton_rows.launch(
@@ -47,17 +48,17 @@ def forward(
         targets, logp, ref_logp, kl, state, first, second,
         z.stride(0), ref_z.stride(0), *strides, V,
         int(bias is not None), int(ref_bias is not None), scale, softcap or 0.0,
-        CAPPED=softcap is not None, POLICY_FIRST=_policy_first(direction), KEPT=at_once,
+        CAPPED=softcap is not None, POLICY_FIRST=_policy_first(direction), WRITE_BLOCKS=at_once,
     )  # fmt: skip
-    if kept is not None and not at_once:
-        _write_slopes(
-            kept, logits, bias, ref_bias, targets, scale, softcap, direction,
+    if blocks is not None and not at_once:
+        _write_dlogits(
+            blocks, logits, bias, ref_bias, targets, scale, softcap, direction,
             logp, kl, state,
         )  # fmt: skip
     return logp, ref_logp, kl, state
 
 
-def again(
+def recompute(
     x: Tensor,  # (chunk, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
@@ -68,20 +69,20 @@ def again(
     scale: float,
     softcap: float | None,
     direction: str,
-    kept: tuple[Tensor, Tensor],  # two (chunk, V), written
-    logits: tuple[Tensor, Tensor],  # two (chunk, V) float32, scratch; may be the kept blocks
+    blocks: tuple[Tensor, Tensor],  # two (chunk, V), written
+    logits: tuple[Tensor, Tensor],  # two (chunk, V) float32, scratch; may be the blocks
     logp: Tensor,  # (chunk,)
     ref_logp: Tensor,  # (chunk,)
     kl: Tensor,  # (chunk,)
     state: Tensor,  # (chunk, 5)
 ) -> None:
-    products.logits(logits[0], x, weight)
-    products.logits(logits[1], ref_x, ref_weight)
-    if one_pass(kept[0].dtype):
-        _write_ratios(kept, logits, bias, ref_bias, scale, softcap, state)
+    gemm.logits(logits[0], x, weight)
+    gemm.logits(logits[1], ref_x, ref_weight)
+    if one_pass(blocks[0].dtype):
+        _write_ratios(blocks, logits, bias, ref_bias, scale, softcap, state)
     else:
-        _write_slopes(
-            kept, logits, bias, ref_bias, targets.contiguous(), scale, softcap,
+        _write_dlogits(
+            blocks, logits, bias, ref_bias, targets.contiguous(), scale, softcap,
             direction, logp, kl, state,
         )  # fmt: skip
 
@@ -99,7 +100,7 @@ def combine(
     direction: str,
     out: Tensor,  # (M, columns), written: dZ
 ) -> None:
-    from sepo_kernels import triton_kl, triton_kl_slopes, triton_rows
+    from sepo_kernels import triton_kl, triton_kl_dlogits, triton_rows
 
     assert first.stride(1) == second.stride(1) == out.stride(1) == 1
     rows, columns = out.shape
@@ -114,22 +115,23 @@ def combine(
         )  # fmt: skip
     else:
         triton_rows.launch(
-            triton_kl_slopes.kl_combine,
-            rows,
-            columns,
-            first,
-            second,
-            *grads,
-            out,
-            *strides,
-            columns,
-        )
+            triton_kl_dlogits.kl_combine, rows, columns,
+            first, second, *grads, out, *strides, columns,
+        )  # fmt: skip
 
 
-def _write_ratios(kept, logits, bias, ref_bias, scale, softcap, state) -> None:
+def _write_ratios(
+    blocks: tuple[Tensor, Tensor],  # two (chunk, V), written
+    logits: tuple[Tensor, Tensor],  # two (chunk, V) float32
+    bias: Tensor | None,  # (V,)
+    ref_bias: Tensor | None,  # (V,)
+    scale: float,
+    softcap: float | None,
+    state: Tensor,  # (chunk, 5)
+) -> None:
     from sepo_kernels import triton_kl, triton_rows
 
-    (first, second), (z, ref_z) = kept, logits
+    (first, second), (z, ref_z) = blocks, logits
     assert first.stride(1) == second.stride(1) == z.stride(1) == ref_z.stride(1) == 1
     assert state.is_contiguous()
     rows, V = z.shape
@@ -143,18 +145,27 @@ def _write_ratios(kept, logits, bias, ref_bias, scale, softcap, state) -> None:
     )  # fmt: skip
 
 
-def _write_slopes(
-    kept, logits, bias, ref_bias, targets, scale, softcap, direction,
-    logp, kl, state,
-) -> None:  # fmt: skip
-    from sepo_kernels import triton_kl_slopes, triton_rows
+def _write_dlogits(
+    blocks: tuple[Tensor, Tensor],  # two (chunk, V), written; may be logits
+    logits: tuple[Tensor, Tensor],  # two (chunk, V) float32
+    bias: Tensor | None,  # (V,)
+    ref_bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (chunk,) contiguous
+    scale: float,
+    softcap: float | None,
+    direction: str,
+    logp: Tensor,  # (chunk,)
+    kl: Tensor,  # (chunk,)
+    state: Tensor,  # (chunk, 5)
+) -> None:
+    from sepo_kernels import triton_kl_dlogits, triton_rows
 
-    (first, second), (z, ref_z) = kept, logits
+    (first, second), (z, ref_z) = blocks, logits
     assert first.stride(1) == second.stride(1) == z.stride(1) == ref_z.stride(1) == 1
     assert state.is_contiguous()
     rows, V = z.shape
     triton_rows.launch(
-        triton_kl_slopes.kl_slopes, rows, V,
+        triton_kl_dlogits.kl_dlogits, rows, V,
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         targets, logp, kl, state, first, second,
         z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
@@ -172,6 +183,6 @@ def _second_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if one_pass(dtype) else dtype
 
 
-KERNELS = RowKernels(
-    forward, again, combine, NUM_STATE, fused=lambda dtype: False, second_dtype=_second_dtype
+KERNELS = LogitKernels(
+    forward, recompute, combine, NUM_STATE, fused=lambda dtype: False, second_dtype=_second_dtype
 )

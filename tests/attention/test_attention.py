@@ -12,7 +12,7 @@ from plain_attention import PLAIN_VARLEN, built, plain, visible_rows
 
 from sepo.attention import (
     IMPLS,
-    Layout,
+    PackedLayout,
     Terms,
     check_name,
     choose,
@@ -164,7 +164,7 @@ def test_layers_of_equal_terms_share_what_is_built(monkeypatch):
     seen = []
     build = lambda spans, terms, arrays: seen.append(terms) or sdpa.build(spans, terms, arrays)
     monkeypatch.setattr(layout, "IMPLS", (*layout.IMPLS[:-1], replace(SDPA, build=build)))
-    shared = Layout(pack([]), "auto")
+    shared = PackedLayout(pack([]), "auto")
     query, key, value = tensors(((0, 1, 1, 1),))
     for window in (None, 4, None, 4):
         shared.attend(query, key, value, scale=None, window=window)

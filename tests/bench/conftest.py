@@ -2,14 +2,14 @@ import gc
 
 import pytest
 
-from bench import roof
+from bench import measure
 
 
 @pytest.fixture(autouse=True)
 def small_roof(monkeypatch):
     """What a roof is made of takes a second, and says nothing about tiny cases."""
-    monkeypatch.setitem(roof.SIDE, "cpu", 32)
-    monkeypatch.setitem(roof.SIZE, "cpu", 2**12)
+    monkeypatch.setitem(measure.SIDE, "cpu", 32)
+    monkeypatch.setitem(measure.SIZE, "cpu", 2**12)
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ import torch
 from test_bench_harness import ATTENTION, TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import dtypes, jobs, providers, report, roof, run
-from bench.harness import CaseJob
+from bench import contenders, jobs, measure, precision, report, run
+from bench.contenders.attention import ATTENTION as ATTENTION_CONTENDERS
+from bench.harness import Job
 from bench.operations import attention, head, kl
-from bench.providers.attention import ATTENTION as ATTENTION_PROVIDERS
 from sepo_kernels import platform
 
 CASES = {
@@ -44,8 +44,8 @@ def test_the_short_run_is_in_the_faster_dtype(dtype, kind, multiplies, monkeypat
     *operations, step = jobs.jobs((), **asked[0])
     assert [x.name for x in operations] == [f"head-{kind}-30", "topk-30", f"attention-{kind}-8"]
     assert [x.case.dtype for x in operations[::2]] == [dtype, dtype]
-    assert (step.name, step.setting.float32) == ("step-short", dtype == torch.float32)
-    assert {p.name for p in operations[0].providers} >= {"gemm", "sepo", "cce", "liger_simpo"}
+    assert (step.name, step.case.float32) == ("step-short", dtype == torch.float32)
+    assert {p.name for p in operations[0].contenders} >= {"gemm", "sepo", "cce", "liger_simpo"}
     named = jobs.jobs((), **asked[0] | dict(cases=("head-bf16-30",)))
     assert [x.name for x in named] == ["head-bf16-30"]
 
@@ -55,9 +55,9 @@ def test_peers_of_a_slow_bfloat16(suite, multiplies):
     """Left out with a reason, unless named; the bare products are of the faster dtype."""
     multiplies(torch.float32)
     case = CASES[suite]
-    found = {"head": providers.HEAD, "kl": providers.KL, "attention": ATTENTION_PROVIDERS}[suite]
+    found = {"head": contenders.HEAD, "kl": contenders.KL, "attention": ATTENTION_CONTENDERS}[suite]
     found = [p for p in found if p.name.startswith(("gemm", "dense", "softmax", "padded"))]
-    slow = CaseJob(case, found, device="cpu", slow_too=False)
+    slow = Job(case, found, device="cpu", slow_too=False)
     rows = {row.provider: row for row in slow.gate()}
     if gemm := rows.pop("gemm", None):
         assert gemm.status == "passed" and gemm.note == f"{case.products} bare products in float32"
@@ -65,14 +65,14 @@ def test_peers_of_a_slow_bfloat16(suite, multiplies):
     for name, row in rows.items():
         assert "multiplies bfloat16 slowly" in row.reason
         assert f"--providers {name} has" in row.reason
-    peers = [row for row in CaseJob(case, found, device="cpu").gate() if row.provider != "gemm"]
+    peers = [row for row in Job(case, found, device="cpu").gate() if row.provider != "gemm"]
     assert {row.status for row in peers} == {"passed"}
 
     (chosen,) = jobs.jobs((), device="cpu", cases=("head-bf16-30",), providers=("cce",))
     assert chosen.slow_too
     assert not jobs.jobs((), device="cpu", cases=("head-bf16-30",))[0].slow_too
     multiplies(torch.bfloat16)
-    rows = CaseJob(case, found, device="cpu", slow_too=False).gate()
+    rows = Job(case, found, device="cpu", slow_too=False).gate()
     assert {row.status for row in rows} == {"passed"}
     assert all("float32" not in row.note for row in rows)
 
@@ -102,8 +102,8 @@ def test_the_yardstick_multiplies_what_is_fast(fastest, multiplies):
         assert products.dtypes == {fastest, torch.float64}
         for name, errors in own.items():
             assert found[name] == pytest.approx(errors, rel=0.3)
-        assert roof.Roof("cpu", case.dtype).dtype == fastest
-    assert dtypes.quick(torch.float32, "cpu") == torch.float32
+        assert measure.Roof("cpu", case.dtype).dtype == fastest
+    assert precision.quick(torch.float32, "cpu") == torch.float32
 
 
 def test_a_cpu_that_may_not_do_all_it_can_is_another_machine(monkeypatch):

@@ -1,21 +1,22 @@
 """The benchmark's gate: a wrong provider has no speed, a missing one has a reason."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from bench_jobs import finished
 
-from bench import measure, plain, report, roof
-from bench.harness import CaseJob
+from bench import jobs, measure, plain, report
+from bench.contender import Contender, gradients
+from bench.harness import Job
 from bench.operations import attention, head, kl, topk
-from bench.provider import Provider, gradients
 
 TINY = dict(N=64, response=48, D=16, V=101, segments=4)
 
 
 def run_case(case, providers, *, rounds):
-    return finished(CaseJob(case, providers, device="cpu", rounds=rounds))
+    return finished(Job(case, providers, device="cpu", rounds=rounds))
 
 
 def logprob(inputs, spoil=lambda found: found):
@@ -42,12 +43,12 @@ WRONG = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_only_what_is_right_has_a_speed(dtype):
-    providers = [Provider("right", logprob), Provider("crash", fail)]
+    providers = [Contender("right", logprob), Contender("crash", fail)]
     providers += [
-        Provider(name, lambda inputs, spoil=spoil: logprob(inputs, spoil))
+        Contender(name, lambda inputs, spoil=spoil: logprob(inputs, spoil))
         for name, spoil in WRONG.items()
     ]
-    providers.append(Provider("missing", fail, lambda inputs: "peer is not installed"))
+    providers.append(Contender("missing", fail, lambda inputs: "peer is not installed"))
     case = head.HeadCase("tiny", 0.5, dtype, **TINY)
     rows = {row.provider: row for row in run_case(case, providers, rounds=3)}
 
@@ -69,7 +70,7 @@ def test_only_what_is_right_has_a_speed(dtype):
 def test_ours_is_held_to_its_own_limit():
     """Log-sum-exp from bfloat16 logits is good enough for a peer and wrong for us."""
     case = head.HeadCase("tiny", 1.0, torch.bfloat16, **TINY)
-    providers = [Provider("peer", logprob), Provider("sepo", logprob, ours=True)]
+    providers = [Contender("peer", logprob), Contender("sepo", logprob, ours=True)]
     peer, ours = run_case(case, providers, rounds=1)
     assert peer.status == "measured"
     assert ours.status == "refused" and "limit 1.00e-04" in ours.reason
@@ -93,8 +94,9 @@ def test_half_of_the_rows_are_confident():
     case = head.HeadCase("real", 0.3, torch.bfloat16)
     assert case.M == 460
     inputs = head.HeadCase("tiny", 1.0, torch.bfloat16, **TINY | dict(D=64)).inputs("cpu")
-    assert (inputs.logp > -0.1).sum() == 24
-    assert (inputs.logp < -2).sum() > 20
+    logp = inputs.truth("weighted")["logp"]
+    assert (logp > -0.1).sum() == 24
+    assert (logp < -2).sum() > 20
     assert (inputs.rows % 16 >= 4).all()  # a prompt's row predicts nothing
 
 
@@ -166,7 +168,7 @@ def test_peak_counts_what_is_alive_at_once():
 
 def test_share_of_the_roof():
     """The longer of what the product and the copy would take, over the time: by hand."""
-    found = roof.Roof("cpu", torch.float32)
+    found = measure.Roof("cpu", torch.float32)
     found.turn()
     found._turns.seconds |= {"gemm": [2.0, 1.0, 9.0], "copy": [4.0]}
     assert found.flop_rate == 2 * 32**3 / 2.0 and found.byte_rate == 2 * 2**12 / 4.0
@@ -190,7 +192,7 @@ ATTENTION = dict(pairs=3, max_length=40, heads=4, groups=2, width=32)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_attention_has_a_speed_where_it_is_right(dtype):
     """Every implementation of this machine, both padded peers, and some that are wrong."""
-    from bench.providers import attention as providers
+    from bench.contenders import attention as contenders
 
     case = attention.AttentionCase("tiny", dtype=dtype, **ATTENTION)
 
@@ -202,13 +204,13 @@ def test_attention_has_a_speed_where_it_is_right(dtype):
         return inputs.result(out.transpose(1, 2), leaves, inputs.upstream)
 
     def blind(inputs):  # the prompt's gradient of one response only
-        found = providers._causal(inputs)
+        found = contenders._causal(inputs)
         return found | {"grad_key": found["grad_key"] * inputs.owned[:, None, :, None]}
 
     found = [
-        *providers.ATTENTION,
-        Provider("plain_causal", plain_causal),
-        Provider("blind", blind, objective="padded"),
+        *contenders.ATTENTION,
+        Contender("plain_causal", plain_causal),
+        Contender("blind", blind, objective="padded"),
     ]
     rows = {row.provider: row for row in run_case(case, found, rounds=2)}
     fine = {"sepo", "padded_sdpa", "padded_sdpa_causal"}
@@ -218,6 +220,23 @@ def test_attention_has_a_speed_where_it_is_right(dtype):
     assert "grad_key is off by" in rows["blind"].reason and "grad_value" not in rows["blind"].reason
     assert all(row.reason for row in rows.values() if row.status == "skipped")
     assert rows["sepo"].flop > 0 and rows["sepo"].roof > 0
+
+
+def test_flex_mask_is_timed_on_its_own():
+    """Whole pairs up to the last, and nothing of a GPU."""
+    from bench.operations import block_mask
+
+    case = block_mask.MaskCase("tiny", 3000)
+    spans = case.inputs("cpu").spans
+    assert spans[0][0] == 0 and spans[-1][3] == 3000 and len(spans) > 2
+    assert all(one[3] == other[0] for one, other in pairwise(spans))
+    (row,) = run_case(case, [block_mask.MASK], rounds=2)
+    blocks = -(-3000 // 128)
+    assert row.status == "measured" and row.note == f"{len(spans)} pairs, on the host"
+    assert row.bytes == 4 * (3 * 3000 + 4 * (blocks + blocks**2))
+    assert [x.tokens for x in block_mask.cases("cuda")] == [8192, 32768]
+    names = [job.name for job in jobs.jobs(("attention",), device="cpu", cases=("flex-mask-*",))]
+    assert names == ["flex-mask-8k", "flex-mask-32k"]
 
 
 def test_work_of_attention_by_hand():

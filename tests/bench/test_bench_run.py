@@ -5,25 +5,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from test_bench_harness import TINY, logprob
 
 from bench import base, jobs, run
-from bench.harness import CaseJob
+from bench.contender import Contender
+from bench.harness import Job
 from bench.operations import head
-from bench.provider import Provider
+from sepo.commands import main as cli
+from sepo.cost import tables
 from sepo.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
 
-def job(name: str, *providers: Provider) -> CaseJob:
-    return CaseJob(
-        head.HeadCase(name, 0.5, torch.float32, **TINY), providers, device="cpu", rounds=3
-    )
+def job(name: str, *providers: Contender) -> Job:
+    return Job(head.HeadCase(name, 0.5, torch.float32, **TINY), providers, device="cpu", rounds=3)
 
 
 def spoilt(inputs):
@@ -46,9 +45,9 @@ def results(tmp_path, monkeypatch):
 
 def test_nothing_is_timed_on_a_red_gate(results, monkeypatch, capsys, tmp_path):
     """One of ours wrong in one case: no other case, nor a peer, gets a speed."""
-    monkeypatch.setattr(CaseJob, "ready", lambda self: pytest.fail("something was to be timed"))
-    green = job("green", Provider("sepo", logprob, ours=True), Provider("peer", logprob))
-    red = job("red", Provider("sepo", spoilt, ours=True), Provider("peer", logprob))
+    monkeypatch.setattr(Job, "ready", lambda self: pytest.fail("something was to be timed"))
+    green = job("green", Contender("sepo", logprob, ours=True), Contender("peer", logprob))
+    red = job("red", Contender("sepo", spoilt, ours=True), Contender("peer", logprob))
     code, rows = results(green, red)
     assert code == 1
     assert [row["status"] for row in rows] == ["passed", "passed", "refused", "passed"]
@@ -61,10 +60,10 @@ def test_nothing_is_timed_on_a_red_gate(results, monkeypatch, capsys, tmp_path):
 def test_a_run(results, capsys, tmp_path):
     """A wrong peer keeps nobody from a speed; rows carry what a reader needs to judge them."""
     peers = (
-        Provider("peer", logprob, lambda inputs: "peer is not installed"),
-        Provider("bad", spoilt),
+        Contender("peer", logprob, lambda inputs: "peer is not installed"),
+        Contender("bad", spoilt),
     )
-    code, rows = results(job("one", Provider("sepo", logprob, ours=True), *peers))
+    code, rows = results(job("one", Contender("sepo", logprob, ours=True), *peers))
     assert code == 0
     assert [row["status"] for row in rows] == ["measured", "skipped", "refused"]
     (row, *_) = rows
@@ -85,13 +84,13 @@ def test_a_run(results, capsys, tmp_path):
 
 
 def test_without_ours_a_run_has_failed(results):
-    missing = Provider("sepo", logprob, lambda inputs: "not here", ours=True)
-    assert results(job("one", missing, Provider("peer", logprob)))[0] == 1
-    assert results(job("one", Provider("peer", logprob)))[0] == 0  # as asked
+    missing = Contender("sepo", logprob, lambda inputs: "not here", ours=True)
+    assert results(job("one", missing, Contender("peer", logprob)))[0] == 1
+    assert results(job("one", Contender("peer", logprob)))[0] == 0  # as asked
 
 
 def test_rows_on_the_standard_output(results, monkeypatch, capsys):
-    found = job("one", Provider("sepo", logprob, ours=True))
+    found = job("one", Contender("sepo", logprob, ours=True))
     monkeypatch.setattr(jobs, "jobs", lambda *suites, **options: [found])
     assert run.main(["--json", "-", "--figure", os.devnull + ".svg"]) == 0
     said = capsys.readouterr()
@@ -101,7 +100,7 @@ def test_rows_on_the_standard_output(results, monkeypatch, capsys):
 
 def test_no_round_after_the_deadline():
     told = []
-    found = [run.Alone(job(n, Provider("sepo", logprob, ours=True))) for n in ("first", "second")]
+    found = [job(n, Contender("sepo", logprob, ours=True)) for n in ("first", "second")]
     rows, code = run.run(found, tell=told.append, deadline=-1.0)
     assert (rows, code) == ([], 1)
     assert "\nsecond is left out: no time is left" in told
@@ -128,15 +127,15 @@ def test_choice_of_cases():
     assert names("step") == ["step", "step-tdpo2", "step-sparsepo"]
     assert names(cases=("step-short",)) == ["step-short"]
     (found,) = jobs.jobs((), device="cpu", cases=("head-bf16-30",), providers=("sepo", "cc*"))
-    chosen = {p.name for p in found.providers}
+    chosen = {c.name for c in found.contenders}
     assert {"sepo", "sepo:chunked", "cce"} <= chosen and not chosen & {"gemm", "dense"}
     with pytest.raises(InputError, match="expected cases of .*head-bf16-30.*; got nothing"):
         names("head", cases=("nothing",))
     short, step = (
         jobs.jobs((), device="cpu", cases=(n,), pairs=3)[0] for n in ("step-short", "step")
     )
-    assert short.setting.pairs == step.setting.pairs == 3
-    assert short.setting.max_length < step.setting.max_length
+    assert short.case.pairs == step.case.pairs == 3
+    assert short.case.max_length < step.case.max_length
 
 
 def test_a_suite_that_lacks_a_package_is_left_out(monkeypatch):
@@ -157,7 +156,7 @@ def test_both_sides_take_turns():
             asked.append((what, self.name))
             row = dict(provider="sepo", ours=True, status="measured", reason="", median=0.002)
             rows = [row | dict(quartiles=(0.001, 0.003), seconds=[0.002])]
-            return {"gate": rows, "finish": (rows, {"roof_flop_rate": 1.0})}.get(what)
+            return rows, {"roof_flop_rate": 1.0}
 
     found = base.Beside(0, "one", 2, Side("here"), Side("base"), "0123456789abcdef")
     rows, code = run.run([found], tell=lambda text: None)
@@ -202,7 +201,7 @@ for line in sys.stdin:
     what, number = json.loads(line)
     row = dict(provider="sepo", ours=True, status="passed", reason="", case="case", suite="head")
     row |= dict(median=library.SECONDS, quartiles=[1.0, 1.0], seconds=[library.SECONDS])
-    say({"gate": [row], "finish": [[row | {"status": "measured"}], {}]}.get(what))
+    say([[row | {"status": "measured" if what == "finish" else "passed"}], {}])
 """
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "run.py").write_text("raise SystemExit('the bench of the old commit')")
@@ -241,8 +240,9 @@ def test_a_real_case_is_served(monkeypatch):
     options = dict(cases=("topk-30",), providers=("sepo",), rounds=1, device="cpu", data=None)
     with base.Side(ROOT, ("select",), options) as side:
         assert side.jobs() == [("topk-30", 1)]
-        assert [row["status"] for row in side.ask("gate", 0)][0] == "passed"
-        assert side.ask("ready", 0) is None and side.ask("turn", 0) is None
+        assert side.ask("gate", 0)[0][0]["status"] == "passed"
+        side.ask("ready", 0)
+        side.ask("turn", 0)
         rows, about = side.ask("finish", 0)
     assert rows[0]["status"] == "measured" and about["roof_byte_rate"] > 0
 
@@ -264,21 +264,22 @@ def test_a_native_extension_is_built_or_copied(tmp_path, monkeypatch):
         base._build(tree, "0" * 40)
 
 
-def test_hours_before_they_are_spent(monkeypatch, capsys):
-    """Of a plan and of the papers' models; nothing is measured for them."""
-
-    def plan(path):
-        if path.name != "recipe.yaml":
-            raise InputError(f"{path} is not there")
-        return "hours of recipe.yaml"
-
-    hours = SimpleNamespace(plan=plan, table1=lambda: "hours of the papers")
-    monkeypatch.setitem(sys.modules, "bench.hours", hours)
+def test_hours_before_they_are_spent(monkeypatch, capsys, tmp_path):
+    """The old flags answer as `sepo plan` does, and say its name once."""
     monkeypatch.setattr(run, "measure", lambda *args: pytest.fail("something was measured"))
-    assert run.main(["--plan", "recipe.yaml"]) == run.main(["--hours"]) == 0
-    assert capsys.readouterr().out == "hours of recipe.yaml\nhours of the papers\n"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: Pythia-410M")
+    assert run.main(["--plan", str(recipe)]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"bench: this is now: sepo plan {recipe}\n"
+    cli.run(["plan", str(recipe)])
+    assert capsys.readouterr().out == said.out and "GPU-hours" in said.out
+    monkeypatch.setattr(tables, "table1", lambda figures: f"the papers' hours, {figures}")
+    assert run.main(["--hours"]) == 0
+    said = capsys.readouterr()
+    assert said == ("the papers' hours, None\n", "bench: this is now: sepo plan --papers\n")
     assert run.main(["--plan", "other.yaml"]) == 2
-    assert capsys.readouterr().err == "bench: error: other.yaml is not there\n"
+    assert "bench: error: other.yaml: " in capsys.readouterr().err
 
 
 def test_the_program_answers(tmp_path):

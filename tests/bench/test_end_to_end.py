@@ -7,17 +7,19 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from bench_jobs import COUNTED, finished
+from bench_jobs import COUNTED, finished, stepping
 from scoring_for_tests import make_tokenizer
 from tiny import V, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.end_to_end import flops, gate, models, ours, race, rows, savings, table, trl
-from bench.end_to_end.contender import Contender
-from bench.end_to_end.job import Setting, StepJob, be_quiet
-from bench.end_to_end.weights import Weights
-from bench.provider import missing
+from bench.contender import Contender, missing
+from bench.harness import Job, Row, check
 from bench.run import main
+from bench.steps import models, ours, savings, table, trl, work
+from bench.steps import pairs as rows
+from bench.steps.case import StepCase, be_quiet
+from bench.steps.inputs import FLOAT32, Steps
+from bench.steps.models import Weights
 
 TRL = pytest.mark.skipif(missing("trl") is not None, reason="trl is not installed")
 be_quiet()
@@ -57,16 +59,15 @@ def everybody(weights: Weights, rounds: list[list]) -> list[Contender]:
 def test_everybody_has_the_same_loss_and_gradient(weights):
     """One step of TRL's trainers, ours, and of each saving, against one response a row."""
     rounds = dealt(weights)
-    truths = {name: gate.truth(name, weights, rounds[0]) for name in ("dpo", "simpo", "sepo")}
-    assert abs(truths["dpo"].loss - np.log(2)) > 0.01, "the reference is the policy"
-    for contender in everybody(weights, rounds):
-        truth = truths[contender.objective]
-        reason, errors = gate.check(contender, truth, weights, gate.FLOAT32)
+    inputs = Steps(everybody(weights, rounds), weights, rounds, savings.truth)
+    assert abs(inputs.truth("dpo").loss - np.log(2)) > 0.01, "the reference is the policy"
+    for contender in sorted(inputs.contenders, key=lambda contender: contender.objective):
+        reason, errors = check(contender, inputs, FLOAT32)
         assert reason == "", contender.name
         assert errors["cosine"] > 0.999999, contender.name
         # lowering gives it to accelerate, as Trainer would: in float32 nothing may change
         contender.lower()
-        _, again = gate.check(contender, truth, weights, gate.FLOAT32)
+        _, again = check(contender, inputs, FLOAT32)
         assert again == errors, contender.name
 
 
@@ -98,14 +99,14 @@ def test_only_what_is_right_has_a_speed(weights, dtype):
     ]
     others = [
         Contender(
-            name, "sepo", "simpo",
-            spoilt(right.step, lambda spoil=spoil: spoil(weights)), right.work,
+            name, spoilt(right.run, lambda spoil=spoil: spoil(weights)), objective="simpo",
+            group="sepo", work=right.work,
         )
         for name, spoil in WRONG.items()
     ]  # fmt: skip
-    others.append(Contender("absent", "trl", "simpo", None, None, absent="not installed"))
-    others.append(Contender("other loss", "sepo", "sepo", right.step, right.work))
-    racing = race.Race([right, *others], weights, rounds, dtype=dtype)
+    others.append(Contender("absent", None, lambda inputs: "not installed", objective="simpo"))
+    others.append(Contender("other loss", right.run, objective="sepo", work=right.work))
+    racing = stepping([right, *others], weights, rounds, savings.truth, dtype)
     found = {row.contender: row for row in finished(racing)}
     fine = found.pop("simpo: fused")
     assert fine.status == "measured" and len(fine.seconds) == 1 and fine.median > 0
@@ -122,7 +123,8 @@ def test_only_what_is_right_has_a_speed(weights, dtype):
 def test_an_attention_that_cannot_run_is_named(weights):
     rounds = dealt(weights)
     found = ours.contenders(weights, rounds, bf16=False, attn_impls=("sdpa", "varlen"))
-    rows = {row.label: row for row in finished(race.Race(found, weights, rounds))}
+    job = stepping(found, weights, rounds, savings.truth)
+    rows = {row.provider: row for row in finished(job)}
     assert rows["simpo (sdpa)"].status == "measured"
     assert rows["simpo (varlen)"].status == "skipped" and rows["simpo (varlen)"].reason
     assert "skipped: " + rows["simpo (varlen)"].reason in table.table(list(rows.values()))
@@ -134,7 +136,7 @@ def test_a_step_ends_with_adamw_on_weights_that_all_share(weights):
     rounds = dealt(weights)
     before = [p.detach().clone() for p in weights.parameters]
     sepo = next(c for c in ours.contenders(weights, rounds, bf16=False) if c.objective == "sepo")
-    sepo.step(0)
+    sepo.run(0)
     weights.finish()
     assert all(not torch.equal(a, b) for a, b in zip(before, weights.parameters, strict=True))
     assert all(p.grad is None for p in weights.parameters)
@@ -149,8 +151,8 @@ def test_what_each_saving_reads(weights):
         for i, (p, c, r) in enumerate([(5, 7, 4), (3, 2, 6)])
     ]  # fmt: skip
     found = savings.contenders(weights, [pairs], bf16=False, objectives=("simpo",))
-    work = {c.name.removeprefix("simpo: "): c.work(0) for c in found}
-    seen = {name: (w.tokens, w.rows) for name, w in work.items()}
+    asked = {c.name.removeprefix("simpo: "): c.work(0) for c in found}
+    seen = {name: (w.tokens, w.rows) for name, w in asked.items()}
     padded = 4 * 12
     assert seen == {
         "unpacked": (padded, padded),
@@ -160,8 +162,9 @@ def test_what_each_saving_reads(weights):
         "selected": (23, 19),
         "fused": (23, 19),
     }
-    assert work["unpacked"].flops == work["packed"].flops > work["shared"].flops
-    assert work["shared"].flops > work["truncated"].flops == work["fused"].flops
+    flops = {name: w.flops for name, w in asked.items()}
+    assert flops["unpacked"] == flops["packed"] > flops["shared"]
+    assert flops["shared"] > flops["truncated"] == flops["fused"]
 
 
 @COUNTED
@@ -173,7 +176,7 @@ def test_model_flops_are_what_torch_counts(weights):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False).logits.sum().backward()
     # the counter takes all of attention's square, the formula its causal half: (16 * 17 / 2) / 256
-    found = flops.training(model, [(10, 6, 0)], 16, prompt_once=True)
+    found = work.training(model, [(10, 6, 0)], 16, prompt_once=True)
     config = model.config
     square = 3 * 4 * config.num_hidden_layers * config.hidden_size * 16 * (16 - 1) // 2
     assert found + square == counter.get_total_flops()
@@ -203,8 +206,8 @@ def test_rounds_use_every_pair_before_one_again():
 
 
 def test_bars():
-    row = lambda name, seconds, peak: race.Row(
-        name, "", "sepo", "sepo", "measured", seconds=seconds, peak_bytes=peak
+    row = lambda name, seconds, peak: Row(
+        "step", "", name, "measured", contender=name, seconds=seconds, peak_bytes=peak
     )
     text = table.bars([row("TRL DPO", [6.0, 13.0], 30), row("sepo 30 %", [1.0, 2.0], 12)])
     assert text == (
@@ -213,10 +216,10 @@ def test_bars():
     )
     assert table.bars([]) == ""
     slow, quick = (
-        race.Row("simpo", a, "sepo", "simpo", "measured", median=t)
+        Row("step", "", f"simpo ({a})", "measured", contender="simpo", median=t)
         for a, t in (("flex", 2.0), ("varlen", 1.0))
     )
-    assert table.quickest([slow, quick], "simpo").label == "simpo (varlen)"
+    assert table.quickest([slow, quick], "simpo").provider == "simpo (varlen)"
 
 
 def tiny_shape(monkeypatch):
@@ -253,8 +256,9 @@ def test_the_whole_program(tmp_path, monkeypatch, capsys):
 def test_a_step_of_some_contenders(monkeypatch):
     """Names and groups; without TRL's nothing of TRL is asked."""
     tiny_shape(monkeypatch)
-    setting = Setting("cpu", "tiny", pairs=2, rounds=1, max_length=48, float32=True)
-    names = lambda *wanted: [row.label for row in StepJob("step", setting, wanted).gate()]
+    setting = dict(model="tiny", pairs=2, rounds=1, max_length=48, float32=True)
+    case = lambda wanted: StepCase("step", **setting, wanted=wanted)
+    names = lambda *wanted: [row.provider for row in Job(case(wanted), device="cpu").gate()]
     monkeypatch.setattr(trl, "contenders", lambda *_, **options: pytest.fail("TRL was asked"))
     assert names("simpo", "sepo: fused") == ["simpo", "sepo: fused"]
     assert len(names("savings")) == 12

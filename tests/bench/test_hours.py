@@ -9,12 +9,12 @@ import pytest
 import yaml
 from tiny import tiny_model
 
-from bench import hours as tables
-from bench.cost import gpu, lengths, paper, planner
-from bench.cost.decoder import TABLE_1, Decoder, named
-from bench.cost.public import ZEPHYR
-from bench.cost.work import Amount, Schedule, step_work, total
+from sepo.cost import gpu, lengths, paper, planner, tables
+from sepo.cost.decoder import TABLE_1, Decoder, named
+from sepo.cost.public import ZEPHYR
+from sepo.cost.work import Amount, Schedule, step_work, total
 from sepo.errors import InputError
+from sepo_kernels.schedules import DEFAULT_BUDGET, MEMORY_SHARE
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
@@ -67,6 +67,22 @@ def test_weights_are_read_for_every_micro_batch():
         for many in (100, 14, 9)
     ]
     assert np.diff(bytes).tolist() == [12 * DECODER.weights] * 2  # 1, 2, 3 micro-batches
+
+
+def test_logits_are_made_again_beyond_the_budget_that_the_library_takes():
+    """A CPU's 1 GiB, an eighth of a GPU's memory; the KL's operation keeps two blocks."""
+
+    def again(rows: int, kl: bool = False, **where) -> bool:
+        work = step_work(DECODER, SIZES, rows, Schedule(kl=kl), **where)
+        return ("recomputation", "logits") in work
+
+    fits = DEFAULT_BUDGET // (2 * DECODER.vocabulary)
+    assert not again(fits) and again(fits + 1) and again(fits, kl=True)
+    a100 = gpu.find("A100").memory
+    fits = int(a100 / MEMORY_SHARE / (2 * DECODER.vocabulary))
+    assert not again(fits, memory=a100) and again(fits + 1, memory=a100)
+    assert again(fits, kl=True, memory=a100)
+    assert not again(fits, kl=True, memory=a100, tokens_at_once=20)  # two micro-batches
 
 
 def test_a_host_takes_part_only_where_it_is_asked_to():
@@ -170,7 +186,7 @@ def test_a_public_run_lies_between_the_gpus_that_it_may_have_had():
     assert ZEPHYR.share_of_the_rate(paper.A100) == pytest.approx(share, rel=0.1)
 
 
-def test_published_figures_are_compared_where_they_are(tmp_path, monkeypatch):
+def test_published_figures_are_compared_where_they_are(tmp_path):
     modelled = {"LLaMA3-8B": {"dpo": 4.0, "simpo": 3.0, "sepo": 2.0}}
     published = {"LLaMA3-8B": {"dpo": 10.0, "simpo": 9.0, "sepo": 4.0}}
     found = paper.compare(modelled, published)
@@ -182,13 +198,13 @@ def test_published_figures_are_compared_where_they_are(tmp_path, monkeypatch):
     assert paper.ranks([3, 1, 3, 2]).tolist() == [2.5, 0, 2.5, 1]
 
     path = tmp_path / "figures.json"
-    assert paper.read_figures(path) is None
+    with pytest.raises(InputError, match="figures.json: No such file"):
+        paper.read_figures(path)
     path.write_text(json.dumps({"source": "invented for a test", "hours": published}))
     assert paper.read_figures(path) == published
-    monkeypatch.setattr(paper, "FIGURES", path)
     published["LLaMA3-8B"]["ppo"] = 1.0
     path.write_text(json.dumps({"source": "invented for a test", "hours": published}))
-    text = " ".join(tables.table1().split())
+    text = " ".join(tables.table1(path).split())
     assert (
         "A100, 3 figures (1 of models or methods that are not modelled): rank correlation" in text
     )
@@ -220,7 +236,7 @@ def stages(text: str) -> dict[str, tuple[float, float, float]]:
 
 def test_a_plan_adds_up(write):
     keys = dict(model_name_or_path="LLaMA3-8B", oracle_model="TinyLlama-1.1B")
-    found = stages(tables.plan(write(**keys, gradient_checkpointing=True)))
+    found = stages(planner.plan(write(**keys, gradient_checkpointing=True)))
     assert list(found) == ["SFT", "reference", "oracle", "score", "train", "all"]
     *parts, everything = found.values()
     np.testing.assert_allclose(np.sum(parts, 0), everything, atol=0.03)
@@ -252,7 +268,7 @@ def test_the_pages_plan_says_what_the_page_shows(tmp_path):
 
 def test_the_pages_tables_are_current():
     for part in tables.table1().split("\n\n"):
-        assert part in PAGE.read_text(), "python -m bench.hours says otherwise"
+        assert part in PAGE.read_text(), "sepo plan --papers says otherwise"
 
 
 def test_twice_the_utilisation_or_half_the_pairs_is_half_the_time(write):

@@ -4,16 +4,17 @@ import json
 
 import pytest
 import torch
-from bench_jobs import finished
+from bench_jobs import finished, stepping
 from tiny import V, tiny_model
 
-from bench.end_to_end import gate, models, race, rows, table
-from bench.end_to_end.contender import Contender
-from bench.end_to_end.weights import Weights
-from bench.kl_steps import dense, ours
-from bench.kl_steps.job import bars
+from bench.contender import Contender
+from bench.harness import Row, check
 from bench.run import main
-from sepo.tokens import MASK
+from bench.steps import dense, models, ours, table
+from bench.steps import pairs as rows
+from bench.steps.inputs import FLOAT32, Steps
+from bench.steps.models import Weights
+from sepo.trainer.step import MASK
 
 
 def dealt(method: str, *, rounds: int = 1) -> tuple[Weights, list[list]]:
@@ -28,21 +29,21 @@ def everybody(method: str, weights: Weights, rounds: list[list]) -> list[Contend
     options = dict(bf16=False)
     return [
         *dense.contenders(method, weights, rounds, **options),
-        *ours.contenders(method, weights, rounds, **options),
+        *ours.kl_contenders(method, weights, rounds, **options),
     ]
 
 
 @pytest.mark.parametrize("method", ("tdpo2", "sparsepo"))
 def test_everybody_has_the_same_loss_and_gradient(method):
     weights, rounds = dealt(method)
-    truth = dense.truth(method, weights, rounds[0])
-    assert all(gradient.abs().max() > 0 for gradient in truth.gradients)
-    for contender in everybody(method, weights, rounds):
-        reason, errors = gate.check(contender, truth, weights, gate.FLOAT32)
+    inputs = Steps(everybody(method, weights, rounds), weights, rounds, dense.truth)
+    assert all(gradient.abs().max() > 0 for gradient in inputs.truth(method).gradients)
+    for contender in inputs.contenders:
+        reason, errors = check(contender, inputs, FLOAT32)
         assert reason == "", contender.name
         assert errors["cosine"] > 0.999999, contender.name
         contender.lower()  # in float32 nothing may change
-        assert gate.check(contender, truth, weights, gate.FLOAT32)[1] == errors, contender.name
+        assert check(contender, inputs, FLOAT32)[1] == errors, contender.name
 
 
 def shifted_mask(mask, states, right=dense.learned_mask):
@@ -69,10 +70,11 @@ WRONG = {
 @pytest.mark.parametrize("method, name, wrong, what", WRONG.values(), ids=WRONG)
 def test_a_dense_step_that_is_wrong_is_refused(method, name, wrong, what, monkeypatch):
     weights, rounds = dealt(method)
-    right = dense.truth(method, weights, rounds[0])
-    monkeypatch.setattr(dense, name, wrong)
     contender, _ = dense.contenders(method, weights, rounds, bf16=False)
-    reason, _ = gate.check(contender, right, weights, gate.FLOAT32)
+    inputs = Steps([contender], weights, rounds, dense.truth)
+    inputs.truth(method)
+    monkeypatch.setattr(dense, name, wrong)
+    reason, _ = check(contender, inputs, FLOAT32)
     assert f"{what} is off by" in reason
     assert what == "loss" or "loss" not in reason
 
@@ -80,35 +82,35 @@ def test_a_dense_step_that_is_wrong_is_refused(method, name, wrong, what, monkey
 def test_only_what_is_right_has_a_speed(monkeypatch):
     """Ours with another alpha, and with the gradient of its mask spoilt, beside what is right."""
     weights, rounds = dealt("tdpo2", rounds=2)
-    fine, cached, again, memory = ours.contenders("tdpo2", weights, rounds, bf16=False)
+    fine, cached, again, memory = ours.kl_contenders("tdpo2", weights, rounds, bf16=False)
     monkeypatch.setitem(ours.SETTINGS, "tdpo2", dict(beta=0.1, alpha=1.0))
-    other = ours.contenders("tdpo2", weights, rounds, bf16=False)[0]
+    other = ours.kl_contenders("tdpo2", weights, rounds, bf16=False)[0]
     other.name = "alpha 1"
     monkeypatch.undo()
     racers = [fine, cached, again, memory, other]
-    found = finished(race.Race(racers, weights, rounds, truth=dense.truth))
+    found = finished(stepping(racers, weights, rounds, dense.truth))
     assert [row.status for row in found] == ["measured"] * 4 + ["refused"]
     assert [len(row.seconds) for row in found] == [2, 2, 2, 0, 0]
     assert all(row.peak_bytes > 0 for row in found[:4])
     assert "refused: loss is off by" in table.table(found, "tdpo2")
 
     weights, rounds = dealt("sparsepo")
-    ours_now = ours.contenders("sparsepo", weights, rounds, bf16=False)[0]
-    step = ours_now.step
+    ours_now = ours.kl_contenders("sparsepo", weights, rounds, bf16=False)[0]
+    step = ours_now.run
 
     def spoilt(number: int):
         value = step(number)
         weights.model.get_submodule(MASK).reward.mixer.grad.mul_(1.1)
         return value
 
-    ours_now.step = spoilt
-    (row,) = finished(race.Race([ours_now], weights, rounds, truth=dense.truth))
+    ours_now.run = spoilt
+    (row,) = finished(stepping([ours_now], weights, rounds, dense.truth))
     assert row.status == "refused" and "gradient is off by" in row.reason
 
 
 def test_bars():
-    row = lambda name, seconds, peak: race.Row(
-        name, "", "sepo", "tdpo2", "measured", seconds=seconds, peak_bytes=peak
+    row = lambda name, seconds, peak: Row(
+        "step", "", name, "measured", contender=name, seconds=seconds, peak_bytes=peak
     )
     rows = [
         row("dense tdpo2", [6.0, 8.0], 90),
@@ -117,7 +119,7 @@ def test_bars():
         row("tdpo2, cached rows", [1.0, 1.0], 30),
         row("tdpo2, checkpointing", [], 10),
     ]
-    assert table.bars(rows, *bars("tdpo2")).split("\n") == [
+    assert table.bars(rows, *table.kl_bars("tdpo2")).split("\n") == [
         "tdpo2 is 3.50 x as fast as dense tdpo2: reaches 3",
         "tdpo2, cached rows is 7.00 x as fast as dense tdpo2: reaches 3",
         "tdpo2 needs 1/2.90 of the memory of dense tdpo2: misses 3",

@@ -1,12 +1,12 @@
-"""The README's tables are what bench/readme.py makes of bench/results, and of one run."""
+"""The README's tables are what tools/readme.py makes of bench/results, and of one run."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from bench import readme
 from sepo.errors import InputError
+from tools import readme
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,7 +15,7 @@ def test_the_readme_is_current():
     text = (ROOT / "README.md").read_text()
     tables = {found["table"] for found in readme.BLOCK.finditer(text)}
     assert {"head", "step"} <= tables <= set(readme.TABLES), "a table has no block, or no name"
-    assert readme.rewritten(text) == text, "out of date: python -m bench.readme"
+    assert readme.rewritten(text) == text, "out of date: python -m tools.readme"
 
 
 def head(provider, date, median, case="head-bf16-30", **more):

@@ -9,13 +9,12 @@ import torch
 from bench_jobs import finished
 from test_bench_harness import TINY
 
-from bench import measure, providers, run
-from bench.end_to_end import trl as steps
-from bench.harness import CaseJob
-from bench.leg import ledger
+from bench import contenders, ledger, measure, run
+from bench.contender import Contender, missing
+from bench.contenders import peers
+from bench.harness import Job
 from bench.operations import head, kl
-from bench.provider import Provider, missing
-from bench.providers import trl
+from bench.steps import trl as steps
 
 HEAD = "torch_lce", "torch_lce_tokens", "torch_lce_chunked", "trl"
 LCE = pytest.mark.skipif(
@@ -33,13 +32,13 @@ def warnings_of_peers_are_theirs():
 
 
 def gated(case, found) -> dict:
-    return {row.provider: row for row in CaseJob(case, found, device="cpu").gate()}
+    return {row.provider: row for row in Job(case, found, device="cpu").gate()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=TRL if n == "trl" else LCE) for n in HEAD])
 def test_heads(name, dtype):
-    found = [p for p in providers.HEAD if p.name == name]
+    found = [p for p in contenders.HEAD if p.name == name]
     row = gated(head.HeadCase("tiny", 0.5, dtype, **TINY), found)[name]
     assert (row.status, row.reason) == ("passed", "")
     values = {"loss"} if name == "torch_lce_chunked" else {"logp"}
@@ -51,7 +50,7 @@ def test_heads(name, dtype):
 def test_divergence(direction):
     """Its KL and the KL's gradient; of the other direction it has no speed."""
     case = kl.KLCase("tiny", direction, **KL)
-    (right,) = trl.KL
+    (right,) = peers.KL
     other = next(d for d in kl.DIRECTIONS if d != direction)
 
     def wrong(inputs):
@@ -59,7 +58,7 @@ def test_divergence(direction):
         turned.leaves = inputs.leaves
         return right.run(turned)
 
-    found = [right, Provider("wrong", wrong, objective="kl")]
+    found = [right, Contender("wrong", wrong, objective="kl")]
     rows = gated(case, found)
     assert (rows["trl_divergence"].status, rows["trl_divergence"].reason) == ("passed", "")
     assert rows["trl_divergence"].errors.keys() == {"kl", "grad_hidden", "grad_weight"}
@@ -82,21 +81,21 @@ def test_truth_of_the_kl_alone_is_autograd_in_float64(direction):
 
 def test_what_needs_a_gpu_says_so():
     names = "liger", "liger_hopper", "quack"
-    found = [p for p in providers.HEAD if p.name in names]
+    found = [p for p in contenders.HEAD if p.name in names]
     rows = gated(head.HeadCase("tiny", 0.5, torch.float32, **TINY), found)
     assert tuple(rows) == names and {row.status for row in rows.values()} == {"skipped"}
     assert all("GPU" in row.reason for row in rows.values())
 
 
 def test_every_large_case_has_its_rivals():
-    heads = {p.name for p in providers.HEAD}
+    heads = {p.name for p in contenders.HEAD}
     named = "trl", "liger", "liger_hopper", "torch_lce_tokens", "cce", "quack"
     for case in head.cases("cuda"):
-        job = CaseJob(case, providers.HEAD, device="cuda")
-        assert heads >= {*named} and {p.name for p in job.providers} >= {*named}
+        job = Job(case, contenders.HEAD, device="cuda")
+        assert heads >= {*named} and {p.name for p in job.contenders} >= {*named}
     for case in kl.cases("cuda"):
-        job = CaseJob(case, providers.KL, device="cuda")
-        assert "trl_divergence" in {p.name for p in job.providers}
+        job = Job(case, contenders.KL, device="cuda")
+        assert "trl_divergence" in {p.name for p in job.contenders}
 
 
 def test_liger_layers_stay_in_the_models_that_asked(monkeypatch):
@@ -145,11 +144,11 @@ def failing_after(calls: int):
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_failure_is_its_owners_alone(calls, ours):
     found = [
-        Provider("sepo", failing_after(99), ours=True),
-        Provider("fails", failing_after(calls), ours=ours),
+        Contender("sepo", failing_after(99), ours=True),
+        Contender("fails", failing_after(calls), ours=ours),
     ]
-    job = CaseJob(head.HeadCase("tiny", 0.5, torch.float32, **TINY), found, device="cpu", rounds=2)
-    rows, code = run.run([run.Alone(job)], tell=lambda text: None)
+    job = Job(head.HeadCase("tiny", 0.5, torch.float32, **TINY), found, device="cpu", rounds=2)
+    rows, code = run.run([job], tell=lambda text: None)
     assert code == int(ours)
     state = {row["provider"]: (row["status"], row["reason"]) for row in rows}
     assert state["fails"] == ("refused", "OutOfMemoryError: out of memory")
@@ -172,6 +171,6 @@ def test_a_broken_device_ends_the_process(monkeypatch, capsys):
 
 @TRL
 def test_a_finished_race_of_the_divergence():
-    (right,) = trl.KL
-    job = CaseJob(kl.KLCase("tiny", "ref||policy", **KL), [right], device="cpu", rounds=1)
+    (right,) = peers.KL
+    job = Job(kl.KLCase("tiny", "ref||policy", **KL), [right], device="cpu", rounds=1)
     assert [row.status for row in finished(job)] == ["measured"]

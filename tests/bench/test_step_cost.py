@@ -12,19 +12,19 @@ from tiny import V, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.cost.decoder import SHAPES, Decoder, named
-from bench.cost.work import Schedule, step_work, total
-from bench.end_to_end import ours, rows, savings
-from bench.end_to_end.models import SHAPES as REAL
-from bench.end_to_end.objectives import SETTINGS
-from bench.end_to_end.weights import Weights, twin
-from bench.kl_steps import ours as kl_ours
-from bench.kl_steps.settings import SETTINGS as KL_SETTINGS
+from bench.steps import ours, savings
+from bench.steps.models import SHAPES as REAL
+from bench.steps.models import Weights, twin
+from bench.steps.objectives import SETTINGS
+from bench.steps.pairs import drawn_pairs, with_scores
 from sepo import SePOConfig, SePOTrainer
 from sepo.attention import layout
+from sepo.cost.decoder import SHAPES, Decoder, named
+from sepo.cost.work import Schedule, step_work, total
 from sepo.data.segments import make_segments, num_selected
+from sepo.data.selection import Selection
 from sepo.errors import InputError
-from sepo.methods import METHODS
+from sepo.trainer.methods import METHODS
 
 aten = torch.ops.aten
 # torch has no formula for its attention on a CPU: the one of its kernels for GPUs
@@ -65,8 +65,8 @@ def small(name: str) -> Weights:
 
 
 def drawn(weights: Weights) -> list:
-    pairs = rows.drawn_pairs(5, weights.model.config.vocab_size, 48)
-    return [rows.with_scores(pair) for pair in pairs]
+    pairs = drawn_pairs(5, weights.model.config.vocab_size, 48)
+    return [with_scores(pair) for pair in pairs]
 
 
 def counted(step) -> int:
@@ -95,7 +95,7 @@ def test_flop_of_every_saving_are_what_torch_counts(arch, saving):
         for c in savings.contenders(weights, [pairs], bf16=False, objectives=("sepo",))
         if c.name == f"sepo: {saving}"
     )
-    cut = [make_segments(pair, "selected", fraction=0.3) for pair in pairs]
+    cut = [make_segments(pair, Selection("selected", fraction=0.3)) for pair in pairs]
     whole = saving in ("unpacked", "packed", "shared")
     schedule = Schedule(
         packed=saving != "unpacked",
@@ -105,7 +105,7 @@ def test_flop_of_every_saving_are_what_torch_counts(arch, saving):
     )
     triples = savings.untruncated(cut, pairs) if whole else cut
     found = modelled(Decoder.of(weights.model), triples, schedule)
-    assert counted(lambda: contender.step(0)) == pytest.approx(found, rel=1e-12)
+    assert counted(lambda: contender.run(0)) == pytest.approx(found, rel=1e-12)
 
 
 STEPS = {  # of the trainer: method, what it is given, the schedule
@@ -146,7 +146,7 @@ def test_flop_of_the_trainers_step_are_what_torch_counts(arch, step):
     method, given, schedule = STEPS[step]
     weights = small(arch)
     pairs = drawn(weights)
-    settings = dict((SETTINGS | KL_SETTINGS).get(method, {}))
+    settings = dict(SETTINGS.get(method, {}))
     options = {k: v for k, v in given.items() if k not in ("reference", "head_budget")}
     if "head_budget" in given:
         settings["head_budget"] = given["head_budget"]
@@ -154,16 +154,18 @@ def test_flop_of_the_trainers_step_are_what_torch_counts(arch, step):
     if kind == "live":
         reference = twin(weights.reference)
     elif kind == "cached" and method == "tdpo2":
-        (pairs,), reference = kl_ours.cached(weights, [pairs])
+        (pairs,), reference = ours.cached(weights, [pairs])
     elif kind == "cached":
         pairs, _ = ours.reference_logp(weights, pairs)
     contender = ours.contender(
         step, method, weights, [pairs], settings, bf16=False, reference=reference, **options
     )
-    assert not contender.absent
-    cut = [make_segments(pair, METHODS[method].positions, fraction=0.3) for pair in pairs]
+    assert contender.run is not None
+    cut = [
+        make_segments(pair, Selection(METHODS[method].positions, fraction=0.3)) for pair in pairs
+    ]
     found = modelled(Decoder.of(weights.model), cut, Schedule(hidden_scores=True, **schedule))
-    assert counted(lambda: contender.step(0)) == pytest.approx(found, rel=1e-12)
+    assert counted(lambda: contender.run(0)) == pytest.approx(found, rel=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
@@ -172,7 +174,7 @@ def test_adapters_cost_what_torch_counts(tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_model(num_hidden_layers=8)
     decoder = Decoder.of(model)
-    pairs = [rows.with_scores(pair) for pair in rows.drawn_pairs(5, V, 48)]
+    pairs = [with_scores(pair) for pair in drawn_pairs(5, V, 48)]
     config = SePOConfig(
         output_dir=str(tmp_path),
         pairs_per_step=5,
@@ -182,7 +184,7 @@ def test_adapters_cost_what_torch_counts(tmp_path):
     )
     adapters = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     trainer = SePOTrainer(model, config, pairs, peft_config=adapters)
-    cut = [make_segments(pair, "selected", fraction=0.3) for pair in pairs]
+    cut = [make_segments(pair, Selection("selected", fraction=0.3)) for pair in pairs]
     schedule = Schedule(frozen=True, adapter_rank=4, hidden_scores=True)
     found = modelled(decoder, cut, schedule)
     # torch leaves out what the first layer would send to the embedding

@@ -11,11 +11,11 @@ import torch
 from tiny import tiny_model
 from tokenizers_for_tests import chat, chatml_tokenizer, llama2_tokenizer, one
 
-from bench.end_to_end import trl
-from bench.end_to_end.job import be_quiet
-from bench.end_to_end.rows import text
-from bench.provider import missing
-from sepo.data.formats import Drop, Why
+from bench.contender import missing
+from bench.steps import trl
+from bench.steps.case import be_quiet
+from bench.steps.pairs import text
+from sepo.data.read.formats import Drop, Why
 
 pytestmark = pytest.mark.skipif(missing("trl") is not None, reason="trl is not installed")
 OPTIONS = dict(bf16=False, checkpointing=False)

@@ -16,7 +16,7 @@ from sepo.commands import score as score_command
 from sepo.errors import InputError
 from sepo.flags.parser import Parser
 from sepo.train import parse
-from sepo_kernels import platform
+from sepo_kernels import devices
 
 NAMES = "--model_name_or_path M --dataset_name D --output_dir O".split()
 
@@ -27,11 +27,11 @@ def bfloat16_takes(monkeypatch):
 
     def pretend(ratio: float):
         of = {torch.float32: 1.0, torch.bfloat16: ratio}
-        monkeypatch.setattr(platform, "_seconds_of_product", lambda a: of[a.dtype])
-        platform.bfloat16_speed.cache_clear()
+        monkeypatch.setattr(devices, "_gemm_seconds", lambda a: of[a.dtype])
+        devices.bfloat16_speed.cache_clear()
 
     yield pretend
-    platform.bfloat16_speed.cache_clear()
+    devices.bfloat16_speed.cache_clear()
 
 
 @pytest.mark.parametrize(

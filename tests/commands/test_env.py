@@ -9,7 +9,7 @@ import sepo
 from sepo.commands import env as command
 from sepo.commands import main as cli
 from sepo.ops import explain_selected_logprob
-from sepo_kernels import extension, platform
+from sepo_kernels import devices, extension
 
 
 def lines(capsys) -> dict[str, str]:
@@ -26,8 +26,8 @@ def test_a_working_installation(capsys):
     assert {"trl", "peft", "flash-attn", "nvcc", "driver", "compiler", "CUDA"} <= set(found)
     assert f"{torch.get_num_threads()} CPU threads" in found["devices"]
     fast, speed = found["cpu, fast in"].split(", bfloat16 at ")
-    assert fast == str(platform.fast_dtype("cpu")).removeprefix("torch.")
-    assert speed == f"{platform.bfloat16_speed('cpu'):.2g} times float32's rate"
+    assert fast == str(devices.fast_dtype("cpu")).removeprefix("torch.")
+    assert speed == f"{devices.bfloat16_speed('cpu'):.2g} times float32's rate"
     for dtype in ("bfloat16", "float32"):
         x = torch.empty(1, 1, dtype=getattr(torch, dtype))
         none = torch.empty(0, dtype=torch.int32)

@@ -13,6 +13,7 @@ from whole_stores import flip
 
 from sepo.commands import inspect, main
 from sepo.data import ScoredPair
+from sepo.data.selection import Selection
 from sepo.data.store.store import StoreWriter, pairs_hash, template_hash, tokenizer_hash
 from sepo.errors import InputError
 from sepo.flags.parser import Parser
@@ -158,11 +159,11 @@ def test_the_csv_of_the_released_code(tmp_path, capsys):
 def test_colours_only_on_a_terminal_and_not_with_no_color(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = Terminal()
-    inspect.Show(plain_tokenizer(), out).pair(scored())
+    inspect.Show(plain_tokenizer(), out, inspect.USUAL).pair(scored())
     assert "\x1b[7mb\x1b[0m" in out.getvalue() and "⟦" not in out.getvalue()
     monkeypatch.setenv("NO_COLOR", "1")
     out = Terminal()
-    inspect.Show(plain_tokenizer(), out).pair(scored())
+    inspect.Show(plain_tokenizer(), out, inspect.USUAL).pair(scored())
     assert "\x1b" not in out.getvalue() and "⟦b⟧" in out.getvalue()
 
 
@@ -181,7 +182,7 @@ def test_marked_text_is_the_decoded_text(make):
         rejected_score=score,
     )
     out = io.StringIO()
-    inspect.Show(tokenizer, out, fraction=0.5).pair(pair)
+    inspect.Show(tokenizer, out, Selection("selected", fraction=0.5)).pair(pair)
     line = next(x for x in out.getvalue().splitlines() if x.startswith("  chosen"))
     text = line[11:-1].translate(dict.fromkeys(map(ord, "⟦⟧┊")))
     whole = tokenizer.decode([*pair.prompt, *chosen])

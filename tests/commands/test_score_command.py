@@ -15,7 +15,7 @@ from sepo.commands import score as score_command
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
 from sepo.flags.parser import Parser
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 from sepo.score.score import score_dataset, score_pairs, shard_name
 from sepo.system.lock import lock
 

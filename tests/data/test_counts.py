@@ -3,6 +3,7 @@ import numpy as np
 from sepo.data import TokenPair
 from sepo.data.counts import count_rows, count_tokens
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 
 
 def test_layouts_by_hand():
@@ -10,7 +11,7 @@ def test_layouts_by_hand():
         id="", prompt=np.zeros(p, "i4"), chosen=np.zeros(c, "i4"), rejected=np.zeros(r, "i4")
     )
     pairs = [make(2, 3, 5)] * 8 + [make(1, 1, 1)]
-    segments = [make_segments(pair, "all") for pair in pairs]
+    segments = [make_segments(pair, Selection("all")) for pair in pairs]
     assert count_tokens(pairs, segments) == {
         "padded_unshared": 8 * 2 * (2 + 5) + 2 * 2,
         "packed_unshared": 8 * (5 + 7) + 4,

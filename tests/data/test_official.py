@@ -8,7 +8,7 @@ from sepo.data.read.formats import Drop, Why, find_format, read_row
 from sepo.data.read.read import read_pairs
 from sepo.data.read.sepo_csv import COLUMNS
 from sepo.data.segments import make_segments
-from sepo.data.selection import select_positions
+from sepo.data.selection import Selection, select_positions
 from sepo.errors import InputError
 
 datasets = pytest.importorskip("datasets")
@@ -69,7 +69,7 @@ def test_the_selected_tokens_are_the_scored_ones(tmp_path, make, whole):
     data = read_pairs(write(tmp_path / "top_0.5.csv", rows), tokenizer)
     assert data.report.format == "SePO's released code" and len(data) == 3
     for pair, score, (prompt, *responses) in zip(data.pairs, scores, TEXTS, strict=True):
-        _, *segments = make_segments(pair, "selected")
+        _, *segments = make_segments(pair, Selection("selected"))
         for segment, side, best, text in zip(
             segments, score, ("highest", "lowest"), responses, strict=True
         ):

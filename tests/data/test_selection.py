@@ -11,6 +11,7 @@ from torch import nn
 
 from sepo.data import TokenPair, pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.train import parse
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.identity import describe_run
@@ -94,11 +95,11 @@ def test_the_users_weights_mean_the_same_whether_zeros_are_read_or_left_out(meth
         pair = TokenPair(id=str(i), prompt=np.zeros(1, np.int32), **arrays, **weights)
         side = "chosen" if METHODS[method].positions == "chosen" else "all"
         ones = {name: np.ones_like(weight) for name, weight in weights.items()}
-        plain = make_segments(replace(pair, **ones), side)
+        plain = make_segments(replace(pair, **ones), Selection(side))
         for segment, name in zip(plain[1:], weights, strict=True):
             segment.weights[:] = weights[name][segment.positions]
         whole.append(plain)
-        cut.append(make_segments(pair, METHODS[method].positions))
+        cut.append(make_segments(pair, Selection(METHODS[method].positions)))
     values = torch.randn(5, int(sizes.sum()), dtype=torch.float64)
 
     def loss(batch):

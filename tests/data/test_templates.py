@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from template_table import BEGIN, END, PAGE, ROWS, TEMPLATES, outcome, table, template
+from transformers.utils import chat_template_utils
 
 from sepo.data.read.reasons import Drop, Note, Why
 
@@ -100,6 +101,14 @@ def test_reasoning_in_a_field_of_its_own(name):
         assert chosen == expected[name] and notes == NOTHING
     else:
         assert chosen.startswith("Le Rhin.") and Note.LOST_RESPONSE in notes
+
+
+def test_reasoning_reaches_a_template_that_reads_the_other_name(monkeypatch):
+    """The first transformers that are declared hand messages over as they are."""
+    as_it_is = lambda chat: chat
+    monkeypatch.setattr(chat_template_utils, "_alias_reasoning_fields", as_it_is, raising=False)
+    _, chosen, _, notes = outcome("gpt_oss", "reasoning_content")
+    assert "<|message|>It is long.<|end|>" in chosen and notes == NOTHING
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sepo.demo import DATA, estimate, run
-from sepo_kernels import platform
+from sepo_kernels import devices
 
 COUNTS = {
     "run": 1, "pairs": 412, "oracle pairs": 160, "held-out pairs": 71, "all pairs": 483,
@@ -19,12 +19,12 @@ def machine(monkeypatch):
     def pretend(float32: float, bfloat16: float, threads: int = 2):
         rate = {torch.float32: float32, torch.bfloat16: bfloat16}
         monkeypatch.setattr(estimate, "tflops", rate.__getitem__)
-        monkeypatch.setattr(platform, "_seconds_of_product", lambda a: 1 / rate[a.dtype])
+        monkeypatch.setattr(devices, "_gemm_seconds", lambda a: 1 / rate[a.dtype])
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        platform.bfloat16_speed.cache_clear()
+        devices.bfloat16_speed.cache_clear()
 
     yield pretend
-    platform.bfloat16_speed.cache_clear()
+    devices.bfloat16_speed.cache_clear()
 
 
 def minutes(line: str) -> int:

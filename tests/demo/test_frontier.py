@@ -8,7 +8,7 @@ from demo.characters import character_tokenizer
 from tiny import tiny_model
 
 from sepo.errors import InputError
-from sepo.model.prepare import load_model
+from sepo.model.load import load_model
 from sepo.score.score import score_pairs
 
 SEPO, SPARSEPO = "sepo_gamma2_k0.3_oracle100_seed0", "sparsepo_beta0.1_seed0"

@@ -10,6 +10,7 @@ from tiny import tiny_model
 from sepo.commands import demo
 from sepo.data import ScoredPair
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.demo import report, run
 from sepo.demo.lexicon import in_lexicon, selection_lift
 from sepo.errors import InputError
@@ -94,7 +95,9 @@ def test_lift_by_hand():
         chosen_score=np.array([0, 0, 0, 5, 4, 3], "f4"),  # highest three: s, a, d
         rejected_score=np.array([-5, -4, 0, -3, 0, 0], "f4"),  # lowest three: b, a and the blank
     )
-    selected, everything = ([make_segments(pair, how, fraction=0.5)] for how in ("selected", "all"))
+    selected, everything = (
+        [make_segments(pair, Selection(how, fraction=0.5))] for how in ("selected", "all")
+    )
     assert selection_lift([pair], selected, everything, character_tokenizer()) == {
         "lexicon_rate_selected": round(5 / 6, 4),
         "lexicon_rate_all": 0.5,

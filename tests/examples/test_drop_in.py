@@ -1,4 +1,4 @@
-"""The examples for other people's loops give the loss and gradients of plain dense code."""
+"""sepo.patch and its examples give other people's loops the loss and gradients of dense code."""
 
 import json
 from dataclasses import replace
@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import write_store
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from examples.drop_in import inside_forward, minus_100, plain_loop, transformers_trainer
-from sepo import ops
+from examples.drop_in import minus_100, plain_loop, transformers_trainer
+from sepo import ops, patch
 from sepo.data import select_positions
 from sepo.errors import InputError
 
@@ -60,19 +60,21 @@ def assert_same_step(model, loss, expected, *, rtol=1e-9):
 
 
 def batch_of(pairs, **how) -> dict[str, torch.Tensor]:
-    return minus_100.collate_pairs(list(minus_100.labelled_pairs(pairs, **how)))
+    return patch.collate_pairs(list(patch.labelled_pairs(pairs, **how)))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
 def test_the_plain_loop(arch):
     model = tiny_model(arch, dtype=torch.float64)
-    loss = plain_loop.pair_loss(model, batch_of(PAIRS), gamma=GAMMA, margin=MARGIN)
+    with patch.transformers(model):
+        loss = plain_loop.pair_loss(model, batch_of(PAIRS), gamma=GAMMA, margin=MARGIN)
     assert_same_step(model, loss, dense_loss(model, PAIRS).mean())
 
 
 def test_the_plain_loop_on_capped_logits():
     model = tiny_model("gemma2", final_logit_softcapping=2.0)  # its attention is float32 anyway
-    loss = plain_loop.pair_loss(model, batch_of(PAIRS), gamma=GAMMA, margin=MARGIN)
+    with patch.transformers(model):
+        loss = plain_loop.pair_loss(model, batch_of(PAIRS), gamma=GAMMA, margin=MARGIN)
     assert_same_step(model, loss, dense_loss(model, PAIRS).mean(), rtol=1e-4)
 
 
@@ -84,7 +86,7 @@ def test_the_plain_loop_learns():
 
 def test_labels_are_where_the_tokens_are():
     """Every selected token, nothing else, and not a token after the last."""
-    for pair, row in zip(PAIRS, minus_100.labelled_pairs(PAIRS, 0.5), strict=True):
+    for pair, row in zip(PAIRS, patch.labelled_pairs(PAIRS, 0.5), strict=True):
         for side, best in (("chosen", "highest"), ("rejected", "lowest")):
             ids, labels = (torch.tensor(row[side][name]) for name in ("input_ids", "labels"))
             positions = select_positions(getattr(pair, f"{side}_score"), 0.5, best)
@@ -101,7 +103,7 @@ def test_labels_from_the_command_line(tmp_path):
     out = tmp_path / "selected.jsonl"
     minus_100.main([str(tmp_path / "scored"), "--fraction", "0.5", "--output", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows == list(minus_100.labelled_pairs(PAIRS, 0.5))
+    assert rows == list(patch.labelled_pairs(PAIRS, 0.5))
     # any SFT code: the model's own loss over the labels
     model, row = tiny_model(dtype=torch.float64), rows[0]["chosen"]
     ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
@@ -136,11 +138,11 @@ class Wrapped(torch.nn.Module):
 def test_the_head_is_read_inside_the_forward(monkeypatch):
     model = tiny_model(dtype=torch.float64)
     own = model(input_ids=torch.arange(4)[None]).logits
-    inside_forward.add_selected_logprob(model)
+    patch.transformers(model)
     wrapped, seen = Wrapped(model), []
     called = ops.selected_logprob
     spy = lambda *args, **kwargs: seen.append(wrapped.inside) or called(*args, **kwargs)
-    monkeypatch.setattr(inside_forward.ops, "selected_logprob", spy)
+    monkeypatch.setattr(ops, "selected_logprob", spy)
     batch = batch_of(PAIRS)
     logp, cu_rows = wrapped(selected_labels=batch.pop("labels"), **batch)
     assert seen == [True]
@@ -158,7 +160,7 @@ def test_the_model_may_have_adapters():
     # adapters that begin as zeros would hide that they are passed by
     config = LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
     adapted = get_peft_model(model, config).eval()
-    inside_forward.add_selected_logprob(adapted)
+    patch.transformers(adapted)
     batch = batch_of(PAIRS)
     logp, cu_rows = adapted(selected_labels=batch.pop("labels"), **batch)
     loss = ops.sepo_loss(ops.segment_mean(logp, cu_rows), gamma=GAMMA, margin=MARGIN)
@@ -169,11 +171,11 @@ def test_the_model_may_have_adapters():
 
 def test_under_autocast_the_head_computes_in_bfloat16(monkeypatch):
     model, seen, called = tiny_model(), [], ops.selected_logprob
-    inside_forward.add_selected_logprob(model)
+    patch.transformers(model)
     spy = lambda hidden, weight, *args, **kwargs: (
         seen.append({hidden.dtype, weight.dtype}) or called(hidden, weight, *args, **kwargs)
     )
-    monkeypatch.setattr(inside_forward.ops, "selected_logprob", spy)
+    monkeypatch.setattr(ops, "selected_logprob", spy)
     batch = batch_of(PAIRS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logp, _ = model(selected_labels=batch.pop("labels"), **batch)
@@ -188,7 +190,7 @@ def test_transformers_trainer(tmp_path, accumulation):
     expected.backward()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     theirs = gradients(model)
-    trainer = transformers_trainer.PairTrainer(
+    trainer = patch.PairTrainer(
         model,
         TrainingArguments(
             str(tmp_path),
@@ -202,14 +204,27 @@ def test_transformers_trainer(tmp_path, accumulation):
             remove_unused_columns=False,
             **QUIET,
         ),
-        train_dataset=Dataset.from_list(list(minus_100.labelled_pairs(PAIRS))),
-        data_collator=minus_100.collate_pairs,
+        train_dataset=Dataset.from_list(list(patch.labelled_pairs(PAIRS))),
+        data_collator=patch.collate_pairs,
     )
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(expected.item())
     assert trainer.train().training_loss == pytest.approx(expected.item(), rel=1e-6)
     steps = {name: before[name] - p.detach() for name, p in model.named_parameters()}
     size = max(g.abs().max() for g in theirs.values()).item()
     torch.testing.assert_close(steps, theirs, rtol=1e-8, atol=1e-9 * size)
+
+
+def test_the_example_for_transformers_runs(tmp_path):
+    """From a scored store to a trained model, as the two command lines do it."""
+    tiny_model().save_pretrained(tmp_path / "M")
+    write_store(tmp_path / "scored", PAIRS)
+    rows, policy = str(tmp_path / "selected.jsonl"), str(tmp_path / "policy")
+    minus_100.main([str(tmp_path / "scored"), "--output", rows])
+    how = dict(learning_rate=1e-2, per_device_train_batch_size=3, num_train_epochs=3, **QUIET)
+    transformers_trainer.train(str(tmp_path / "M"), rows, policy, **how)
+    trained = AutoModelForCausalLM.from_pretrained(policy).eval()
+    before = dense_loss(tiny_model(), PAIRS).mean()
+    assert dense_loss(trained, PAIRS).mean() < 0.8 * before
 
 
 @pytest.fixture
@@ -240,7 +255,7 @@ def test_trl_with_our_head_is_trl(trl_dpo, tmp_path):
         {"prompt": "w3 w4", "chosen": "w5 w6 w7", "rejected": "w8"},
         {"prompt": "w9", "chosen": "w2", "rejected": "w11 w12 w13 w3"},
     ]
-    trainer = trl_dpo.HeadTrainer(
+    trainer = patch.HeadDPOTrainer(
         model,
         ref_model=reference,
         args=trl_arguments(tmp_path),
@@ -260,12 +275,12 @@ def test_trl_trains_selected_tokens(trl_dpo, tmp_path):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     expected = dense_loss(model, PAIRS).mean()
-    trainer = trl_dpo.SelectedTrainer(
+    trainer = patch.SelectedDPOTrainer(
         model,
         args=trl_arguments(tmp_path, precompute_ref_log_probs=True, learning_rate=1e-2),
-        train_dataset=Dataset.from_list(list(trl_dpo.masked_pairs(PAIRS))),
+        train_dataset=Dataset.from_list(list(patch.masked_pairs(PAIRS))),
         processing_class=tokenizer,
-        data_collator=trl_dpo.MaskedPreference(pad_token_id=1),
+        data_collator=patch.MaskedPreferenceCollator(pad_token_id=1),
     )
     assert trainer.ref_model is None
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(PAIRS))])
@@ -274,3 +289,16 @@ def test_trl_trains_selected_tokens(trl_dpo, tmp_path):
     trainer.train()
     with torch.no_grad():
         assert dense_loss(model.eval(), PAIRS).mean() < 0.8 * expected
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_example_for_trl_runs(trl_dpo, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "M")
+    tiny_tokenizer().save_pretrained(tmp_path / "M")
+    write_store(tmp_path / "scored", PAIRS)
+    how = dict(learning_rate=1e-2, per_device_train_batch_size=3, num_train_epochs=3, bf16=False)
+    names = (str(tmp_path / name) for name in ("M", "scored", "policy"))
+    trl_dpo.train(*names, gradient_checkpointing=False, **how, **QUIET)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
+    before = dense_loss(tiny_model(), PAIRS).mean()
+    assert dense_loss(trained, PAIRS).mean() < 0.8 * before

@@ -8,9 +8,10 @@ from plain_attention import plain, visible_rows
 from tiny import V, tiny_model
 
 from bench.measure import peak_bytes
-from sepo.attention import Layout
+from sepo.attention import PackedLayout
 from sepo.data import all_positions, pack, truncate
-from sepo.model.prepare import prepare_model, token_logprob
+from sepo.model.forward import token_logprob
+from sepo.model.prepare import prepare_model
 
 # blocks of 128 rows that are whole, part and empty; a rejected response that is missing
 LENGTHS = [(150, 70, 200), (5, 0, 40), (60, 90, 0), (1, 1, 1), (33, 140, 20)]
@@ -47,7 +48,7 @@ def attention(impl, device, dtype, heads, options, lengths=LENGTHS):
         return found.transpose(0, 1)[None]
 
     def packed(query, key, value):
-        return Layout(batch.to(device), impl).attend(query, key, value, scale=0.2, **options)
+        return PackedLayout(batch.to(device), impl).attend(query, key, value, scale=0.2, **options)
 
     def results(function, precision):
         own = [x.detach().to(device, precision).requires_grad_() for x in inputs]
@@ -146,7 +147,7 @@ def memory(impl, device, dtype, *, prompt, response, pairs, heads):
     upstream = torch.randn(1, N, H, E, dtype=dtype, device=device)
 
     def call():
-        value = Layout(batch, impl).attend(*inputs, scale=None)
+        value = PackedLayout(batch, impl).attend(*inputs, scale=None)
         return torch.autograd.grad(value, inputs, upstream)
 
     call()  # workspaces and compiled kernels stay

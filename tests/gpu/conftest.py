@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 
-from bench import measure
-from bench.leg import ledger
+from bench import ledger, measure
 
 # read with the first matrix product: without it cuBLAS refuses to be deterministic
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -16,10 +16,11 @@ from sepo.ops import (
     selected_logprob,
     selected_logprob_kl,
 )
+from sepo_kernels.schedules import SAVE_MIN_CHUNK, save_bytes
 from sepo_kernels.selected_logprob import reference as one_head
-from sepo_kernels.selected_logprob.schedule import SAVE_MIN_CHUNK, Layout
+from sepo_kernels.selected_logprob.layout import HeadLayout
 from sepo_kernels.selected_logprob_kl import reference as two_heads
-from sepo_kernels.selected_logprob_kl import schedule as kl_plan
+from sepo_kernels.selected_logprob_kl.layout import TwoHeadLayout
 
 LOGPROB_SCHEDULES = logprob_cases.SCHEDULES
 KL_SCHEDULES = list(kl_cases.SCHEDULES)
@@ -88,17 +89,19 @@ def kl_inputs(device, shape, dtype, variant):
 
 def logprob_budget(schedule, M, V, dtype, softcap=None) -> int:
     """The least that `save` does with, or room for CHUNK rows."""
-    layout = Layout(V, dtype, softcap is not None, False, MULTIPROCESSORS)
+    layout = HeadLayout(V, dtype, softcap is not None, False, MULTIPROCESSORS)
     if schedule == "save":
-        return M * layout.kept + max(1, min(M, SAVE_MIN_CHUNK)) * layout.row_bytes(gradient=True)
+        return M * layout.saved_bytes + max(1, min(M, SAVE_MIN_CHUNK)) * layout.row_bytes(
+            gradient=True
+        )
     return CHUNK * layout.row_bytes(gradient=schedule != "no_grad")
 
 
 def kl_budget(schedule, M, V, dtype) -> int:
     """The least that `save` does with, or room for CHUNK rows."""
-    layout = kl_plan.Layout(V, dtype, dtype, False, MULTIPROCESSORS)
+    layout = TwoHeadLayout(V, dtype, dtype, False, MULTIPROCESSORS)
     row = layout.row_bytes(gradient=schedule != "no_grad")
-    return max(row, kl_plan.save_bytes(M, layout)) if schedule.startswith("save") else CHUNK * row
+    return max(row, save_bytes(M, layout)) if schedule.startswith("save") else CHUNK * row
 
 
 def _compare(ours, plain, truth, dtype, what):
@@ -149,7 +152,7 @@ def rows_far_into_the_logits(impl, device, M, D, V, ends):
     upstream[:ends], upstream[-ends:] = 1, -2
     some = torch.cat([rows[:ends], rows[-ends:]])
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    budget = M * Layout(V, hidden.dtype, False, False, MULTIPROCESSORS).row_bytes(gradient=True)
+    budget = M * HeadLayout(V, hidden.dtype, False, False, MULTIPROCESSORS).row_bytes(gradient=True)
     args = hidden, weight, rows, targets
     told = explain_selected_logprob(*args, budget=budget, impl=impl)
     assert (told.schedule, told.fwd_chunk) == ("save", M)
@@ -166,8 +169,8 @@ def kl_rows_far_into_the_logits(impl, device, M, D, V, ends):
     upstream = torch.zeros(M, device=device)
     upstream[:ends], upstream[-ends:] = 1, -2
     some = torch.cat([rows[:ends], rows[-ends:]])
-    layout = kl_plan.Layout(V, torch.bfloat16, torch.bfloat16, False, MULTIPROCESSORS)
-    budget = M * (layout.kept + layout.scratch)
+    layout = TwoHeadLayout(V, torch.bfloat16, torch.bfloat16, False, MULTIPROCESSORS)
+    budget = M * (layout.saved_bytes + layout.scratch_bytes)
     hidden, weight = i.hidden.requires_grad_(), i.weight.requires_grad_()
     call = lambda fn: fn(
         hidden, weight, i.ref_hidden, i.ref_weight, rows, i.targets,

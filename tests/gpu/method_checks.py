@@ -13,7 +13,7 @@ from sepo.model.prepare import prepare_model
 from sepo.model.reference import LiveReference
 from sepo.trainer.methods import METHODS, reduce_segments
 from sepo.trainer.pairs import PreparedPairs
-from sepo.trainer.step import MASK, TokenStep
+from sepo.trainer.step import MASK, step_reads
 
 CASES = {
     "tdpo1": {},
@@ -45,7 +45,7 @@ def micro_batch(case: str, device: str, dtype: torch.dtype):
 
     def run():
         model.zero_grad()
-        tokens = model(batch=batch, compute=TokenStep(method, args, reference))
+        tokens = model(batch=batch, reads=step_reads(method, args, reference))
         loss = method.loss(reduce_segments(tokens, batch.weights, batch.cu_rows), args).sum()
         loss.backward()
         return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}

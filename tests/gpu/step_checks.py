@@ -11,6 +11,7 @@ from tiny import random_scored_pairs, tiny_model
 from bench.measure import peak_bytes
 from sepo.data import pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.model.prepare import prepare_model
 from sepo.ops import segment_mean, segment_topk, selected_logprob, selected_logprob_kl
 from sepo_kernels.selected_logprob_kl.chunked import TILE_BYTES
@@ -108,7 +109,9 @@ def layers_agree(
 def layer_step(model, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Log-probabilities of a small packed batch and their mean's gradients."""
     device = model.device
-    batch = pack([make_segments(pair, "all") for pair in random_scored_pairs(3)]).to(device)
+    batch = pack([make_segments(pair, Selection("all")) for pair in random_scored_pairs(3)]).to(
+        device
+    )
     model.zero_grad()
     enabled = dtype is not None
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=enabled):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,19 +13,20 @@ import pytest
 import torch
 from gpu.test_gpu_stages import python
 
-from bench import gpu, jobs, report, run
-from bench.leg import ledger, plan, watched, wheels
-from bench.leg import trace as tracing
-from bench.leg.found import summary
-from bench.leg.stages import Result, run_stages
+from bench import jobs, ledger, report, run
+from tools import gpu
+from tools.leg import order, watched, wheels
+from tools.leg import trace as tracing
+from tools.leg.found import summary
+from tools.leg.stages import Result, run_stages
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_leg_measures_everything_in_order(monkeypatch):
-    monkeypatch.setattr(plan, "find_sanitizer", lambda: "/opt/compute-sanitizer")
-    stages = plan.stages(Path("results.jsonl"))
-    assert list(dict.fromkeys(s.group for s in stages)) == list(plan.GROUPS)
+    monkeypatch.setattr(order, "find_sanitizer", lambda: "/opt/compute-sanitizer")
+    stages = order.stages(Path("results.jsonl"))
+    assert list(dict.fromkeys(s.group for s in stages)) == list(order.GROUPS)
     assert not any(s.absent for s in stages) and len({s.name for s in stages}) == len(stages)
     assert 15 * 60 < sum(s.seconds for s in stages) < 30 * 60
     words = [word for s in stages for word in s.command]
@@ -43,7 +45,7 @@ def test_the_leg_measures_everything_in_order(monkeypatch):
             args = run.parser().parse_args(s.command[2:])
             assert args.case == [s.name] and args.device == "cuda" and str(args.figure) == "none"
     steps = [s for s in stages if s.group == "step"]
-    assert [s.name for s in steps] == [*plan.STEPS, "trace"]
+    assert [s.name for s in steps] == [*order.STEPS, "trace"]
     # every GPU test is in one process, flex in one of its own
     tests = [s for s in stages if s.group == "tests"]
     gpu_files = {f"tests/gpu/{s.name}.py" for s in tests[:-1]}
@@ -55,13 +57,13 @@ def test_the_leg_measures_everything_in_order(monkeypatch):
     }
     assert tests[-1].name == "flex" and gpu_files <= {*tests[-1].command}
     assert all("-v" in s.command and s.again for s in tests)
-    only = plan.stages(Path("results.jsonl"), ("kl", "build"))
+    only = order.stages(Path("results.jsonl"), ("kl", "build"))
     assert {s.group for s in only} == {"environment", "build", "kl"}
 
 
 def test_the_sanitizer_watches_our_kernels_alone(monkeypatch):
-    monkeypatch.setattr(plan, "find_sanitizer", lambda: "/opt/compute-sanitizer")
-    watches = [s.command for s in plan.stages(Path("-"), ("sanitizer",))[2:]]
+    monkeypatch.setattr(order, "find_sanitizer", lambda: "/opt/compute-sanitizer")
+    watches = [s.command for s in order.stages(Path("-"), ("sanitizer",))[2:]]
     kernels = set()
     for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
         kernels |= set(re.findall(r"__global__.*?(\w+)\($", source.read_text(), re.M))
@@ -70,8 +72,8 @@ def test_the_sanitizer_watches_our_kernels_alone(monkeypatch):
         kept = [b.removeprefix("kns=") for a, b in zip(command, command[1:], strict=False)
                 if a == "--kernel-name"]  # fmt: skip
         assert all(any(part in kernel for part in kept) for kernel in kernels)
-    monkeypatch.setattr(plan, "find_sanitizer", lambda: None)
-    absent = {s.name: s.absent for s in plan.stages(Path("-"), ("sanitizer",))[2:]}
+    monkeypatch.setattr(order, "find_sanitizer", lambda: None)
+    absent = {s.name: s.absent for s in order.stages(Path("-"), ("sanitizer",))[2:]}
     reason = "compute-sanitizer is not on this machine"
     assert absent == {"memcheck": reason, "racecheck": reason}
 
@@ -152,11 +154,11 @@ if answer == "hangs": time.sleep(600)
 )
 def test_the_leg_rehearsed(device, monkeypatch, tmp_path, capsys, answers, code, last):
     """Its own stages with fake answers: the last line names what they did not measure."""
-    path, real = tmp_path / "new" / "found.jsonl", plan.stages
+    path, real = tmp_path / "new" / "found.jsonl", order.stages
     (tmp_path / "new").mkdir()
 
     def fake(*asked):
-        monkeypatch.setattr(plan, "find_sanitizer", lambda: "/opt/compute-sanitizer")
+        monkeypatch.setattr(order, "find_sanitizer", lambda: "/opt/compute-sanitizer")
         found = []
         for s in real(*asked):
             answer = answers.get(s.name, "")
@@ -167,7 +169,7 @@ def test_the_leg_rehearsed(device, monkeypatch, tmp_path, capsys, answers, code,
             )
         return tuple(found)
 
-    monkeypatch.setattr(plan, "stages", fake)
+    monkeypatch.setattr(order, "stages", fake)
     monkeypatch.setattr(gpu, "said", lambda *command: "1.0")
     hangs = "hangs" in answers.values()
     only = ["--only", "step"] if hangs else []
@@ -186,12 +188,12 @@ def test_the_leg_rehearsed(device, monkeypatch, tmp_path, capsys, answers, code,
 def test_a_leg_without_steps_is_not_well(device, monkeypatch):
     """As on the first machine: what a suite needs was missing, and all was said to be well."""
     monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
-    stages = plan.stages(Path("results.jsonl"), ("attention", "step"))[2:]
+    stages = order.stages(Path("results.jsonl"), ("attention", "step"))[2:]
     assert {s.absent for s in stages} == {"transformers, accelerate not installed"}
     results = run_stages(stages)
     text, code = summary(results, [])
     assert code == 3
-    expected = ", ".join(["attention", *plan.STEPS, "trace"])
+    expected = ", ".join(["attention", *order.STEPS, "trace"])
     assert text.splitlines()[-1] == f"not measured: {expected}"
 
 
@@ -210,26 +212,42 @@ def test_where_stages_run(device):
     assert report.default_path("cuda").name == "nvidia-test-1.jsonl"
 
 
-def test_carried_wheels_are_installed_where_they_lack(tmp_path, capfd):
-    import zipfile
+def write_wheel(folder: Path, name: str, *needs: str) -> None:
+    about = f"{name}-9.1.dist-info"
+    lines = "Metadata-Version: 2.1", f"Name: {name}", "Version: 9.1"
+    with zipfile.ZipFile(folder / f"{name}-9.1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "")
+        needed = [f"Requires-Dist: {need}" for need in needs]
+        wheel.writestr(f"{about}/METADATA", "\n".join((*lines, *needed)))
+        wheel.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
+        )
+        wheel.writestr(f"{about}/RECORD", "")
 
+
+def test_carried_wheels_are_installed_where_they_lack(tmp_path, capfd):
     folder, site = tmp_path / "wheels", tmp_path / "site"
     folder.mkdir()
     for name in ("sepo_carried", "torch"):  # of which one is here
-        about = f"{name}-9.1.dist-info"
-        with zipfile.ZipFile(folder / f"{name}-9.1-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(f"{name}.py", "")
-            wheel.writestr(
-                f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.1"
-            )
-            wheel.writestr(
-                f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
-            )
-            wheel.writestr(f"{about}/RECORD", "")
+        write_wheel(folder, name)
     assert wheels.install(folder, site) == 0
     assert (site / "sepo_carried.py").exists() and not (site / "torch.py").exists()
     assert "lacking: sepo-carried" in capfd.readouterr().out
     assert wheels.install(tmp_path / "none", site) == 0
+
+
+def test_carried_wheels_that_clash_with_what_is_there_are_left_out(tmp_path, capfd):
+    """As pandas 3 does with numpy 2.0: datasets would be found, and could not be imported."""
+    folder, site = tmp_path / "wheels", tmp_path / "site"
+    folder.mkdir()
+    write_wheel(folder, "sepo_newer", "torch>=99", 'numpy>=99; extra == "more"')
+    write_wheel(folder, "sepo_of_newer", "sepo-newer")
+    write_wheel(folder, "sepo_fine", "torch>=2", "sepo-absent>=3", 'numpy>=99; extra == "more"')
+    assert wheels.install(folder, site) == 0
+    assert [file.name for file in site.glob("*.py")] == ["sepo_fine.py"]
+    said = capfd.readouterr().out
+    assert "sepo-newer is left out: it needs torch >=99, got 2." in said
+    assert "sepo-of-newer is left out: it needs sepo-newer" in said and said.count("left out") == 2
 
 
 def test_a_trace_in_words():
@@ -266,12 +284,15 @@ def test_benchmark_fails_if_ours_is_wrong_or_missing(monkeypatch, tmp_path, stat
 
         def gate(self):
             gated = [s.replace("measured", "passed") for s in statuses]
-            rows = [Row("head", "case", f"sepo:{s}", "", s, ours=True) for s in gated]
-            return [*rows, Row("head", "case", "peer", "", "refused", ours=False)]
+            self.rows = [Row("head", "case", f"sepo:{s}", s, ours=True) for s in gated]
+            self.rows.append(Row("head", "case", "peer", "refused"))
 
         def finish(self):
-            rows = [Row("head", "case", f"sepo:{s}", "", s, ours=True) for s in statuses]
-            return [*rows, Row("head", "case", "peer", "", "measured", ours=False)]
+            self.rows = [Row("head", "case", f"sepo:{s}", s, ours=True) for s in statuses]
+            self.rows.append(Row("head", "case", "peer", "measured"))
+
+        def records(self):
+            return [row.record() for row in self.rows]
 
     monkeypatch.setattr(jobs, "jobs", lambda *suites, **options: [Job()] if statuses else [])
     monkeypatch.setattr(report, "machine", lambda device: Device.name)
@@ -281,7 +302,7 @@ def test_benchmark_fails_if_ours_is_wrong_or_missing(monkeypatch, tmp_path, stat
 
 def test_without_a_device_it_says_so_at_once():
     done = subprocess.run(
-        [sys.executable, "bench/gpu.py"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "tools/gpu.py"], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr

@@ -7,7 +7,7 @@ import torch
 from gpu import head_checks, sanitized, segment_checks, step_checks
 from ops.kl_cases import DIRECTIONS
 
-from sepo_kernels import products, segment_reduce
+from sepo_kernels import gemm, segment_reduce
 from sepo_kernels.segment_topk import IMPLS as TOPK
 
 NATIVE = os.environ.get("SEPO_EXT") != "none"
@@ -74,13 +74,13 @@ def test_sanitised_program():
 
 def test_an_error_that_only_float32_inputs_would_hide_is_noticed(monkeypatch):
     """Logits rounded to bfloat16, as a product without a float32 output would leave them."""
-    right = products.logits
+    right = gemm.logits
 
     def rounded(out, x, weight):
         right(out, x, weight)
         out.copy_(out.bfloat16())
 
-    monkeypatch.setattr(products, "logits", rounded)
+    monkeypatch.setattr(gemm, "logits", rounded)
     with pytest.raises(AssertionError, match="off by"):
         head_checks.logprob("chunked", "cpu", (40, 72, 24, 101), torch.bfloat16, "plain")
     with pytest.raises(AssertionError, match="off by"):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.leg.found import summary
-from bench.leg.stages import Stage, run_stages
+from tools.leg.found import summary
+from tools.leg.stages import Stage, run_stages
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +82,7 @@ def test_stages_get_their_environment():
 
 DIES_IN_B = """
 import os, sys
-from bench.leg import ledger
+from bench import ledger
 for what in "abc":
     if not ledger.died_in(what):
         ledger.at(what)
@@ -105,15 +105,15 @@ def test_a_process_that_dies_is_begun_again_without_what_killed_it(tmp_path, how
 KILLER = """
 import os, sys, torch
 from bench import report, run
-from bench.harness import CaseJob
+from bench.harness import Job
 from bench.operations.head import HeadCase
-from bench.providers import dense, ours
-from bench.provider import Provider
-(right,) = (p for p in dense.HEAD if p.name == "dense")
-providers = [*ours.HEAD[:1], Provider("killer", lambda inputs: os.abort()), right]
+from bench.contender import Contender
+from bench.contenders import ours, plain
+(right,) = (p for p in plain.HEAD if p.name == "dense")
+providers = [*ours.HEAD[:1], Contender("killer", lambda inputs: os.abort()), right]
 case = HeadCase("case", 0.5, torch.float32, N=32, response=24, D=8, V=40)
-job = CaseJob(case, providers, device="cpu", rounds=2)
-rows, code = run.run([run.Alone(job)])
+job = Job(case, providers, device="cpu", rounds=2)
+rows, code = run.run([job])
 print({row["provider"]: (row["status"], row["reason"]) for row in rows})
 sys.exit(code)
 """

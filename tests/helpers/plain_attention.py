@@ -65,7 +65,7 @@ def plain_flash(
 # varlen with a plain kernel in place of flash attention: its gather, offsets, alignment
 PLAIN_VARLEN = replace(
     layout.IMPLS[0], build=partial(varlen.build, kernel=plain_flash),
-    absent=lambda: None, why_not=lambda terms: None, how=lambda terms: "",
+    absent=lambda: None, why_not=lambda terms: None, detail=lambda terms: "",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from sepo.data.read.read import read_pairs
 from sepo.data.store.manifest import sealed
 from sepo.data.store.store import verify_store
 from sepo.model.fingerprint import checkpoint_hash
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 from sepo.report.runs import read_run
 from sepo.trainer.checkpoints import MARK
 

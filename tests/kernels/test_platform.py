@@ -7,7 +7,7 @@ import pytest
 import torch
 from processes import ENVIRONMENT
 
-from sepo_kernels import platform
+from sepo_kernels import devices
 
 AVX2_ALONE = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -16,10 +16,17 @@ AVX2_ALONE = {
 }
 
 
+def test_the_old_name_is_the_same_module():
+    import sepo_kernels.platform
+    from sepo_kernels.platform import fast_dtype
+
+    assert sepo_kernels.platform is devices and fast_dtype is devices.fast_dtype
+
+
 def test_a_cpu_without_bfloat16_products_is_found_out():
     code = (
-        "from sepo_kernels import platform; print(platform.bfloat16_speed('cpu'), "
-        "platform.fast_dtype('cpu'))"
+        "from sepo_kernels import devices; print(devices.bfloat16_speed('cpu'), "
+        "devices.fast_dtype('cpu'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -37,10 +44,10 @@ def test_a_cpu_without_bfloat16_products_is_found_out():
 )
 def test_the_dtype_that_takes_less_is_taken(monkeypatch, seconds, fast):
     of = dict(zip((torch.float32, torch.bfloat16), seconds, strict=True))
-    monkeypatch.setattr(platform, "_seconds_of_product", lambda a: of[a.dtype])
-    platform.bfloat16_speed.cache_clear()
+    monkeypatch.setattr(devices, "_gemm_seconds", lambda a: of[a.dtype])
+    devices.bfloat16_speed.cache_clear()
     try:
-        assert platform.fast_dtype("cpu") == platform.fast_dtype(torch.device("cpu")) == fast
-        assert platform.bfloat16_speed("cpu") == seconds[0] / seconds[1]
+        assert devices.fast_dtype("cpu") == devices.fast_dtype(torch.device("cpu")) == fast
+        assert devices.bfloat16_speed("cpu") == seconds[0] / seconds[1]
     finally:
-        platform.bfloat16_speed.cache_clear()  # of the pretended machine
+        devices.bfloat16_speed.cache_clear()  # of the pretended machine

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sepo.data import pack, truncate
 from sepo.errors import InputError
 from sepo.masks import activation_mask, layer_activations, layer_states, num_layers
-from sepo.model.prepare import hidden_states, prepare_model
+from sepo.model.forward import hidden_states
+from sepo.model.prepare import prepare_model
 
 # peft 0.21 asks transformers 5.23 in words of before
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

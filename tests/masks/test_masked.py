@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 from sepo import SePOConfig, train
 from sepo.data import pack
 from sepo.errors import InputError
-from sepo.masks import layer_states, load_mask
-from sepo.trainer import step as tokens
+from sepo.masks import kinds, layer_states, load_mask
 
 ADAM = dict(method="sparsepo", optim="adamw_torch", warmup_steps=0, learning_rate=0.01)
 
@@ -56,7 +55,7 @@ def test_the_layers_are_let_go_of_before_backward_is_in_the_trunk(tmp_path, monk
         kept.append(StorageWeakRef(states.untyped_storage()))
         return hidden, states
 
-    monkeypatch.setattr(tokens, "layer_states", read)
+    monkeypatch.setattr(kinds, "layer_states", read)
     trainer = make_trainer(tmp_path, max_steps=1, **ADAM)
     norm = trainer.model.get_decoder().norm
     norm.register_full_backward_pre_hook(lambda *_: gone.append(kept[-1].expired()))
@@ -182,7 +181,9 @@ def test_by_the_script(tmp_path):
 
 def test_an_empty_batch_gives_every_parameter_a_zero(tmp_path):
     trainer = make_trainer(tmp_path, pairs=random_scored_pairs(2), independent_masks=True, **ADAM)
-    losses = trainer._losses(trainer.model, pack([]), trainer._means)
+    batch = pack([])
+    tokens = trainer.model(batch=batch, reads=trainer._reads)
+    losses = trainer._losses(tokens, batch, trainer._means)
     losses.sum().backward()
     for name, p in trainer.model.named_parameters():
         assert p.grad is not None and not p.grad.any(), name

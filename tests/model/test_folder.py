@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from sepo.errors import InputError
 from sepo.model.fingerprint import checkpoint_hash, quick_hash, weights_hash
 from sepo.model.folder import find_folder, values_of
-from sepo.model.prepare import load_model, load_tokenizer, prepare_model
+from sepo.model.load import load_model, load_tokenizer
+from sepo.model.prepare import prepare_model
 from sepo.score.score import score_dataset
 
 # peft 0.21 asks transformers 5.23 by an old name

@@ -13,7 +13,10 @@ from sepo import attention
 from sepo.attention import layout
 from sepo.data import all_positions, pack, truncate
 from sepo.errors import InputError
-from sepo.model.prepare import explain_attention, head, load_model, prepare_model, token_logprob
+from sepo.model import prepare
+from sepo.model.forward import head, token_logprob
+from sepo.model.load import load_model
+from sepo.model.prepare import explain_attention, prepare_model
 
 # peft 0.21 asks transformers 5.23 in words of before
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -119,7 +122,9 @@ def test_a_head_that_is_not_one_matrix_is_refused():
 def test_a_prepared_model_is_not_probed_again(monkeypatch):
     model = prepare_model(tiny_model("llama"))
     model.set_attn_implementation("sdpa")
-    monkeypatch.setattr("sepo.model._check_against_itself", lambda *_: pytest.fail("probed"))
+    monkeypatch.setattr(
+        "sepo.model.prepare._check_against_itself", lambda *_: pytest.fail("probed")
+    )
     assert prepare_model(model).config._attn_implementation == attention.ATTENTION
 
 
@@ -144,7 +149,36 @@ def test_a_saved_prepared_model_loads_anywhere(tmp_path):
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
-    assert load_model(str(tmp_path)).config._attn_implementation == attention.ATTENTION
+
+
+def test_a_loaded_model_is_prepared_by_its_first_batch(tmp_path, monkeypatch):
+    """Where it is by then; any other call is the model's own before and after."""
+    plain = tiny_model("llama")
+    plain.save_pretrained(tmp_path)
+    expected = prepare_model(tiny_model("llama"))(batch=packed())
+    compared = count_comparisons(monkeypatch)
+    model, ids = load_model(str(tmp_path), attn_impl="sdpa"), torch.arange(6)[None]
+    assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert compared == []
+    for _ in range(2):
+        torch.testing.assert_close(model(batch=packed()), expected, rtol=0, atol=2e-4)
+        assert compared == [(model, "sdpa")]
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_a_loaded_model_that_is_not_served_says_so_at_its_first_batch(tmp_path):
+    tiny_model("bloom", n_head=4).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is not supported: .*attention interface"):
+        load_model(str(tmp_path))(batch=packed())
+
+
+def count_comparisons(monkeypatch) -> list:
+    """Filled with each model that is compared with itself, and the attention."""
+    compared, check = [], prepare._check_against_itself
+    monkeypatch.setattr(
+        prepare, "_check_against_itself", lambda *given: compared.append(given) or check(*given)
+    )
+    return compared
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path):

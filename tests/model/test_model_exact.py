@@ -99,7 +99,7 @@ def test_a_plain_causal_mask_fails(arch, monkeypatch):
         )
         return out.transpose(1, 2), None
 
-    monkeypatch.setattr("sepo.model._check_against_itself", lambda model, impl: None)
+    monkeypatch.setattr("sepo.model.prepare._check_against_itself", lambda model, impl: None)
     attention.AttentionInterface.register(attention.ATTENTION, causal)
     try:
         with pytest.raises(AssertionError):

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM
 from sepo.data import pack
 from sepo.data.hidden import StoredHead
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
-from sepo.model.prepare import head, hidden_states, prepare_model, token_logprob
+from sepo.model.forward import head, hidden_states, token_logprob
+from sepo.model.prepare import prepare_model
 from sepo.model.reference import (
     CachedReference,
     LiveReference,
@@ -50,7 +52,7 @@ def store(live, tmp_path_factory):
 
 def batch_of(pairs):
     # half of the tokens: other batches, other truncation and repeated rows than in scoring
-    return pack([make_segments(pair, "random", fraction=0.5) for pair in pairs])
+    return pack([make_segments(pair, Selection("random", fraction=0.5)) for pair in pairs])
 
 
 def run(policy, batch, reference, *, autocast=False, **how):
@@ -213,7 +215,7 @@ def test_another_tokenizer_or_template(folder, no_load):
 def test_rows_of_one_pair_are_read_by_position(store):
     pair = store[2]
     batch = batch_of([pair])
-    _, chosen, rejected = make_segments(pair, "random", fraction=0.5)
+    _, chosen, rejected = make_segments(pair, Selection("random", fraction=0.5))
     expected = [
         rows.read(np.arange(len(rows), dtype=np.int32))[segment.positions]
         for rows, segment in (

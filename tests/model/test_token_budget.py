@@ -13,6 +13,7 @@ from tiny import random_scored_pairs, tiny_model
 from sepo import SePOConfig
 from sepo.data import pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.model import budget
 from sepo.model.budget import (
     Sizes,
@@ -91,7 +92,7 @@ def kept_bytes(model, tokens: int, bf16: bool) -> tuple[int, int]:
     for pair in pairs:
         if total + len(pair) > tokens:
             break
-        some.append(make_segments(pair, "all"))
+        some.append(make_segments(pair, Selection("all")))
         total += len(pair)
     batch, storages = pack(some), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

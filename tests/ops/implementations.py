@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sepo_kernels.platform import INTERPRET
+from sepo_kernels.devices import INTERPRET
 
 
 def on_cpu(impls) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sepo.ops import explain_selected_logprob_kl, selected_logprob_kl
 from sepo_kernels.selected_logprob_kl import IMPLS
-from sepo_kernels.selected_logprob_kl.schedule import Layout
+from sepo_kernels.selected_logprob_kl.layout import TwoHeadLayout
 
 RUNNABLE = on_cpu(IMPLS)
 
@@ -78,7 +78,7 @@ def budget_for(schedule: str, V: int, dtype=torch.float32) -> int | None:
     """Bytes that lead to `schedule` with 16 rows or more: 5 rows, or plenty."""
     if schedule.startswith("save"):
         return None
-    return 5 * Layout(V, dtype, dtype, fused=False).row_bytes(gradient=True)
+    return 5 * TwoHeadLayout(V, dtype, dtype, fused=False).row_bytes(gradient=True)
 
 
 def run(fn, inputs: Inputs, *, schedule="save", dtype=None, **options) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sepo.ops import explain_selected_logprob, selected_logprob
 from sepo_kernels.selected_logprob import IMPLS
-from sepo_kernels.selected_logprob.schedule import Layout
+from sepo_kernels.selected_logprob.layout import HeadLayout
 
 # (N, M, D, V): small; ragged in every dimension; no rows; rows repeat, N < M; real vocabularies
 SHAPES = [
@@ -39,9 +39,9 @@ def make_inputs(N, M, D, V, *, dtype=torch.float32, bias=False, seed=0):
     return hidden, weight, offset, rows, targets, upstream
 
 
-def layout(V: int, dtype: torch.dtype, softcap: float | None, impl: str) -> Layout:
+def layout(V: int, dtype: torch.dtype, softcap: float | None, impl: str) -> HeadLayout:
     fused = {i.name: i.fused for i in IMPLS}[impl](dtype)
-    return Layout(V, dtype, softcap is not None, fused)
+    return HeadLayout(V, dtype, softcap is not None, fused)
 
 
 def budget_for(

@@ -12,33 +12,38 @@ from sepo.ops import (
     selected_logprob,
     selected_logprob_kl,
 )
-from sepo_kernels import platform
+from sepo_kernels import devices, schedules
 from sepo_kernels.selected_logprob import loops
-from sepo_kernels.selected_logprob import schedule as plan
-from sepo_kernels.selected_logprob_kl import schedule as two_heads
+from sepo_kernels.selected_logprob.layout import HeadLayout
+from sepo_kernels.selected_logprob_kl.layout import TwoHeadLayout
 
 GIB = 1 << 30
 H200, SMALL = 139 * GIB, 16 * GIB
-ONE = plan.Layout(128256, torch.bfloat16, False, False, 132, 4096)
-TWO = two_heads.Layout(128256, torch.bfloat16, torch.bfloat16, False, 132, 4096)
+ONE = HeadLayout(128256, torch.bfloat16, False, False, 132, 4096)
+TWO = TwoHeadLayout(128256, torch.bfloat16, torch.bfloat16, False, 132, 4096)
 
 
-@pytest.mark.parametrize(("module", "layout"), [(plan, ONE), (two_heads, TWO)], ids=["one", "two"])
-def test_what_saving_takes_and_at_most_an_eighth_of_the_gpus_memory(module, layout):
+@pytest.mark.parametrize("layout", [ONE, TWO], ids=["one", "two"])
+def test_what_saving_takes_and_at_most_an_eighth_of_the_gpus_memory(layout):
     for M in (0, 1, 500, 2457, 8192, 20000):
         for memory in (SMALL, H200):
-            budget = module.default_budget(M, layout, memory, True, True)
+            budget = schedules.default_budget(M, layout, memory, True, True)
             assert budget <= memory // 8
-            schedule = module.choose(M, layout, budget, True, True)
-            wanted = module.save_bytes(M, layout)
+            schedule = schedules.choose(M, layout, budget, True, True)
+            wanted = schedules.save_bytes(M, layout)
             assert schedule == ("save" if wanted <= memory // 8 else "partial"), (M, memory)
-            assert module.bytes_alive(M, layout, budget, schedule) <= budget
+            assert layout.peak_bytes(M, budget, schedule) <= budget
             # no more than it makes use of
-            assert budget <= wanted + layout.working_rows * 3 * layout.kept + layout.kept
-    assert module.choose(8192, layout, module.default_budget(8192, layout, SMALL, True, True),
+            assert (
+                budget
+                <= wanted
+                + schedules.working_rows(layout) * 3 * layout.saved_bytes
+                + layout.saved_bytes
+            )
+    assert schedules.choose(8192, layout, schedules.default_budget(8192, layout, SMALL, True, True),
                          True, True) == "partial"  # fmt: skip
-    scores = module.default_budget(8192, layout, H200, False, False)
-    assert scores == layout.working_rows * layout.row_bytes(gradient=False)
+    scores = schedules.default_budget(8192, layout, H200, False, False)
+    assert scores == schedules.working_rows(layout) * layout.row_bytes(gradient=False)
 
 
 def test_on_a_cpu_one_gibibyte():
@@ -52,8 +57,8 @@ def test_on_a_cpu_one_gibibyte():
 
 @pytest.fixture
 def a_gpu_of_one_mebibyte(monkeypatch):
-    monkeypatch.setattr(platform, "multiprocessors", lambda device: 2)
-    monkeypatch.setattr(platform, "memory", lambda device: 1 << 20)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(devices, "memory", lambda device: 1 << 20)
 
 
 def test_where_it_comes_from(a_gpu_of_one_mebibyte):
@@ -84,7 +89,7 @@ def test_memory_that_does_not_suffice_is_one_line(monkeypatch):
             "CUDA out of memory. Tried to allocate 2.00 GiB.\nA page of advice"
         )
 
-    monkeypatch.setattr(loops, "new_slope", full)
+    monkeypatch.setattr(loops, "new_block", full)
     hidden, weight, _, rows, targets, _ = make_inputs(8, 5, 16, 31)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         selected_logprob(hidden.requires_grad_(), weight, rows, targets, budget=4096)
@@ -99,7 +104,7 @@ def test_a_compiler_takes_the_gpus_numbers_as_constants():
 
     def fn(x):
         device = torch.device("cuda", 0)
-        budget = min(x.shape[0], platform.memory(device)) + platform.multiprocessors(device)
+        budget = min(x.shape[0], devices.memory(device)) + devices.multiprocessors(device)
         return x * (2 if budget < 100 else 3)
 
     for dynamic in (None, True):
@@ -113,5 +118,5 @@ def test_a_compiler_takes_the_gpus_numbers_as_constants():
 def test_fake_tensors_of_a_gpu_that_is_not_here_have_one():
     with FakeTensorMode():
         device = torch.empty(3, device="cuda").device
-    assert platform.multiprocessors(device) == 132 and platform.memory(device) == 80 * GIB
-    assert platform.multiprocessors(torch.device("cpu")) == 0
+    assert devices.multiprocessors(device) == 132 and devices.memory(device) == 80 * GIB
+    assert devices.multiprocessors(torch.device("cpu")) == 0

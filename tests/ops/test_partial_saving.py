@@ -1,4 +1,4 @@
-"""Some rows are kept and the others recomputed, in padded blocks: a GPU's way, done on a CPU."""
+"""Some rows are saved and the others recomputed, in padded blocks: a GPU's way, done on a CPU."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from sepo.ops import (
     selected_logprob,
     selected_logprob_kl,
 )
-from sepo_kernels import platform, products, waves
+from sepo_kernels import devices, gemm, schedules, waves
 from sepo_kernels.selected_logprob import reference as one_head
-from sepo_kernels.selected_logprob import schedule as plan
+from sepo_kernels.selected_logprob.layout import HeadLayout
 from sepo_kernels.selected_logprob_kl import chunked
 from sepo_kernels.selected_logprob_kl import reference as two_heads
-from sepo_kernels.selected_logprob_kl import schedule as kl_plan
+from sepo_kernels.selected_logprob_kl.layout import TwoHeadLayout
 
 TILE, MULTIPROCESSORS = 8, 2
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -28,8 +28,8 @@ SAVED = [8, 24, 32]  # rows
 @pytest.fixture(autouse=True)
 def a_small_gpu(monkeypatch):
     """Of two multiprocessors that take tiles of eight rows; it computes as chunked does on a CPU."""
-    monkeypatch.setattr(platform, "multiprocessors", lambda device: MULTIPROCESSORS)
-    monkeypatch.setattr(platform, "memory", lambda device: 1 << 40)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(devices, "memory", lambda device: 1 << 40)
     monkeypatch.setattr(waves, "TILE_ROWS", TILE)
     monkeypatch.setattr(waves, "RESIDENT_ROWS", {1: 8, 2: 6})
     monkeypatch.setattr(waves, "ENOUGH_ROWS", 1)
@@ -43,7 +43,7 @@ class OneHead:
     """selected_logprob and what its tests know of it, beside the same of selected_logprob_kl."""
 
     fn, explain, reference = selected_logprob, explain_selected_logprob, one_head.selected_logprob
-    schedule, run = plan, staticmethod(logprob_cases.run)
+    run = staticmethod(logprob_cases.run)
 
     @staticmethod
     def inputs(N, M, D, V, dtype, bias=True):
@@ -51,13 +51,12 @@ class OneHead:
 
     @staticmethod
     def layout(V, D, dtype, softcap=None):
-        return plan.Layout(V, dtype, softcap is not None, False, MULTIPROCESSORS, D)
+        return HeadLayout(V, dtype, softcap is not None, False, MULTIPROCESSORS, D)
 
 
 class TwoHeads:
     fn, explain = selected_logprob_kl, explain_selected_logprob_kl
     reference = two_heads.selected_logprob_kl
-    schedule = kl_plan
 
     @staticmethod
     def run(fn, inputs, **options):
@@ -69,7 +68,7 @@ class TwoHeads:
 
     @staticmethod
     def layout(V, D, dtype, softcap=None):
-        return kl_plan.Layout(V, dtype, dtype, False, MULTIPROCESSORS, D)
+        return TwoHeadLayout(V, dtype, dtype, False, MULTIPROCESSORS, D)
 
 
 @pytest.fixture(params=[OneHead, TwoHeads], ids=lambda x: x.__name__)
@@ -91,9 +90,9 @@ def budget_of(op, saved, M, V, D, dtype, softcap=None) -> int:
     """The least that keeps so many rows."""
     layout = op.layout(V, D, dtype, softcap)
     if saved == M:
-        return op.schedule.save_bytes(M, layout)
-    budgets = range(0, op.schedule.save_bytes(M, layout), layout.kept // 8)
-    return next(b for b in budgets if op.schedule.saved_rows(M, layout, b, "partial") == saved)
+        return schedules.save_bytes(M, layout)
+    budgets = range(0, schedules.save_bytes(M, layout), layout.saved_bytes // 8)
+    return next(b for b in budgets if schedules.saved_rows(M, layout, b, "partial") == saved)
 
 
 N, M, D, V = 40, 53, 24, 101
@@ -109,7 +108,7 @@ def test_right_and_as_accurate_as_plain_pytorch(op, saved, dtype, options):
     kind = dict(dtype=dtype, impl="chunked", **options)
     ours = op.run(partly(op, told), inputs, budget=budget, **kind)
     assert (told[0].schedule, told[0].saved) == ("partial", saved)
-    assert told[0].bytes <= budget
+    assert told[0].peak_bytes <= budget
     if dtype == torch.float64:
         for name, value in truth.items():
             torch.testing.assert_close(ours[name], value, rtol=1e-11, atol=1e-12, msg=name)
@@ -131,7 +130,7 @@ def test_more_budget_saves_more_rows_and_products(op):
         assert counter.get_total_flops() == 2 * V * products
         heads = 1 if op is OneHead else 2
         assert told[-1].gemms == pytest.approx(whole + heads * again / M, abs=1e-3)
-        assert f"of {again} of {M} rows are made twice" in told[-1].reasons[0]
+        assert f"of {again} of {M} rows are computed twice" in told[-1].reasons[0]
         assert told[-1].reasons[-1] == f"budget {budget} bytes, as given"
     assert [x.saved for x in told] == SAVED
 
@@ -183,7 +182,7 @@ def test_compiles_as_one_node(op):
 
 
 def test_operator_registration():
-    """A fake kernel knows how many rows are kept, and their stride."""
+    """A fake kernel knows how many rows are saved, and their stride."""
     hidden, weight, bias, rows, targets, up = logprob_cases.make_inputs(N, M, D, V, bias=True)
     head = (hidden, weight, bias, rows, targets)
     settings = (0.5, 4.0, "partial", budget_of(OneHead, 24, M, V, D, torch.float32, 4.0))
@@ -198,7 +197,7 @@ def test_operator_registration():
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("saved", SAVED)
 def test_all_blocks_together_are_within_budget(op, saved, dtype, monkeypatch):
-    monkeypatch.setattr(products, "WIDE_TILE_BYTES", 1 << 14)
+    monkeypatch.setattr(gemm, "WIDE_TILE_BYTES", 1 << 14)
     wide = 4001
     monkeypatch.setattr(chunked, "TILE_BYTES", {"cpu": 4 * wide})
     torch.use_deterministic_algorithms(False)  # filling with NaN is not free either

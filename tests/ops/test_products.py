@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import sepo.ops as ops
-from sepo_kernels import extension, platform, products
+from sepo_kernels import devices, extension, gemm
 
 
 @pytest.fixture(autouse=True)
 def no_bfloat16_instructions(monkeypatch):
-    monkeypatch.setattr(platform, "BFLOAT16_PRODUCTS", False)
+    monkeypatch.setattr(devices, "BFLOAT16_GEMMS", False)
     monkeypatch.setattr(extension, "BFLOAT16_TILES", False)
-    monkeypatch.setattr(products, "WIDE_TILE_BYTES", 1 << 12)  # several tiles of what is small
+    monkeypatch.setattr(gemm, "WIDE_TILE_BYTES", 1 << 12)  # several tiles of what is small
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def test_operands_are_widened_and_the_sum_is_rounded_once(shape, dtype, library_
     a, b = torch.randn(k, m).to(dtype).T, torch.randn(k, n).to(dtype)
     exact = a.double() @ b.double()
     library_products.clear()
-    found = products.product(a, b)
+    found = gemm.gemm(a, b)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6 * (k + 1))
     out = torch.empty(n, m, dtype=dtype).T  # of any layout
-    assert products.product(a, b, out=out) is out
+    assert gemm.gemm(a, b, out=out) is out
     torch.testing.assert_close(
         out, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6 * (k + 1)
     )
@@ -68,7 +68,7 @@ def test_no_product_of_a_head_is_in_bfloat16(library_products):
 
 
 def within(total, a, b):
-    """products.add_product as it is on a GPU in float32, on a CPU: the library adds to what is there."""
+    """gemm.add_gemm as it is on a GPU in float32, on a CPU: the library adds to what is there."""
     total.addmm_(a, b)
 
 
@@ -77,7 +77,7 @@ def test_a_sum_within_the_product_is_that_beside_it_to_one_unit_in_the_last_plac
     total, a, b = torch.randn(61, 40), torch.randn(61, k), torch.randn(k, 40)
     beside, inside = total.clone(), total.clone()
     for _ in range(5):  # as many chunks
-        products.add_product(beside, a, b)
+        gemm.add_gemm(beside, a, b)
         within(inside, a, b)
         # of the largest number that is rounded on the way: the sum itself may cancel
         largest = torch.maximum(beside.abs(), a.abs() @ b.abs() + total.abs())
@@ -100,7 +100,7 @@ def test_gradients_summed_within_the_products_are_as_accurate(monkeypatch):
 
     beside, exact = gradients(torch.float32, 5 * 4 * 300), gradients(torch.float64, 1 << 30)
     calls = []
-    monkeypatch.setattr(loops, "add_product", lambda *x: (calls.append(x), within(*x)))
+    monkeypatch.setattr(loops, "add_gemm", lambda *x: (calls.append(x), within(*x)))
     inside = gradients(torch.float32, 5 * 4 * 300)
     assert len(calls) == 7  # eight chunks, the first of which is written and not added
     for one, other, true in zip(inside, beside, exact, strict=True):
@@ -113,5 +113,5 @@ def test_gradients_summed_within_the_products_are_as_accurate(monkeypatch):
 def test_a_product_is_written_in_either_dtype(dtype):
     a, b = torch.randn(7, 20).to(dtype), torch.randn(20, 5).to(dtype)
     out = torch.full((7, 5), torch.nan)
-    assert products.product(a, b, out=out) is out
-    assert torch.equal(out, products.product(a, b).float())
+    assert gemm.gemm(a, b, out=out) is out
+    assert torch.equal(out, gemm.gemm(a, b).float())

@@ -18,7 +18,7 @@ from ops.logprob_cases import (
 
 from sepo.ops import explain_selected_logprob, selected_logprob
 from sepo_kernels.selected_logprob import IMPLS, reference
-from sepo_kernels.selected_logprob.schedule import Layout
+from sepo_kernels.selected_logprob.layout import HeadLayout
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -140,7 +140,7 @@ def test_weight_gradient_is_summed_over_chunks_in_float32(impl):
     rows, targets = torch.zeros(400, dtype=torch.int32), torch.zeros(400, dtype=torch.int64)
     inputs = (hidden, weight, None, rows, targets, torch.ones(400))
     truth = run(reference.selected_logprob, inputs, dtype=torch.float64)["weight"]
-    budget = Layout(31, torch.bfloat16, False, fused=False).row_bytes(gradient=True)
+    budget = HeadLayout(31, torch.bfloat16, False, fused=False).row_bytes(gradient=True)
     ours = run(selected_logprob, inputs, dtype=torch.bfloat16, budget=budget, impl=impl)["weight"]
     # slope, scaled row, product and sum are each rounded once
     torch.testing.assert_close(ours.double(), truth, rtol=4 * 2**-8, atol=0)

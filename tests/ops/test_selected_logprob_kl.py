@@ -21,8 +21,8 @@ from ops.kl_cases import (
 )
 
 from sepo.ops import selected_logprob, selected_logprob_kl
-from sepo_kernels.selected_logprob_kl import IMPLS, reference
-from sepo_kernels.selected_logprob_kl import schedule as plan
+from sepo_kernels.selected_logprob_kl import IMPLS, layout, reference
+from sepo_kernels.selected_logprob_kl.layout import TwoHeadLayout
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEFINITION = reference.selected_logprob_kl
@@ -100,7 +100,7 @@ def test_any_shape_and_setting(data):
         softcap=draw(st.sampled_from([None, 0.5, 30.0])),
     )
     rows = draw(st.integers(1, 10))
-    budget = rows * plan.Layout(shape[-1], torch.float64, torch.float64, False).row_bytes(True)
+    budget = rows * TwoHeadLayout(shape[-1], torch.float64, torch.float64, False).row_bytes(True)
     leaves = draw(st.sampled_from(["save", "save frozen"]))  # everything, or hidden only
     impl = draw(st.sampled_from(RUNNABLE))
     truth = run(DEFINITION, inputs, schedule=leaves, **options)
@@ -116,8 +116,8 @@ def test_any_split_into_columns(impl, direction, schedule, monkeypatch):
     options = dict(schedule=schedule, direction=direction, impl=impl, softcap=2.0, scale=0.7)
     budget = budget_for(schedule, 301, torch.float64)
     whole = run(selected_logprob_kl, inputs, budget=budget, **options)
-    monkeypatch.setattr(plan, "MAX_COLUMNS", 64)
-    monkeypatch.setattr(plan, "MIN_COLUMNS", 64)
+    monkeypatch.setattr(layout, "MAX_COLUMNS", 64)
+    monkeypatch.setattr(layout, "MIN_COLUMNS", 64)
     split = run(selected_logprob_kl, inputs, budget=budget, **options)
     for name, value in whole.items():
         torch.testing.assert_close(split[name], value, rtol=1e-12, atol=1e-13, msg=name)
@@ -295,7 +295,7 @@ def test_weight_gradient_is_summed_over_chunks_in_float32(impl, direction):
     rows, targets = torch.zeros(400, dtype=torch.int32), torch.zeros(400, dtype=torch.int64)
     i = i._replace(rows=rows, targets=targets, upstream=torch.ones(2, 400))
     truth = run(DEFINITION, i, dtype=torch.float64, direction=direction)
-    budget = plan.Layout(31, torch.bfloat16, torch.bfloat16, False).row_bytes(gradient=True)
+    budget = TwoHeadLayout(31, torch.bfloat16, torch.bfloat16, False).row_bytes(gradient=True)
     ours = run(selected_logprob_kl, i, budget=budget, direction=direction, impl=impl)
     for name in ("weight", "bias"):
         # both blocks, their sum, the product and the sum of chunks are each rounded once

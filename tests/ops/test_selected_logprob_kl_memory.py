@@ -8,8 +8,9 @@ from recorder import Recorder, allocator_peak
 from torch.utils.flop_counter import FlopCounterMode
 
 from sepo.ops import explain_selected_logprob_kl, selected_logprob_kl
-from sepo_kernels import products
-from sepo_kernels.selected_logprob_kl import IMPLS, chunked, schedule
+from sepo_kernels import gemm
+from sepo_kernels.selected_logprob_kl import IMPLS, chunked
+from sepo_kernels.selected_logprob_kl.layout import TwoHeadLayout
 
 N, M, D, D_REF, V = 640, 300, 8, 6, 4001
 GEMMS = {"save": 4, "save frozen": 3, "recompute": 6, "frozen_head": 4, "no_grad": 2}
@@ -18,7 +19,7 @@ GEMMS = {"save": 4, "save frozen": 3, "recompute": 6, "frozen_head": 4, "no_grad
 impl = implementations.fixture(IMPLS)
 
 
-def layout(dtype, impl: str) -> schedule.Layout:
+def layout(dtype, impl: str) -> TwoHeadLayout:
     return next(x for x in IMPLS if x.name == impl).kernels.layout(V, dtype)
 
 
@@ -55,7 +56,7 @@ def test_largest_block_is_within_budget(impl, dtype, kind, softcap):
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_all_blocks_together_are_within_budget(impl, dtype, kind, direction, monkeypatch):
     """Counts what ATen allocates inside an operation too, such as the copies of a log-sum-exp."""
-    monkeypatch.setattr(products, "WIDE_TILE_BYTES", 1 << 14)
+    monkeypatch.setattr(gemm, "WIDE_TILE_BYTES", 1 << 14)
     monkeypatch.setattr(chunked, "TILE_BYTES", {"cpu": 4 * V})  # one row, up to seven temporaries
     torch.use_deterministic_algorithms(False)  # filling with NaN is not free either
     budget = budget_of(kind, dtype, impl)
@@ -100,7 +101,7 @@ def test_products_of_heads_of_two_widths(impl, kind):
 def test_explained_bytes_are_within_budget(impl, kind):
     """For any budget of a row or more, small or large, and any number of rows."""
     for dtype in (torch.float32, torch.bfloat16):
-        row = schedule.Layout(V, dtype, dtype, False).row_bytes(gradient=True)
+        row = TwoHeadLayout(V, dtype, dtype, False).row_bytes(gradient=True)
         for rows in (1, 1.5, 17, 40.3, 299, 300, 1000):
             i = make_inputs(8, 300, 2, 2, V, dtype=dtype)
             seen = []
@@ -112,4 +113,4 @@ def test_explained_bytes_are_within_budget(impl, kind):
             leaves = [x.requires_grad_() for x in i[: {"recompute": 2}.get(kind, 1)]]
             with torch.set_grad_enabled(kind != "no_grad" and bool(leaves)):
                 i.call(fn, budget=int(rows * row), impl=impl)
-            assert 0 < seen[0].bytes <= int(rows * row)
+            assert 0 < seen[0].peak_bytes <= int(rows * row)

@@ -8,7 +8,7 @@ from recorder import Recorder, allocator_peak
 from torch.utils.flop_counter import FlopCounterMode
 
 from sepo.ops import explain_selected_logprob, selected_logprob
-from sepo_kernels import products
+from sepo_kernels import gemm
 from sepo_kernels.selected_logprob import IMPLS
 
 N, M, D, V = 640, 300, 8, 4001
@@ -52,7 +52,7 @@ def test_largest_logits_are_within_budget(dtype, schedule, softcap, impl):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_all_buffers_together_are_within_budget(dtype, schedule, impl, monkeypatch):
     """Counts what ATen allocates inside an operation too, such as the copies of a log-sum-exp."""
-    monkeypatch.setattr(products, "WIDE_TILE_BYTES", 1 << 14)
+    monkeypatch.setattr(gemm, "WIDE_TILE_BYTES", 1 << 14)
     torch.use_deterministic_algorithms(False)  # filling with NaN is not free either
     budget = budget_of(schedule, dtype, impl)
     inputs = make_inputs(N, M, D, V, dtype=dtype)

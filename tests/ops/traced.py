@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sepo_kernels import platform, triton_rows
+from sepo_kernels import devices, triton_rows
 
 # what large kernels reach on an H200: of 989 TFLOP/s in bfloat16, and of 4.8 TB/s
 RATE, BANDWIDTH = 790e12, 4.3e12
@@ -75,7 +75,7 @@ def trace(call: Callable[[], object], gpu: tuple[int, int] = H200) -> Trace:
         found.append(Kernel(f"triton {kernel.fn.__name__}", 0, _bytes(args)))
 
     with (
-        mock.patch.object(platform, "_gpu", lambda device: gpu),
+        mock.patch.object(devices, "_gpu", lambda device: gpu),
         mock.patch.object(triton_rows, "launch", launch),
         FakeTensorMode(),
         _Recorder(found),

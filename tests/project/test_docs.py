@@ -14,8 +14,8 @@ from test_recipes import check, commands
 from tiny import V, random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import write_store
 
-from bench.hours import plan
 from sepo.commands import main as cli
+from sepo.cost.planner import plan
 from sepo.masks import SparseMask
 from sepo.masks.files import save_mask
 

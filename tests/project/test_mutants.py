@@ -18,7 +18,7 @@ OPERATION = "tests/ops/test_selected_logprob.py"
 STEPS = "tests/trainer/test_pipeline.py::test_a_step_equals_the_formula"
 MUTANTS = {
     "assign instead of add for repeated rows": (
-        "sepo_kernels/products.py",
+        "sepo_kernels/gemm.py",
         "total.index_add_(0, rows, values)",
         "total.index_copy_(0, rows.long(), values)",
         f"{OPERATION}::test_gradients_of_repeated_rows_add_up",
@@ -104,7 +104,7 @@ MUTANTS = {
     ),
     "DPOP's penalty outside beta": (
         "python/sepo/losses.py",
-        "-F.logsigmoid(beta * _chosen_minus_rejected(positive(logratio, penalty)))",
+        "-F.logsigmoid(beta * _chosen_minus_rejected(dpop_logratio(logratio, penalty)))",
         "-F.logsigmoid(beta * _chosen_minus_rejected(logratio) "
         "- penalty * F.relu(-logratio[0::2]))",
         "tests/test_losses.py",

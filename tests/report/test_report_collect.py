@@ -11,7 +11,7 @@ from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_token
 
 from sepo.data.counts import count_tokens
 from sepo.data.segments import make_segments
-from sepo.data.selection import select_positions
+from sepo.data.selection import Selection, select_positions
 from sepo.errors import InputError
 from sepo.report import collect
 from sepo.report.charts import METRICS
@@ -63,7 +63,7 @@ def test_levels_ends_and_held_are_those_of_the_selection(num_tokens, side):
 def test_shares_are_what_packing_and_truncation_would_leave(store, pairs):
     (about,) = collected(store)["stores"]
     for index in (0, 9, 29, 30, 49, 99):
-        segments = [make_segments(p, "selected", fraction=GRID[index]) for p in pairs]
+        segments = [make_segments(p, Selection("selected", fraction=GRID[index])) for p in pairs]
         counts = count_tokens(pairs, segments)
         expected = counts["packed_truncated"] / counts["packed"]
         assert about["read"][index] == pytest.approx(expected, rel=1e-12)

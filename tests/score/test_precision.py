@@ -7,7 +7,8 @@ from scoring_for_tests import QUIET, make_pairs, save_models, tiny_in
 from tiny import random_scored_pairs, tiny_model
 
 from sepo.data.store.store import ScoredStore
-from sepo.model.prepare import load_model, prepare_model
+from sepo.model.load import load_model
+from sepo.model.prepare import prepare_model
 from sepo.score.logp import response_logp
 from sepo.score.precision import compare_scores, describe
 from sepo.score.score import score_dataset, score_pairs

@@ -132,7 +132,7 @@ def test_what_was_not_carried(capsys):
 def test_a_row_as_inspect_shows_it():
     ids = np.array(plain_tokenizer()("ab")["input_ids"], np.int32)
     out = io.StringIO()
-    inspect.Show(plain_tokenizer(), out).pair(
+    inspect.Show(plain_tokenizer(), out, inspect.USUAL).pair(
         TokenPair(id=ID, prompt=ids, chosen=ids, rejected=ids)
     )
     assert f"pair {SHOWN}: 2 prompt" in out.getvalue() and "\x1b" not in out.getvalue()

@@ -11,8 +11,9 @@ from training_run import make_run
 from sepo import SePOConfig
 from sepo.data import pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.errors import InputError
-from sepo.model.prepare import head, hidden_states
+from sepo.model.forward import head, hidden_states
 from sepo.ops import explain_selected_logprob
 from sepo.trainer import adapters
 
@@ -67,7 +68,7 @@ def test_the_reference_is_the_model_without_adapters(tmp_path):
 
 def test_a_frozen_head_takes_two_products(tmp_path):
     model = make(tmp_path).model.train()
-    batch = pack([make_segments(pair, "all") for pair in PAIRS])
+    batch = pack([make_segments(pair, Selection("all")) for pair in PAIRS])
     hidden, (weight, *_) = hidden_states(model, batch), head(model)
     done = explain_selected_logprob(hidden, weight, batch.rows, batch.targets)
     assert (done.schedule, done.gemms) == ("frozen_head", 2)

@@ -3,9 +3,12 @@
 import logging
 
 import pytest
+import torch
 import yaml
 from training_run import make_run, read_log
+from transformers import TrainingArguments
 
+from sepo import SePOConfig
 from sepo.errors import InputError
 from sepo.train import main as train
 from sepo.trainer.arguments import parse
@@ -200,3 +203,11 @@ def test_flags_that_a_store_has_no_use_for_are_said(tmp_path, caplog):
         "--eval_dataset_split does nothing without --eval_dataset_name",
         "--lora_r does nothing without --use_peft",
     ]
+
+
+def test_a_ranks_cpu_has_no_number(tmp_path, monkeypatch):
+    """torch.load can't restore to cpu:0, where transformers 5.17 wants the optimiser's state."""
+    for place, expected in (("cpu:0", "cpu"), ("cuda:1", "cuda:1")):
+        there = property(lambda args, place=place: torch.device(place))
+        monkeypatch.setattr(TrainingArguments, "device", there)
+        assert str(SePOConfig(output_dir=str(tmp_path)).device) == expected

@@ -18,7 +18,7 @@ from training_run import make_run, read_log, write_store
 from sepo import SePOConfig, SePOTrainer, train
 from sepo.errors import InputError
 from sepo.trainer.checkpoints import MARK, last_checkpoint, remove, rotate, write_mark
-from sepo.trainer.methods import METHODS, Segments
+from sepo.trainer.methods import METHODS, ResponseSums
 
 PAIRS = random_scored_pairs(12)
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
@@ -142,7 +142,7 @@ def test_a_method_names_every_flag_that_its_loss_reads(name):
             return getattr(args, flag)
 
     args = SePOConfig(output_dir="unused", method=name, use_cpu=True)
-    segments = Segments(*torch.rand(len(fields(Segments)), 4))
+    segments = ResponseSums(*torch.rand(len(fields(ResponseSums)), 4))
     for read in (method.loss, method.reward):
         if read is not None:
             read(segments, Spy())

@@ -223,7 +223,7 @@ def test_accelerate_launches_the_example(tmp_path, runs):
 
 
 def test_zero3_and_a_live_reference(tmp_path, monkeypatch):
-    monkeypatch.setattr("sepo.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("sepo.model.reference.is_deepspeed_zero3_enabled", lambda: True)
     args = SePOConfig(output_dir=str(tmp_path / "out"), use_cpu=True, method="dpo")
     with pytest.raises(InputError, match="ZeRO-3 .* got a live reference"):
         SePOTrainer(tiny_model(), args, random_scored_pairs(3), reference_model=tiny_model())

@@ -14,6 +14,7 @@ from training_run import make_run
 from sepo import SePOConfig
 from sepo.data import pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.errors import InputError
 from sepo.model.prepare import prepare_model
 from sepo.trainer.layers import compile_layers
@@ -184,7 +185,12 @@ def test_packs_of_any_length_share_the_compiled_layers(checkpointing):
     from accelerate.utils import TorchDynamoPlugin
 
     batches = [
-        pack([make_segments(p, "all") for p in random_scored_pairs(2 + seed % 3, seed=seed)])
+        pack(
+            [
+                make_segments(p, Selection("all"))
+                for p in random_scored_pairs(2 + seed % 3, seed=seed)
+            ]
+        )
         for seed in range(6)
     ]
     assert len({len(batch.tokens) for batch in batches}) == 6

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sepo import SePOConfig
 from sepo.data import pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.errors import InputError
 from sepo.model.prepare import prepare_model
 from sepo.trainer import fused, identity, layers
@@ -202,7 +203,7 @@ def of_a_layer(monkeypatch, arch: str, *, liger: bool) -> tuple[Counter, Counter
 
     Liger's are counted where they would be launched, and compute nothing.
     """
-    batch = pack([make_segments(pair, "all") for pair in random_scored_pairs(3)])
+    batch = pack([make_segments(pair, Selection("all")) for pair in random_scored_pairs(3)])
     counts, launched = {}, Counter()
     if liger:
         launched = launch_nothing(monkeypatch)

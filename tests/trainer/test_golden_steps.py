@@ -26,8 +26,10 @@ from tiny import tiny_model
 from sepo import SePOConfig, SePOTrainer
 from sepo.data import TokenPair, pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.masks import layer_states
-from sepo.model.prepare import hidden_states, prepare_model
+from sepo.model.forward import hidden_states
+from sepo.model.prepare import prepare_model
 
 F64 = dict(dtype=torch.float64)
 V = 5
@@ -51,7 +53,7 @@ def pair(*, selected=None, swapped=False) -> TokenPair:
 
 
 def batch_of_all():
-    return pack([make_segments(pair(), "all")])
+    return pack([make_segments(pair(), Selection("all"))])
 
 
 def with_logits(arch: str, *, policy: bool):
@@ -124,7 +126,7 @@ def test_golden_step(tmp_path, case):
 def test_golden_step_of_an_activation_mask(tmp_path, monkeypatch, case):
     """MaPO is SparsePO's loss with another mask: with the fixture's it has its numbers."""
     mask = lambda activations, cu_rows, norm: REWARD_MASK[: activations.shape[1]]
-    monkeypatch.setattr("sepo.trainer.step.activation_mask", mask)
+    monkeypatch.setattr("sepo.masks.kinds.activation_mask", mask)
     trainer, states = make_trainer(tmp_path, case, method="mapo")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(GOLDEN["loss"][case], abs=1e-9, rel=0)
     assert_golden_step(case, *descend(trainer, states))

@@ -407,8 +407,8 @@ def test_every_flag_that_is_read_is_compared_or_said():
     from sepo.trainer.pairs import PreparedPairs
 
     sources = (
-        "losses trainer/methods trainer/step trainer/mask trainer/pairs trainer/trainer "
-        "model/reference model/routers flags/selection"
+        "losses trainer/methods trainer/step trainer/mask trainer/pairs trainer/trainer model/reads "
+        "model/frozen model/reference model/routers flags/selection"
     )
     root = Path(sepo.__file__).parent
     files = [root / f"{name}.py" for name in sources.split()] + [*(root / "masks").glob("*.py")]

@@ -17,12 +17,14 @@ from tiny import CONFIGS, V, random_scored_pairs, tiny_model
 from sepo import SePOConfig
 from sepo.data import ScoredPair, pack
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.masks import SparseMask
-from sepo.model.prepare import prepare_model, token_logprob
+from sepo.model.prepare import prepare_model
+from sepo.model.reads import Reads
 from sepo.model.reference import LiveReference
 from sepo.trainer.methods import METHODS, reduce_segments
 from sepo.trainer.pairs import PreparedPairs
-from sepo.trainer.step import TokenStep
+from sepo.trainer.step import step_reads
 
 F64 = dict(dtype=torch.float64)
 # of another architecture and width than the policy
@@ -50,7 +52,7 @@ def packed_loss(model, reference, pairs, args, *, together=True):
     prepared, losses = PreparedPairs(pairs, args), []
     for part in [list(prepared)] if together else [[pair] for pair in prepared]:
         batch = pack(part)
-        tokens = model(batch=batch, compute=TokenStep(method, args, live))
+        tokens = model(batch=batch, reads=step_reads(method, args, live))
         losses.append(method.loss(reduce_segments(tokens, batch.weights, batch.cu_rows), args))
     return torch.cat(losses).sum()
 
@@ -196,8 +198,8 @@ def test_the_masks_of_these_steps_differ_from_token_to_token(arch, name):
     reference = prepare_model(reference_of(arch, "packed"))
     model.sparse_mask = mask_for(reference, args)
     batch = pack([*PreparedPairs(scored_pairs(3), args)])
-    step = TokenStep(METHODS[args.method], args, LiveReference(reference))
-    values = model(batch=batch, compute=step)
+    reads = step_reads(METHODS[args.method], args, LiveReference(reference))
+    values = model(batch=batch, reads=reads)
     for mask in (values.reward_mask, values.kl_mask):
         assert mask.std() > 0.1
         if args.method == "sparsepo":
@@ -211,11 +213,11 @@ def test_no_logits_in_a_whole_step(arch, rows):
     budget = rows * V * 4
     model = prepare_model(tiny_model(arch))
     pairs = random_scored_pairs(20)
-    batch = pack([make_segments(pair, "all") for pair in pairs])
+    batch = pack([make_segments(pair, Selection("all")) for pair in pairs])
     N, M = len(batch.tokens), len(batch.rows)
     assert (M > rows) == (rows == 7), "neither schedule is tested by accident"
     with Recorder() as recorder:
-        model(batch=batch, compute=partial(token_logprob, budget=budget)).sum().backward()
+        model(batch=batch, reads=Reads(budget=budget)).logp.sum().backward()
     weights = {tuple(p.shape) for p in model.parameters()}
     weights |= {shape[::-1] for shape in weights}
     logits = [

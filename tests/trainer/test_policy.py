@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from sepo.data import TokenPair
 from sepo.errors import InputError
-from sepo.model.prepare import load_model, prepare_model
+from sepo.model.load import load_model
+from sepo.model.prepare import prepare_model
 from sepo.model.reference import LiveReference
 from sepo.score.score import score_pairs
 

@@ -1,5 +1,7 @@
 """Which reference a method's step reads, what it refuses, and that adapters may be its absence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scoring_for_tests import TOKENIZER, make_pairs
@@ -11,10 +13,14 @@ from sepo.data.hidden import StoredHead
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
 from sepo.model.prepare import prepare_model
-from sepo.model.reference import CachedReference, LiveReference
+from sepo.model.reference import (
+    CachedReference,
+    LiveReference,
+    ReferenceFolder,
+    resolve_reference,
+)
 from sepo.score.score import score_dataset
 from sepo.trainer.methods import METHODS
-from sepo.trainer.step import find_reference
 
 # peft 0.21 asks transformers 5.23 by an old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -36,6 +42,13 @@ def live():
 
 
 @pytest.fixture(scope="module")
+def folder(live, tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference")
+    live.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def stores(live, tmp_path_factory):
     path, found = tmp_path_factory.mktemp("stores"), {}
     larger = prepare_model(tiny_model(seed=1, **LARGER))
@@ -52,7 +65,7 @@ def stores(live, tmp_path_factory):
 
 def find(name, model, given=None, data=None):
     data = make_pairs() if data is None else data
-    return find_reference(METHODS[name], name, model, given, data)
+    return resolve_reference(METHODS[name].reference, given, model, data, method=name)
 
 
 def with_adapters(**options):
@@ -70,43 +83,86 @@ def test_every_kind_is_tested():
     }
 
 
-@pytest.mark.parametrize("name", NEEDS[None])
-def test_a_method_without_a_reference_takes_none(name, policy, live, stores):
-    assert find(name, policy) is find(name, policy, live, stores["hidden"]) is None
-    assert find(name, with_adapters()) is None
+# what the method needs, what is given, which data, whether the policy has adapters; the reference:
+# "live" is the model that is given or loaded, "policy" the policy without its adapters
+CASES = [
+    (None, None, "pairs", False, None),
+    (None, "model", "hidden", False, None),
+    (None, "folder", "hidden", True, None),
+    ("logp", "model", "hidden", False, "live"),
+    ("hidden", "model", "hidden", True, "live"),
+    ("layers", "model", "pairs", True, "live"),
+    ("logp", "live", "pairs", False, "live"),
+    ("layers", "live", "hidden", True, "live"),
+    ("logp", "itself", "pairs", True, "policy"),
+    ("layers", "itself", "pairs", True, "policy"),
+    ("hidden", "cached", "pairs", False, "cached rows"),
+    ("hidden", "cached", "pairs", True, "cached rows"),
+    ("logp", "folder", "logp", False, "cached"),
+    ("logp", "folder", "pairs", False, "live"),
+    ("hidden", "folder", "hidden", False, "cached rows"),
+    ("hidden", "folder", "logp", False, "live"),
+    ("hidden", "folder and more data", "hidden", False, "live"),
+    ("layers", "folder", "hidden", False, "live"),
+    ("logp", "folder, adapters stand in", "logp", True, "cached"),
+    ("hidden", "folder, adapters stand in", "hidden", True, "cached rows"),
+    ("hidden", "folder, adapters stand in", "logp", True, "policy"),
+    ("layers", "folder, adapters stand in", "hidden", True, "policy"),
+    ("logp", None, "logp", False, None),
+    ("logp", None, "evaluation alone", False, None),
+    ("logp", None, "logp", True, "policy"),
+    ("hidden", None, "hidden", False, "cached rows"),
+    ("hidden", None, "hidden", True, "cached rows"),  # scored once, they cost less than a pass
+    ("hidden", None, "logp", True, "policy"),
+    ("layers", None, "hidden", True, "policy"),
+]
 
 
-@pytest.mark.parametrize("name", NEEDS["logp"] + NEEDS["hidden"] + NEEDS["layers"])
-def test_a_model_that_is_given_is_the_reference(name, policy, live, stores):
-    for model in (policy, with_adapters()):
-        for data in (make_pairs(), stores["hidden"]):
-            assert find(name, model, live, data) == LiveReference(live)
-    wrapped = LiveReference(live)
-    assert find(name, policy, wrapped) is wrapped
-
-
-@pytest.mark.parametrize("name", NEEDS["logp"])
-def test_log_probabilities_of_the_data_need_no_model(name, policy, stores):
-    assert find(name, policy, data=stores["logp"]) is None
-    assert find(name, policy, data=PAIRS) is None
-    # evaluation alone has no training data to look at
-    assert find_reference(METHODS[name], name, policy, None, None) is None
-
-
-@pytest.mark.parametrize("name", NEEDS["hidden"])
-def test_hidden_rows_of_the_data_need_no_model(name, policy, live, stores):
-    for model in (policy, with_adapters()):  # scored once, they cost less than another pass
-        found = find(name, model, data=stores["hidden"])
+@pytest.mark.parametrize(("needed", "given", "data", "adapters", "expected"), CASES)
+def test_which_reference(needed, given, data, adapters, expected, policy, live, folder, stores):
+    model = with_adapters() if adapters else policy
+    pairs = {"pairs": make_pairs(), "evaluation alone": None}.get(data, stores.get(data))
+    by_path = ReferenceFolder(str(folder), {data: pairs}, TOKENIZER)
+    given = {
+        None: None,
+        "model": live,
+        "live": LiveReference(live),
+        "itself": LiveReference(model, without_adapters=True),
+        "cached": CachedReference(stores["hidden"].reference_head()),
+        "folder": by_path,
+        "folder and more data": replace(by_path, data={data: pairs, "more": make_pairs()}),
+        "folder, adapters stand in": replace(by_path, adapters_stand_in=True),
+    }[given]
+    found = resolve_reference(needed, given, model, pairs, method="M")
+    if expected is None:
+        assert found is None
+    elif expected == "policy":
+        assert found == LiveReference(model, without_adapters=True)
+    elif expected == "live":
+        assert isinstance(found, LiveReference) and not found.without_adapters
+        assert found.model is live or isinstance(given, ReferenceFolder)
+        assert not found.model.training and not any(
+            p.requires_grad for p in found.model.parameters()
+        )
+        assert same_weights(found.model, live)
+    else:
         assert isinstance(found, CachedReference)
-        assert torch.equal(found.stored.weight, live.get_output_embeddings().weight)
-    assert find(name, policy, found) is found
+        assert (found.stored is not None) == (expected == "cached rows")
+        if expected == "cached rows":
+            assert torch.equal(found.stored.weight, live.get_output_embeddings().weight)
+    if isinstance(given, LiveReference | CachedReference) and expected != "policy" and needed:
+        assert found is given
+
+
+def same_weights(one, other):
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("name", NEEDS["logp"] + NEEDS["hidden"] + NEEDS["layers"])
 def test_adapters_switched_off_are_the_reference(name):
     model = with_adapters()
-    found = find(name, model)
-    assert found == LiveReference(model, without_adapters=True)
+    assert find(name, model) == LiveReference(model, without_adapters=True)
 
 
 REFUSED = [

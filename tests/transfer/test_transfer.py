@@ -16,7 +16,7 @@ from sepo.data.align import TokenBytes
 from sepo.data.read.read import read_pairs
 from sepo.data.read.render import spans
 from sepo.data.segments import make_segments
-from sepo.data.selection import select_positions
+from sepo.data.selection import Selection, select_positions
 from sepo.data.store.store import (
     ScoredStore,
     StoreWriter,
@@ -149,7 +149,7 @@ def test_a_store_says_where_it_comes_from_and_trains(tmp_path):
         "tokenizer": store.manifest["tokenizer"], "tokenizer_name": "the oracle's",
         "source": store.manifest["source"], "coverage": coverage.as_dict(),
     }  # fmt: skip
-    _, chosen, rejected = make_segments(carried[0], "selected", fraction=0.3)
+    _, chosen, rejected = make_segments(carried[0], Selection("selected", fraction=0.3))
     score = carried[0].rejected_score
     assert rejected.positions.tolist() == select_positions(score, 0.3, "lowest").tolist()
     with pytest.raises(InputError, match="scored with tokenizer"):
@@ -192,7 +192,7 @@ def test_overlap_gives_weights_that_the_trainer_uses(tmp_path):
             stretches = zip(bounds, bounds[1:], strict=False)
             assert weight.tolist() == [float(before[a:b].any()) for a, b in stretches]
             selected, num_source = selected + weight.sum(), num_source + len(positions)
-        _, chosen, _ = make_segments(carried[i], "selected", fraction=0.01)
+        _, chosen, _ = make_segments(carried[i], Selection("selected", fraction=0.01))
         assert chosen.positions.tolist() == np.flatnonzero(carried[i].chosen_weight).tolist()
     assert coverage.counts["selected"] == selected
     assert coverage.counts["source_selected"] == num_source

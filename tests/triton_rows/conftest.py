@@ -7,7 +7,7 @@
 import pytest
 
 from sepo_kernels.configs import CONFIGS
-from sepo_kernels.platform import INTERPRET
+from sepo_kernels.devices import INTERPRET
 
 collect_ignore_glob = ["test_ahead_of_time.py", "test_leg.py"] if INTERPRET else ["test_interp*.py"]
 

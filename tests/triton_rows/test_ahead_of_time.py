@@ -65,13 +65,13 @@ def drive(dtype, V, stride, start, softcap):
     head = x, weight, bias
     logprob.forward(*head, targets, 1.0, softcap, None, z)
     logprob.forward(*head, targets, 1.0, softcap, first, z)
-    logprob.again(*head, targets, 1.0, softcap, first, z, row, row)
+    logprob.recompute(*head, targets, 1.0, softcap, first, z, row, row)
     for direction in ("policy||ref", "ref||policy"):
         two = *head, *head, targets, 1.0, softcap, direction
         kl.forward(*two, None, (z, ref_z))
         kl.forward(*two, (first, second), (z, ref_z))
         state = new(kl.NUM_STATE, dtype=torch.float32)
-        kl.again(*two, (first, second), (z, ref_z), row, row, row, state)
+        kl.recompute(*two, (first, second), (z, ref_z), row, row, row, state)
         kl.combine(first, second, targets, 0, row, row, state, row, row, direction, out)
 
 
@@ -95,8 +95,8 @@ def test_all_of_the_table_is_launched(launched):
         wanted = product(*([(flag, False), (flag, True)] for flag in sorted(config.flags)))
         assert flags == set(wanted), name
         # what is read and written in the input's dtype is there once for each that takes this way
-        dtypes = 2 if name in ("logprob_slope", "kl_slopes", "kl_combine") else 1
-        dtypes += name == "logprob_slope"  # bfloat16 too, where the backward makes it again
+        dtypes = 2 if name in ("logprob_dlogits", "kl_dlogits", "kl_combine") else 1
+        dtypes += name == "logprob_dlogits"  # bfloat16 too, where the backward recomputes it
         assert len(launched[name]) == dtypes * 2 * len(flags), name
 
 
@@ -111,8 +111,8 @@ def test_bytes_moved_are_those_of_the_launches(monkeypatch, dtype):
     monkeypatch.setattr(triton_rows, "launch", lambda *args, **_: moved.append(count(args[3:])))
     x, weight, row = torch.zeros(4, 8, dtype=dtype), torch.zeros(31, 8, dtype=dtype), torch.zeros(4)
     targets, acc = torch.zeros(4, dtype=torch.int64), torch.float32
-    kept = [torch.zeros(4, 31, dtype=t) for t in (dtype, kl.KERNELS.second_dtype(dtype))]
-    logits = [k if k.dtype == acc else torch.zeros(4, 31) for k in kept]
+    blocks = [torch.zeros(4, 31, dtype=t) for t in (dtype, kl.KERNELS.second_dtype(dtype))]
+    logits = [k if k.dtype == acc else torch.zeros(4, 31) for k in blocks]
     head = x, weight, None
 
     def assert_moves(step, heads, call, *args):
@@ -122,15 +122,15 @@ def test_bytes_moved_are_those_of_the_launches(monkeypatch, dtype):
 
     one = *head, targets, 1.0, None
     assert_moves("forward", 1, logprob.forward, *one, None, logits[0])
-    assert_moves("slope", 1, logprob.forward, *one, kept[0], logits[0])
-    assert_moves("again", 1, logprob.again, *one, kept[0], logits[0], row, row)
+    assert_moves("dlogits", 1, logprob.forward, *one, blocks[0], logits[0])
+    assert_moves("recompute", 1, logprob.recompute, *one, blocks[0], logits[0], row, row)
     two = *head, *head, targets, 1.0, None, "policy||ref"
     assert_moves("forward", 2, kl.forward, *two, None, logits)
-    assert_moves("slope", 2, kl.forward, *two, kept, logits)
+    assert_moves("dlogits", 2, kl.forward, *two, blocks, logits)
     state = torch.zeros(4, kl.NUM_STATE)
-    assert_moves("again", 2, kl.again, *two, kept, logits, row, row, row, state)
+    assert_moves("recompute", 2, kl.recompute, *two, blocks, logits, row, row, row, state)
     rest = targets, 0, row, row, state, row, row, "policy||ref", torch.zeros(4, 31, dtype=dtype)
-    assert_moves("combine", 2, kl.combine, *kept, *rest)
+    assert_moves("combine", 2, kl.combine, *blocks, *rest)
 
 
 def compiled(kernel, types, flags, target):
@@ -191,10 +191,10 @@ def assert_wide(cubin, kernel, types, flags, what):
     each = config.BLOCK_V // (32 * config.num_warps)
     walks = 2 if kernel.fn.__name__.endswith("_row") else 1  # and once more, if hopeless
     loaded = {"logits_ptr", "ref_logits_ptr", "bias_ptr", "ref_bias_ptr"}
-    stored = {"slope_ptr", "first_ptr", "second_ptr", "out_ptr"}
+    stored = {"dlogits_ptr", "first_ptr", "second_ptr", "out_ptr"}
     if "combine" in kernel.fn.__name__:
         loaded, stored = stored - {"out_ptr"}, {"out_ptr"}
-    elif not flags.get("SLOPE", flags.get("KEPT", True)):
+    elif not flags.get("WRITE_DLOGITS", flags.get("WRITE_BLOCKS", True)):
         stored = set()
     tool = triton.knobs.nvidia.nvdisasm.path
     code = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)

@@ -15,9 +15,10 @@ from ops.kl_cases import (
 )
 
 from sepo.ops import selected_logprob, selected_logprob_kl
-from sepo_kernels import triton_kl_slopes, triton_rows
+from sepo_kernels import triton_kl_dlogits, triton_rows
 from sepo_kernels.configs import CONFIGS
-from sepo_kernels.selected_logprob_kl import reference, schedule, triton
+from sepo_kernels.selected_logprob_kl import reference, triton
+from sepo_kernels.selected_logprob_kl.layout import MAX_COLUMNS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (N, M, D, D_ref, V), columns of a tile
@@ -68,8 +69,8 @@ def test_every_option_by_itself(tile, variant):
 @pytest.mark.parametrize(("V", "dtype"), [(50257, torch.float16), (128256, torch.float32)])
 def test_vocabularies_that_end_within_a_tile(V, dtype):
     """And whose gradient of the logits is made in several chunks of columns."""
-    assert V % CONFIGS["kl_row"].BLOCK_V and V % CONFIGS["kl_slopes"].BLOCK_V
-    assert V > schedule.MAX_COLUMNS
+    assert V % CONFIGS["kl_row"].BLOCK_V and V % CONFIGS["kl_dlogits"].BLOCK_V
+    assert V > MAX_COLUMNS
     check((5, 2, 16, 8, V), "plain", "save", "policy||ref", dtype)
 
 
@@ -205,7 +206,7 @@ def test_combine_of_column_slices(dtype):
     grad_logp, grad_kl = torch.randn(2, 5, generator=g)
     out = torch.full((5, 40), 7.0, dtype=dtype)
     triton_rows.launch(
-        triton_kl_slopes.kl_combine, 5, 13,
+        triton_kl_dlogits.kl_combine, 5, 13,
         first[:, 20:33], second[:, 20:33], grad_logp, grad_kl, out[:, :13], 40, 40, 40, 13,
     )  # fmt: skip
     wanted = grad_kl[:, None] * second.float() - grad_logp[:, None] * first.float()

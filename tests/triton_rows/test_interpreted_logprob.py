@@ -56,7 +56,7 @@ def test_every_option_by_itself(tile, variant):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("V", [50257, 128256])
 def test_vocabularies_that_end_within_a_tile(dtype, V):
-    assert V % CONFIGS["logprob_row"].BLOCK_V and V % CONFIGS["logprob_slope"].BLOCK_V
+    assert V % CONFIGS["logprob_row"].BLOCK_V and V % CONFIGS["logprob_dlogits"].BLOCK_V
     check((5, 3, 16, V), "plain", "save", dtype)
 
 
@@ -125,16 +125,16 @@ def test_targets_and_bias_need_not_be_contiguous(tile):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_target_that_is_no_column_is_nan_and_spoils_nothing_else(dtype):
-    """Its logp is; the slope of its row, which a gradient of 0 will multiply, is finite."""
+    """Its logp is; the dlogits of its row, which a gradient of 0 will multiply, is finite."""
     hidden, weight, _, _, _, _ = make_inputs(3, 2, 16, 31, dtype=dtype)
-    slope, logits = torch.empty(3, 31, dtype=dtype), torch.empty(3, 31)
-    logits = slope if dtype == torch.float32 else logits
+    dlogits, logits = torch.empty(3, 31, dtype=dtype), torch.empty(3, 31)
+    logits = dlogits if dtype == torch.float32 else logits
     targets = torch.tensor([31, 30, -100])
-    logp, lse, unit = triton.forward(hidden, weight, None, targets, 1.0, None, slope, logits)
+    logp, lse, row_scale = triton.forward(hidden, weight, None, targets, 1.0, None, dlogits, logits)
     assert logp.isnan().tolist() == [True, False, True]
     p = (hidden.double() @ weight.double().T).softmax(-1)
     p[1, 30] -= 1
-    found = slope.double() * unit[:, None]
+    found = dlogits.double() * row_scale[:, None]
     torch.testing.assert_close(found, p, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     assert lse.isfinite().all()
 
@@ -154,21 +154,21 @@ def test_rows_beyond_2_31_elements(tmp_path):
     for row in range(3):
         at(row).copy_(wanted[row])
     targets = torch.tensor([1, 3, 4])
-    logp, lse, reference, unit = torch.empty(4, 3)
+    logp, lse, reference, row_scale = torch.empty(4, 3)
     triton_rows.launch(
         triton_logprob.logprob_row, 3, None,
-        at(0), logp, targets, logp, lse, reference, unit, at(0), stride, stride, V, 0, 1.0, 0.0,
-        CAPPED=False, SLOPE=False,
+        at(0), logp, targets, logp, lse, reference, row_scale, at(0), stride, stride, V, 0, 1.0, 0.0,
+        CAPPED=False, WRITE_DLOGITS=False,
     )  # fmt: skip
     torch.testing.assert_close(lse, wanted.logsumexp(-1))
     torch.testing.assert_close(logp, wanted.log_softmax(-1).gather(-1, targets[:, None])[:, 0])
     triton_rows.launch(
-        triton_logprob.logprob_slope, 3, V,
-        at(0), logp, targets, logp, reference, unit, at(0), stride, stride, V, 0, 1.0, 0.0,
+        triton_logprob.logprob_dlogits, 3, V,
+        at(0), logp, targets, logp, reference, row_scale, at(0), stride, stride, V, 0, 1.0, 0.0,
         CAPPED=False,
     )  # fmt: skip
-    slope = wanted.softmax(-1) - torch.nn.functional.one_hot(targets, V)
-    torch.testing.assert_close(torch.stack([at(row) for row in range(3)]), slope)
+    dlogits = wanted.softmax(-1) - torch.nn.functional.one_hot(targets, V)
+    torch.testing.assert_close(torch.stack([at(row) for row in range(3)]), dlogits)
 
 
 def test_compiles_with_fullgraph():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sepo_kernels import triton_kl, triton_kl_slopes, triton_logprob
+from sepo_kernels import triton_kl, triton_kl_dlogits, triton_logprob
 from sepo_kernels.triton_rows import launch
 
 # NumPy's, of rows that are done again: e^200 of a hopeless target, and what comes of it
@@ -78,7 +78,7 @@ def finished(z: Tensor, bias, options) -> tuple[Tensor, Tensor]:  # logits, cap'
     return options["softcap"] * relative, 1 - relative**2
 
 
-def slope_of(logits: Tensor, derivative: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def dlogits_of(logits: Tensor, derivative: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """logp (rows,), NaN where the target is none, and -dlogp/dz."""
     log_p = logits.log_softmax(-1)
     ok = targets < logits.shape[1]
@@ -88,8 +88,8 @@ def slope_of(logits: Tensor, derivative: Tensor, targets: Tensor) -> tuple[Tenso
     # the float64 softmax has lost the digits of 1 - p too
     logp = torch.where(others < 0.5, (-others).log1p(), logp)
     p = log_p.exp()
-    slope = torch.where(ok[:, None], p.scatter(-1, at, logp.expm1()[:, None]), p)
-    return logp.where(ok, torch.nan), slope * derivative
+    dlogits = torch.where(ok[:, None], p.scatter(-1, at, logp.expm1()[:, None]), p)
+    return logp.where(ok, torch.nan), dlogits * derivative
 
 
 def arguments(bias, z) -> tuple:  # as a kernel wants them: a tensor, and whether to read it
@@ -97,16 +97,16 @@ def arguments(bias, z) -> tuple:  # as a kernel wants them: a tensor, and whethe
 
 
 def sums(z, bias, targets, options, to=None):
-    logp, lse, reference, unit = torch.full((4, z.shape[0]), torch.nan)
+    logp, lse, reference, row_scale = torch.full((4, z.shape[0]), torch.nan)
     bias_or_any, has_bias = arguments(bias, z)
     out = z if to is None else to
     launch(
         triton_logprob.logprob_row, z.shape[0], None,
-        z, bias_or_any, targets, logp, lse, reference, unit, out, z.stride(0), out.stride(0),
+        z, bias_or_any, targets, logp, lse, reference, row_scale, out, z.stride(0), out.stride(0),
         z.shape[1], has_bias, options["scale"], options["softcap"] or 0.0,
-        CAPPED=options["softcap"] is not None, SLOPE=to is not None,
+        CAPPED=options["softcap"] is not None, WRITE_DLOGITS=to is not None,
     )  # fmt: skip
-    return logp, lse, reference, unit
+    return logp, lse, reference, row_scale
 
 
 @pytest.mark.parametrize(("V", "name"), CASES)
@@ -114,9 +114,9 @@ def test_one_pass(V, name):
     options = OPTIONS[name]
     z, bias, targets = rows_of(V, options)
     logits, derivative = finished(z, bias, options)
-    wanted, slope = slope_of(logits, derivative, targets)
+    wanted, dlogits = dlogits_of(logits, derivative, targets)
     to = padded(8, V)
-    logp, lse, reference, unit = sums(z, bias, targets, options, to)
+    logp, lse, reference, row_scale = sums(z, bias, targets, options, to)
     check_numbers(logp, lse, wanted, logits)
     ok = targets < V
     at = targets.where(ok, 0)[:, None]
@@ -124,7 +124,7 @@ def test_one_pass(V, name):
         same = reference == z.gather(-1, at)[:, 0]
         assert same.tolist() == [True, True, True, True, False, True, False, False]
     # also the target's entry, of which a confident row keeps every digit
-    torch.testing.assert_close(to.double() * unit[:, None], slope, rtol=2e-5, atol=1e-30)
+    torch.testing.assert_close(to.double() * row_scale[:, None], dlogits, rtol=2e-5, atol=1e-30)
     assert_padding_untouched(to, z)
 
 
@@ -134,19 +134,19 @@ def test_two_passes(V, name, dtype):
     options = OPTIONS[name]
     z, bias, targets = rows_of(V, options)
     logits, derivative = finished(z, bias, options)
-    wanted, slope = slope_of(logits, derivative, targets)
-    logp, lse, reference, unit = sums(z, bias, targets, options)
+    wanted, dlogits = dlogits_of(logits, derivative, targets)
+    logp, lse, reference, row_scale = sums(z, bias, targets, options)
     check_numbers(logp, lse, wanted, logits)
     bias_or_any, has_bias = arguments(bias, z)
     to = z if dtype == torch.float32 else padded(8, V, dtype)
     launch(
-        triton_logprob.logprob_slope, 8, V,
-        z, bias_or_any, targets, logp, reference, unit, to, z.stride(0), to.stride(0), V, has_bias,
+        triton_logprob.logprob_dlogits, 8, V,
+        z, bias_or_any, targets, logp, reference, row_scale, to, z.stride(0), to.stride(0), V, has_bias,
         options["scale"], options["softcap"] or 0.0, CAPPED=options["softcap"] is not None,
     )  # fmt: skip
     least = 1e-30 if dtype == torch.float32 else 2**-24
     rtol = 2e-5 if dtype == torch.float32 else 2**-10
-    torch.testing.assert_close(to.double(), slope, rtol=rtol, atol=least)
+    torch.testing.assert_close(to.double(), dlogits, rtol=rtol, atol=least)
     assert_padding_untouched(to, z)
 
 
@@ -172,11 +172,11 @@ def two_rows(V: int, options: dict):
 
 
 def kl_truth(z, ref_z, bias, ref_bias, targets, options, direction):
-    """logp, ref_logp, kl (8,), first and second slope (8, V), l = log q - log p, max(p, q)."""
+    """logp, ref_logp, kl (8,), first and second dlogits (8, V), l = log q - log p, max(p, q)."""
     a, derivative = finished(z, bias, options)
     b, _ = finished(ref_z, ref_bias, options)
-    logp, first = slope_of(a, derivative, targets)
-    ref_logp, _ = slope_of(b, derivative, targets)
+    logp, first = dlogits_of(a, derivative, targets)
+    ref_logp, _ = dlogits_of(b, derivative, targets)
     log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     ratio = torch.where(torch.maximum(p, q) > 0, log_q - log_p, 0)
@@ -202,7 +202,7 @@ def kl_row(z, ref_z, bias, ref_bias, targets, options, direction, kept=None):
         z, ref_z, b, ref_b, targets, logp, ref_logp, kl, state, first, second, z.stride(0),
         ref_z.stride(0), first.stride(0), second.stride(0), z.shape[1], has_bias, has_ref_bias,
         options["scale"], options["softcap"] or 0.0, CAPPED=options["softcap"] is not None,
-        POLICY_FIRST=direction == "policy||ref", KEPT=kept is not None,
+        POLICY_FIRST=direction == "policy||ref", WRITE_BLOCKS=kept is not None,
     )  # fmt: skip
     return logp, ref_logp, kl, state
 
@@ -288,7 +288,7 @@ def test_kl_in_two_passes(V, name, direction, dtype):
         arguments(ref_bias, z),
     )
     launch(
-        triton_kl_slopes.kl_slopes, 8, V,
+        triton_kl_dlogits.kl_dlogits, 8, V,
         z, ref_z, b, ref_b, targets, logp, kl, state, *to, z.stride(0), ref_z.stride(0),
         to[0].stride(0), to[1].stride(0), V, has_bias, has_ref_bias, options["scale"],
         options["softcap"] or 0.0, CAPPED=options["softcap"] is not None,
@@ -305,7 +305,7 @@ def test_kl_in_two_passes(V, name, direction, dtype):
     grad_logp, grad_kl = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
     out = padded(8, V, dtype)
     launch(
-        triton_kl_slopes.kl_combine, 8, V,
+        triton_kl_dlogits.kl_combine, 8, V,
         *to, grad_logp, grad_kl, out, to[0].stride(0), to[1].stride(0), out.stride(0), V,
     )  # fmt: skip
     wanted = grad_kl[:, None] * to[1].float() - grad_logp[:, None] * to[0].float()

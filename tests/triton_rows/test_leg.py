@@ -44,7 +44,7 @@ def test_without_triton_the_operations_import_and_say_so():
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch, sepo.ops
-from sepo_kernels.platform import why_not_triton
+from sepo_kernels.devices import why_not_triton
 print(why_not_triton(torch.ones(1)))
 """
     done = subprocess.run(

@@ -20,7 +20,7 @@ from sepo.errors import InputError
 from sepo.model.prepare import prepare_model, probe_logprob
 from sepo.trainer.fused import fuse_layers
 from sepo.trainer.layers import fused_names, why_not_liger
-from sepo_kernels.platform import INTERPRET
+from sepo_kernels.devices import INTERPRET
 
 CPU = torch.device("cpu")
 ARCHS = {  # what Liger's kernels take the place of

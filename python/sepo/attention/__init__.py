@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from sepo.attention.layout import IMPLS, Layout, check_name, choose, explain, with_arrays
+from sepo.attention.layout import IMPLS, PackedLayout, check_name, choose, explain, with_arrays
 from sepo.attention.terms import Terms
 from sepo.errors import InputError
 
 __all__ = [
-    "ATTENTION", "IMPLS", "Layout", "Terms", "check_name", "choose", "explain",
+    "ATTENTION", "IMPLS", "PackedLayout", "Terms", "check_name", "choose", "explain",
     "packed_attention", "why_not", "windows", "windows_missed", "with_arrays",
 ]  # fmt: skip
 ATTENTION = "sepo"  # the name under which transformers knows packed_attention
@@ -35,7 +35,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    packed_layout: Layout | None = None,
+    packed_layout: PackedLayout | None = None,
     **kwargs,  # whatever else the model's layers hand down; what would change the result is refused
 ) -> tuple[Tensor, None]:  # (1, N, H, E_v)
     """Scaled dot-product attention of one batch. Raises InputError for what it can't serve."""
@@ -74,7 +74,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
-def windows_missed(config: PretrainedConfig, layout: Layout) -> bool:
+def windows_missed(config: PretrainedConfig, layout: PackedLayout) -> bool:
     """Whether some layer has a sliding window of which it did not tell the attention.
 
     Such a layer leaves the window to the mask that transformers would have made.

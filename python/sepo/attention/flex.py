@@ -48,12 +48,12 @@ def arrays(spans: tuple[Span, ...], window: int | None) -> dict[str, np.ndarray]
     blocks = -(-spans[-1][3] // BLOCK)
     rows, keys, seen = _seen(np.array(spans, np.int64), window)
     whole = seen == BLOCK * BLOCK
-    found = dict(zip(("own", "first", "last"), _visible(spans, window), strict=True))
+    lists = dict(zip(("own", "first", "last"), _visible(spans, window), strict=True))
     for name, listed in (("", (seen > 0) & ~whole), ("full_", whole)):
         r, k = rows[listed], keys[listed]
         for side, (number, indices) in (("kv", _lists(r, k, blocks)), ("q", _lists(k, r, blocks))):
-            found |= {f"{name}{side}_num_blocks": number, f"{name}{side}_indices": indices}
-    return found
+            lists |= {f"{name}{side}_num_blocks": number, f"{name}{side}_indices": indices}
+    return lists
 
 
 def build(spans: tuple[Span, ...], terms: Terms, arrays: Arrays) -> Attend:
@@ -89,7 +89,7 @@ def _attention(softcap: str | None):
 
 
 def _kind(terms: Terms) -> Terms:
-    """What a kernel is compiled for, beside the sizes of a batch: a window is in its mask."""
+    """Tell what a kernel is compiled for, beside the sizes of a batch: a window is in its mask."""
     return replace(terms, window=None)
 
 

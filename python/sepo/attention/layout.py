@@ -15,7 +15,7 @@ from sepo.errors import InputError
 IMPLS = (  # in order of preference
     AttentionImpl(
         "varlen", varlen.absent, varlen.why_not, varlen.build,
-        arrays=varlen.arrays, how=varlen.how,
+        arrays=varlen.arrays, detail=varlen.detail,
     ),
     AttentionImpl(
         "flex", flex.absent, flex.why_not, flex.build, flex.worth_it,
@@ -26,7 +26,7 @@ IMPLS = (  # in order of preference
 )  # fmt: skip
 
 
-class Layout:
+class PackedLayout:
     """One batch, as the attention of every layer sees it.
 
     It is made anew for each forward and chooses at the first layer, where device and dtype are
@@ -73,8 +73,8 @@ class Layout:
         impl = choose(self.attn_impl, terms)
         key = impl.key(terms)
         if key not in self._arrays:  # nobody knew, when the batch was packed
-            made = _from_numpy(impl.arrays(self.spans, terms.window))
-            self._arrays[key] = moved(made, terms.device)
+            arrays = _from_numpy(impl.arrays(self.spans, terms.window))
+            self._arrays[key] = moved(arrays, terms.device)
         return impl.build(self.spans, terms, self._arrays[key])
 
 
@@ -86,16 +86,16 @@ def with_arrays(
 
     A need that comes out wrong costs time only: a layer makes what it does not find.
     """
-    found = dict(batch.attention)
+    arrays = dict(batch.attention)
     for attn_impl, terms in needs:
         try:
             impl = choose(attn_impl, terms)
         except InputError:  # the layer says it, of the terms that it really has
             continue
         key = impl.key(terms)
-        if key not in found and (made := impl.arrays(_spans(batch), terms.window)):
-            found[key] = _from_numpy(made)
-    return replace(batch, attention=found)
+        if key not in arrays and (new := impl.arrays(_spans(batch), terms.window)):
+            arrays[key] = _from_numpy(new)
+    return replace(batch, attention=arrays)
 
 
 def _spans(batch: PackedBatch) -> tuple[Span, ...]:
@@ -133,8 +133,8 @@ def choose(attn_impl: str, terms: Terms) -> AttentionImpl:
 def explain(attn_impl: str, terms: Terms) -> str:
     """One line: the implementation chosen for these terms and why not one before it."""
     chosen = choose(attn_impl, terms)
-    how = chosen.how(terms)
-    name = f"{chosen.name} ({how})" if how else chosen.name
+    detail = chosen.detail(terms)
+    name = f"{chosen.name} ({detail})" if detail else chosen.name
     if attn_impl != "auto":
         return f"{name}, as asked"
     before = IMPLS[: IMPLS.index(chosen)]

@@ -1,4 +1,4 @@
-"""What one layer asks of the attention, and what an implementation is."""
+"""Describe what one layer asks of the attention, and what an implementation is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class AttentionImpl:
     worth_it: Callable[[Terms], bool] = lambda terms: True  # "auto" considers it
     arrays: Callable[[tuple[Span, ...], int | None], dict[str, np.ndarray]] = lambda spans, window: {}
     by_window: bool = False  # whether arrays differ from window to window
-    how: Callable[[Terms], str] = lambda terms: ""  # for explain: what of it runs here
+    detail: Callable[[Terms], str] = lambda terms: ""  # for explain: what of it runs here
 
     def key(self, terms: Terms) -> ArraysKey:
         """Layers whose terms have equal keys share their arrays."""

@@ -56,7 +56,7 @@ def why_not(terms: Terms) -> str | None:
     return absent()
 
 
-def how(terms: Terms) -> str:
+def detail(terms: Terms) -> str:
     """Whose kernels run: FlashAttention 3's, or why another's."""
     if terms.softcap is not None or kernel_name(softcap=False) != TORCH:
         return "flash_attn"

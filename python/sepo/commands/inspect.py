@@ -11,8 +11,8 @@ import numpy as np
 
 from sepo.data.counts import count_rows, count_tokens
 from sepo.data.segments import make_segments
-from sepo.data.selection import FirstToken
-from sepo.data.types import Segment, TokenPair
+from sepo.data.selection import FirstToken, Selection
+from sepo.data.types import CutPair, Segment, TokenPair
 from sepo.errors import InputError
 from sepo.flags.options import say_idle, share, whole_number
 from sepo.flags.reading import add_reading_flags, read_data, say_idle_of_a_store
@@ -22,9 +22,10 @@ from sepo.terminal import escaped, say, write
 SIDES = ("chosen", "rejected")
 FIELDS = ("prompt", *SIDES)
 READING = ("dataset_split", "dataset_config", "limit", "max_length", "append_eos")
+USUAL = Selection("selected")
 SELECTION = {  # flags, as they are where they were not given
-    "select": "fraction", "rejected_select": None, "fraction": 0.3, "rejected_fraction": None,
-    "mass": 0.8, "first_token": "paper",
+    "select": "fraction", "rejected_select": None, "fraction": USUAL.fraction,
+    "rejected_fraction": None, "mass": USUAL.mass, "first_token": USUAL.first_token,
 }  # fmt: skip
 LEGEND = (
     "| ends a part, {mark} marks a selected token, ┊ follows the last token that is read "
@@ -92,10 +93,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--dataset_name: expected the data to look at, got none")
     if args.model_name_or_path is None:
         raise InputError("--model_name_or_path: expected whose tokenizer reads the data, got none")
-    from sepo.model.prepare import load_tokenizer
+    from sepo.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    show = Show(tokenizer, sys.stdout, **selection_flags(args))
+    show = Show(tokenizer, sys.stdout, Selection("selected", **selection_flags(args)))
     from sepo.data.store.store import ScoredStore, is_store
 
     if is_store(args.dataset_name):
@@ -156,7 +157,7 @@ def _verify(path: str) -> None:
 class Show:
     """Writes pairs as text: colours on a terminal, brackets elsewhere."""
 
-    def __init__(self, tokenizer: Any, out: TextIO, **selection):  # of make_segments
+    def __init__(self, tokenizer: Any, out: TextIO, selection: Selection):
         self.tokenizer, self.out, self.selection = tokenizer, out, selection
         is_plain = not out.isatty() or "NO_COLOR" in os.environ
         # around a selected token; around what is there for context only
@@ -169,11 +170,11 @@ class Show:
         counts = f"{len(pair.prompt)} prompt, {len(pair.chosen)} chosen, {len(pair.rejected)}"
         self.line(escaped("; ".join([f"pair {pair.id}: {counts} rejected tokens", *notes])))
         self._part("prompt", self._faint(_visible(self._text(pair.prompt))))
-        segments = self._segments(pair)
+        cut = self._cut(pair)
         for i, side in enumerate(SIDES):
-            response = self._response(pair, side, segments and segments[i])
+            response = self._response(pair, side, cut and cut.responses[i])
             self._part(side, response)
-        if segments and not self._has_legend:
+        if cut and not self._has_legend:
             self.line(LEGEND.format(mark="".join(self.mark[:1]) + "this" + self.mark[1]))
             self._has_legend = True
         self.line("")
@@ -185,15 +186,15 @@ class Show:
         self.line(
             f"{len(pairs)} pairs: {prompts} prompt tokens (stored once), {responses} of responses"
         )
-        tokens = count_tokens(pairs, [make_segments(p, "all") for p in pairs])
+        tokens = count_tokens(pairs, [make_segments(p, Selection("all")) for p in pairs])
         read = f"{tokens['padded_unshared']} tokens padded, {tokens['packed']} packed"
-        selects = [(p, s) for p in pairs if (s := self._segments(p))]
+        selects = [(p, s) for p in pairs if (s := self._cut(p))]
         if selects:
-            segments = [(p.prompt, *s) for p, s in selects]
+            segments = [cut for _, cut in selects]
             rows = count_rows([p for p, _ in selects], segments)
             share = rows["selected"] / rows["response"]
             sides = ", ".join(
-                f"{sum(len(s[i].positions) for _, s in selects)}"
+                f"{sum(len(s.responses[i].positions) for _, s in selects)}"
                 f" of {sum(len(getattr(p, side)) for p, _ in selects)} {side}"
                 for i, side in enumerate(SIDES)
             )
@@ -210,13 +211,13 @@ class Show:
     def line(self, text: str) -> None:
         write(text, out=self.out)
 
-    def _segments(self, pair: TokenPair) -> list[Segment] | None:
-        """Both segments; None if nothing selects in one of the responses."""
+    def _cut(self, pair: TokenPair) -> CutPair | None:
+        """The pair as training reads it; None if nothing selects in one of the responses."""
         for side in SIDES:
             if getattr(pair, f"{side}_weight") is None:
                 if getattr(pair, f"{side}_score", None) is None:
                     return None
-        return list(make_segments(pair, "selected", **self.selection)[1:])
+        return make_segments(pair, self.selection)
 
     def _part(self, name: str, text: str) -> None:
         self.line(f"  {name:9}{text}|".replace("\n", "\n" + " " * 11))

@@ -32,6 +32,11 @@ COMMANDS = (  # in the order of use: name, the module that adds its flags and ru
         "oracle minus reference log-probability of every response token",
     ),
     ("transfer", "sepo.commands.transfer", "an oracle's scores in the tokens of another tokenizer"),
+    (
+        "plan",
+        "sepo.commands.plan",
+        "GPU-hours of a recipe, and how full micro-batches are: modelled",
+    ),
     ("train", "sepo.train", "train a policy, an oracle or a reference"),
     ("report", "sepo.commands.report", "scores, selections and training curves as one HTML page"),
     ("env", "sepo.commands.env", "versions and devices, for a bug report"),

@@ -121,7 +121,7 @@ def _names(args: argparse.Namespace) -> list[str | None]:
 
 
 def _tokenizer(store: str, name: str | None, trust_remote_code: bool):
-    from sepo.model.prepare import load_tokenizer
+    from sepo.model.load import load_tokenizer
 
     manifest = read_manifest(Path(store))
     if manifest is None:

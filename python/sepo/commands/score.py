@@ -16,7 +16,7 @@ from sepo.flags.options import device, positive, say_idle, whole_number
 from sepo.flags.reading import add_reading_flags, read_data, say_idle_of_a_store
 from sepo.model.budget import scoring_budget
 from sepo.model.folder import find_folder
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 from sepo.model.reference import cached_reference
 from sepo.score.score import KEEP, SAMPLE, score_dataset, shard_name
 from sepo.system.lock import lock

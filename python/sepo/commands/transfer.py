@@ -7,7 +7,7 @@ from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
 from sepo.flags.options import positive, share
 from sepo.flags.reading import add_reading_flags, read_data, rows_of
-from sepo.model.prepare import load_tokenizer
+from sepo.model.load import load_tokenizer
 from sepo.system.lock import lock
 from sepo.terminal import say
 from sepo.transfer.row import Aggregate, Mode

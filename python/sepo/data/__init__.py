@@ -4,14 +4,16 @@ from sepo.data.align import transfer_scores, transfer_selection
 from sepo.data.cost import attention_cost, pair_costs
 from sepo.data.pack import pack
 from sepo.data.plan import StepPlan, num_steps, plan_step
-from sepo.data.selection import all_positions, random_positions, select_positions
+from sepo.data.selection import Selection, all_positions, random_positions, select_positions
 from sepo.data.truncate import truncate
-from sepo.data.types import PackedBatch, ScoredPair, Segment, TokenPair
+from sepo.data.types import CutPair, PackedBatch, ScoredPair, Segment, TokenPair
 
 __all__ = [
+    "CutPair",
     "PackedBatch",
     "ScoredPair",
     "Segment",
+    "Selection",
     "StepPlan",
     "TokenPair",
     "all_positions",

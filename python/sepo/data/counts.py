@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 
-from sepo.data.pack import PackablePair
 from sepo.data.segments import num_selected, num_tokens
-from sepo.data.types import TokenPair
+from sepo.data.types import CutPair, TokenPair
 
 PADDED_BATCH = 8  # pairs padded to one length, transformers' default batch
 
 
 def count_tokens(
     pairs: Sequence[TokenPair],
-    segments: Sequence[PackablePair],  # the same pairs after selection and truncation
+    segments: Sequence[CutPair],  # the same pairs after selection and truncation
 ) -> dict[str, int]:
     """Tokens of the trunk, summed over all pairs, in four layouts, each with one saving more.
 
@@ -32,7 +31,7 @@ def count_tokens(
     }
 
 
-def count_rows(pairs: Sequence[TokenPair], segments: Sequence[PackablePair]) -> dict[str, int]:
+def count_rows(pairs: Sequence[TokenPair], segments: Sequence[CutPair]) -> dict[str, int]:
     """Rows of the head: of all response tokens, and of the selected ones."""
     return {
         "response": sum(len(p.chosen) + len(p.rejected) for p in pairs),

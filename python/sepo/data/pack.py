@@ -7,17 +7,15 @@ import numpy as np
 import torch
 
 from sepo.data.hidden import HiddenRows
-from sepo.data.types import PackedBatch, Segment
-
-PackablePair = tuple[np.ndarray, Segment, Segment]  # prompt (T0,) int32, chosen, rejected
+from sepo.data.types import CutPair, PackedBatch, Segment
 
 
 def pack(
-    pairs: list[PackablePair],
+    pairs: list[CutPair],  # or plain (prompt, chosen, rejected)
     *,
     vocab_size: int | None = None,  # checks every token against it when given
 ) -> PackedBatch:
-    """Pack (prompt, chosen, rejected) triples, in order, into one buffer on the CPU.
+    """Pack pairs, in order, into one buffer on the CPU.
 
     No pairs at all give a buffer of one token that no row reads: a rank without work still runs
     the model, so that collectives match. Raises ValueError for an index out of range; nothing

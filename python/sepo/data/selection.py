@@ -1,6 +1,7 @@
 """Which positions of a response the loss uses (SePO, arXiv 2408.13518, section 3.2)."""
 
 import zlib
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,51 @@ from sepo.errors import InputError
 
 Fraction = float | Literal["mass"]  # how many: a share of the tokens, or of the score they hold
 FirstToken = Literal["paper", "released"]  # which was "official", and may be
+Positions = Literal["selected", "random", "all", "chosen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which tokens of a pair the loss uses: made once, of flags or by hand, and carried whole.
+
+    positions: "selected", the highest scores of the chosen and the lowest of the rejected response,
+    or what the user's own weights name; "random", as many tokens drawn by (seed, pair id); "all",
+    every token that the user's weights, if any, leave in; "chosen", the same, and nothing of the
+    rejected response.
+    """
+
+    positions: Positions
+    fraction: Fraction = 0.3  # of a response's tokens, for "selected" and "random"
+    rejected_fraction: Fraction | None = None  # None: as `fraction`
+    mass: float = 0.8  # of the score, where a fraction is "mass"
+    first_token: FirstToken = "paper"
+    mask: Literal["random"] | None = None  # a number in [0, 1) a used token, beside the weights
+    seed: int = 0  # of both "random"
+
+    def fraction_of(self, side: str) -> Fraction:
+        """The share of a chosen response, or of a rejected one."""
+        own = self.rejected_fraction if side == "rejected" else None
+        return self.fraction if own is None else own
+
+    def by_score(self, score: np.ndarray, side: str) -> np.ndarray:  # (T,) float32 -> (K,) int32
+        """Positions of a chosen response's highest scores, or of a rejected one's lowest."""
+        return select_positions(
+            score,
+            self.fraction_of(side),
+            "lowest" if side == "rejected" else "highest",
+            mass=self.mass,
+            first_token=self.first_token,
+        )
+
+    def by_chance(self, num_tokens: int, side: str, pair_id: str) -> np.ndarray:  # (K,) int32
+        """As many positions as `by_score`, drawn by the seed and the pair's id."""
+        return random_positions(
+            num_tokens,
+            self.fraction_of(side),
+            seed=self.seed,
+            key=f"{pair_id}/{side}",
+            first_token=self.first_token,
+        )
 
 
 def select_positions(
@@ -34,8 +80,7 @@ def select_positions(
     if fraction == "mass":
         count = max(min_tokens, _count_of_mass(gain[best_first], mass))
     else:
-        how = dict(first_token=first_token, min_tokens=min_tokens)
-        count = count_selected(len(score), fraction, **how)
+        count = count_selected(len(score), fraction, first_token=first_token, min_tokens=min_tokens)
     return np.sort(skip + best_first[:count]).astype(np.int32)
 
 

@@ -1,7 +1,8 @@
-"""The four values that cross a stage boundary. Positions are 0-based indices into one response."""
+"""The values that cross a stage boundary. Positions are 0-based indices into one response."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from sepo.data.hidden import HiddenRows
 from sepo.data.move import follow, laid_out
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenPair:
     """One tokenised preference pair. A response includes its end-of-turn token, if it has one."""
 
@@ -26,8 +27,22 @@ class TokenPair:
         """Tokens of the pair with the prompt stored once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
+    def __eq__(self, other: object) -> bool:
+        """Compare kind, id and all numbers; of hidden rows, which lie on the disk, their count."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+def _same(a, b) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, HiddenRows) and isinstance(b, HiddenRows):
+        return len(a) == len(b)
+    return type(a) is type(b) and a == b
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoredPair(TokenPair):
     """A pair with what the scorer wrote of it: scores, and what it kept of the reference."""
 
@@ -50,6 +65,18 @@ class Segment:
     ref_logp: np.ndarray | None = None  # (K,) float32, None: no cached reference
     ref_hidden: HiddenRows | None = None  # of the whole response; `positions` says which are read
     mask: np.ndarray | None = None  # (K,) float32, drawn at random; None: no such mask
+
+
+class CutPair(NamedTuple):
+    """One pair as a step reads it: each response cut after its last used token."""
+
+    prompt: np.ndarray  # (T0,) int32
+    chosen: Segment
+    rejected: Segment
+
+    @property
+    def responses(self) -> tuple[Segment, ...]:
+        return self[1:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sepo_kernels.platform import bfloat16_speed, fast_dtype
+from sepo_kernels.devices import bfloat16_speed, fast_dtype
 
 
 class Work(NamedTuple):

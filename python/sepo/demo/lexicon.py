@@ -4,15 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sepo.data.pack import PackablePair
-from sepo.data.types import TokenPair
+from sepo.data.types import CutPair, TokenPair
 from sepo.demo.judge import lexicon_tokens
 
 
 def selection_lift(
     pairs: Sequence[TokenPair],
-    selected: Sequence[PackablePair],  # the same pairs, positions by score
-    random: Sequence[PackablePair],  # the same pairs, as many positions at random
+    selected: Sequence[CutPair],  # the same pairs, positions by score
+    random: Sequence[CutPair],  # the same pairs, as many positions at random
     tokenizer,
 ) -> dict[str, float]:
     """Lexicon rates: the share of tokens that belong to a word of the judge's lexicon.

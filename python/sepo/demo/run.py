@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sepo.data.counts import count_rows, count_tokens
 from sepo.data.read.read import read_pairs
 from sepo.data.segments import make_segments
+from sepo.data.selection import Selection
 from sepo.data.store.store import ScoredStore
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.demo.estimate import estimate
@@ -29,12 +30,12 @@ from sepo.demo.report import print_report
 from sepo.demo.sample import Completion, sample
 from sepo.demo.smollm2 import save_smollm2
 from sepo.errors import InputError
-from sepo.model.prepare import load_model, load_tokenizer
+from sepo.model.load import load_model, load_tokenizer
 from sepo.score.score import score_dataset
 from sepo.system.lock import contents, lock
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.trainer import SePOTrainer
-from sepo_kernels.platform import fast_dtype
+from sepo_kernels.devices import fast_dtype
 
 FOLDERS = ("reference", "oracle", "scored", "sepo", "sepo_rand")
 SUMMARY = "summary.json"
@@ -101,7 +102,7 @@ def run_stages(place: Path, data: Path, *, oracle_pairs: int, per_opening: int, 
         )
 
     cut = lambda how, among: [
-        make_segments(p, how, fraction=POLICY["fraction"], seed=seed) for p in among
+        make_segments(p, Selection(how, fraction=POLICY["fraction"], seed=seed)) for p in among
     ]
     lift = lambda among: selection_lift(
         among, cut("selected", among), cut("random", among), tokenizer

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from sepo_kernels.platform import bfloat16_speed
+from sepo_kernels.devices import bfloat16_speed
 
 
 def warn_if_slow(

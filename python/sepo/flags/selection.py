@@ -1,4 +1,4 @@
-"""Which tokens are selected: the flags, as `sepo.data.segments.make_segments` takes them."""
+"""Which tokens are selected: the flags, as a `Selection` takes them."""
 
 from typing import Any, Literal
 
@@ -6,7 +6,7 @@ Select = Literal["fraction", "mass"]
 
 
 def selection_flags(args: Any) -> dict[str, Any]:
-    """Arguments of `make_segments` from --select, --fraction, --mass, --first_token and the rest.
+    """Arguments of a `Selection` from --select, --fraction, --mass, --first_token and the rest.
 
     `args` is a SePOConfig or what a command's parser made, with an attribute a flag.
     """

@@ -34,8 +34,8 @@ def activation_mask(
 
     def extreme(which: str) -> Tensor:  # (G, M): of the token's own segment
         start = activations.new_zeros(G, num_segments)
-        found = start.scatter_reduce(1, segment, activations, which, include_self=False)
-        return found.gather(1, segment)
+        extremes = start.scatter_reduce(1, segment, activations, which, include_self=False)
+        return extremes.gather(1, segment)
 
     def mean(values: Tensor) -> Tensor:  # (G, M): of the token's own segment
         offsets = torch.arange(G, device=cu_rows.device)[:, None] * M + cu_rows[:-1]

@@ -73,7 +73,7 @@ def _read(file: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def _fill(mask: SparseMask, tensors: dict[str, Tensor], file: Path) -> None:
     shapes = lambda of: {name: tuple(tensor.shape) for name, tensor in of.items()}
-    expected, found = shapes(mask.state_dict()), shapes(tensors)
-    if expected != found:
-        raise InputError(f"{file}: expected {expected}, got {found}")
+    expected, got = shapes(mask.state_dict()), shapes(tensors)
+    if expected != got:
+        raise InputError(f"{file}: expected {expected}, got {got}")
     mask.load_state_dict(tensors)

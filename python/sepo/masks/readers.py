@@ -1,4 +1,4 @@
-"""What a mask reads of the reference: states and activations of every layer, by forward hooks.
+"""Read what masks need of the reference: states and activations of its layers, by forward hooks.
 
 The trunk runs once, packed, without gradients. Rows are gathered inside the hooks, so that no
 layer's (N, D) outlives the layer.
@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sepo.data.types import PackedBatch
 from sepo.errors import InputError
-from sepo.model.prepare import hidden_states
+from sepo.model.forward import hidden_states
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -68,7 +68,7 @@ def _read(
     modules: list[nn.Module],
     gather: Callable[[Tensor], Tensor],  # (N, D) -> what is kept of it
 ) -> tuple[Tensor, list[Tensor]]:  # (N, D), one a module
-    found: list[list[Tensor]] = [[] for _ in modules]
+    outputs: list[list[Tensor]] = [[] for _ in modules]
     shape = (len(batch.tokens),)
 
     def keep(kept: list[Tensor], module: nn.Module, inputs, output) -> None:
@@ -81,17 +81,17 @@ def _read(
         kept.append(gather(output.reshape(*shape, -1)))
 
     with ExitStack() as stack:
-        for kept, module in zip(found, modules, strict=True):
+        for kept, module in zip(outputs, modules, strict=True):
             handle = module.register_forward_hook(partial(keep, kept))
             stack.callback(handle.remove)
         hidden = hidden_states(model, batch)
-    for kept, module in zip(found, modules, strict=True):
+    for kept, module in zip(outputs, modules, strict=True):
         if len(kept) != 1:
             raise InputError(
                 f"{_name(model)}: expected each {type(module).__name__} to run once a pass, "
                 f"got {len(kept)} times; its masks are not supported"
             )
-    return hidden, [kept[0] for kept in found]
+    return hidden, [kept[0] for kept in outputs]
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:

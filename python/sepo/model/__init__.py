@@ -9,11 +9,10 @@ from sepo.model.forward import (
     token_logprob,
     vocabulary,
 )
+from sepo.model.load import load_model, load_tokenizer
 from sepo.model.prepare import (
     attention_needs,
     explain_attention,
-    load_model,
-    load_tokenizer,
     prepare_model,
     probe_logprob,
     rounding,

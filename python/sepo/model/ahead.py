@@ -1,4 +1,4 @@
-"""The next of several results made while the caller works on this one."""
+"""Make the next of several results while the caller works on this one."""
 
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def ahead(jobs: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
-    """What each job returns, in order, made by one thread and at most one before it is asked for.
+    """Yield what each job returns, in order, made by one thread and at most one before it is asked for.
 
     A job's error is raised where its result is asked for. Close the generator, or exhaust it, and
     the thread is gone; a job that runs is waited for.

@@ -75,18 +75,20 @@ def scoring_budget(
     itemsize: int,  # of the arithmetic
 ) -> tuple[int, str]:  # tokens, and why so many
     """The same for passes without gradients, of which every device that has a model holds one."""
-    found = []
+    budgets = []
     for model in filter(None, models.values()):
         device = model.device
         if (memory := device_memory(device)) is None:
-            found.append((OFF_A_GPU, f"at most {OFF_A_GPU} tokens, the default on a {device.type}"))
+            budgets.append(
+                (OFF_A_GPU, f"at most {OFF_A_GPU} tokens, the default on a {device.type}")
+            )
             continue
         there = [m for m in models.values() if m is not None and m.device == device]
         held = sum(p.numel() * p.itemsize for m in there for p in m.parameters())
         a_token = token_bytes(sizes_of(model), kept="nothing", itemsize=itemsize, fused=False)
         tokens = token_budget(memory, held, a_token)
-        found.append((tokens, in_words(tokens, memory, held, a_token)))
-    return min(found)
+        budgets.append((tokens, in_words(tokens, memory, held, a_token)))
+    return min(budgets)
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -123,7 +125,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
 
 
 def layer_bytes(sizes: Sizes, *, kept: Kept, itemsize: int, fused: bool) -> int:
-    """What one layer keeps of a token until backward, float32 between layers.
+    """Count what one layer keeps of a token until backward, float32 between layers.
 
     all: each norm its input and, unless fused, the input over its root mean square, in float32; each
     of five projections its own copy of what it reads; queries, keys, values and attention's output;
@@ -144,7 +146,7 @@ def layer_bytes(sizes: Sizes, *, kept: Kept, itemsize: int, fused: bool) -> int:
 
 
 def token_bytes(sizes: Sizes, *, kept: Kept, itemsize: int, fused: bool) -> int:
-    """What one token of a micro-batch takes at most, beside what stays."""
+    """Count what one token of a micro-batch takes at most, beside what stays."""
     keeps = layer_bytes(sizes, kept=kept, itemsize=itemsize, fused=fused)
     layer = layer_bytes(sizes, kept="all", itemsize=itemsize, fused=fused)
     # of the layer that runs: made again as a whole, or in float32 gradients of half of it
@@ -165,7 +167,7 @@ def held_bytes(
     sharded: bool = False,  # over the ranks: FSDP, ZeRO
     reference: int = 0,  # bytes of a live reference's weights
 ) -> int:
-    """What stays on a device whatever the micro-batch."""
+    """Count what stays on a device whatever the micro-batch."""
     buckets = weight_bytes * (ranks > 1 and not sharded)
     held = weights + trained * (weight_bytes + buckets + state_bytes)
     return held // (ranks if sharded else 1) + reference + 4 * head + 2 * trained * cast

@@ -1,4 +1,4 @@
-"""What a model's folder holds, found out once from its small files; and reading it whole or not at all.
+"""Find out once what a model's folder holds, from its small files; read it whole or not at all.
 
 A folder is a model, or an adapter on another folder: that one is loaded first, the adapter merged
 into it. Whatever is neither is refused by name, before anything large is read.

@@ -18,6 +18,7 @@ def token_logprob(
     model: PreTrainedModel,
     batch: PackedBatch,
     *,
+    layout: attention.PackedLayout | None = None,  # see hidden_states
     budget: int | None = None,  # bytes for logits or probabilities, see selected_logprob
     impl: str = "auto",
     routers: list[Tensor] | None = None,  # see hidden_states
@@ -27,23 +28,8 @@ def token_logprob(
     Call it inside the wrapped module's forward (`prepare_model` arranges that), or the hooks of DDP
     and FSDP2 do not fire.
     """
-    hidden = hidden_states(model, batch, routers=routers)
-    return logprob(model, batch, hidden, budget=budget, impl=impl)
-
-
-def logprob(
-    model: PreTrainedModel,
-    batch: PackedBatch,
-    hidden: Tensor,  # (N, D)
-    *,
-    budget: int | None = None,
-    impl: str = "auto",
-) -> Tensor:  # (M,) float32
-    weight, bias, scale, softcap = head(model)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    hidden = hidden_states(model, batch, layout=layout, routers=routers)
+    hidden, (weight, bias, scale, softcap) = under_autocast(hidden, head(model))
     return selected_logprob(
         hidden,
         weight,
@@ -61,18 +47,10 @@ def hidden_states(
     model: PreTrainedModel,
     batch: PackedBatch,
     *,
+    layout: attention.PackedLayout | None = None,  # of the batch; None: by the model's attn_impl
     routers: list[Tensor] | None = None,  # to fill with every layer's (N, experts) router logits
 ) -> Tensor:  # (N, D)
     """The trunk's output after the final norm, for every row of the packed buffer."""
-    return trunk(model, batch, attention.Layout(batch, attn_impl(model)), routers)
-
-
-def trunk(
-    model: PreTrainedModel,
-    batch: PackedBatch,
-    layout: attention.Layout,
-    routers: list[Tensor] | None = None,
-) -> Tensor:  # (N, D)
     base = base_of(model)
     use_packed_attention(base)  # any other would let the pairs see each other
     output = base.get_decoder()(
@@ -80,7 +58,7 @@ def trunk(
         position_ids=batch.position_ids[None],
         attention_mask=None,  # a 2-D mask of ones would let the pairs see each other
         use_cache=False,
-        packed_layout=layout,
+        packed_layout=layout or attention.PackedLayout(batch, attn_impl(base)),
         **({} if routers is None else {"output_router_logits": True}),
     )
     if routers is not None:
@@ -98,7 +76,7 @@ class Head(NamedTuple):
 
 
 def head(model: PreTrainedModel) -> Head:
-    """What the model does after its trunk. Raises InputError for a head that isn't one matrix."""
+    """Read what the model does after its trunk. Raises InputError for a head that isn't one matrix."""
     model = base_of(model)
     module = model.get_output_embeddings()
     if reason := _why_not_head(model, module):
@@ -112,6 +90,15 @@ def head(model: PreTrainedModel) -> Head:
         scale=(factor or 1.0) / (divisor or 1.0),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def under_autocast(hidden: Tensor, own: Head) -> tuple[Tensor, Head]:
+    """Cast states and head as autocast would: it does not know the operators that read them."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, own
+    hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    bias = None if own.bias is None else own.bias.to(hidden)
+    return hidden, own._replace(weight=own.weight.to(hidden), bias=bias)
 
 
 def vocabulary(model: PreTrainedModel) -> int:

@@ -1,40 +1,27 @@
-"""Which models are served: prepared for packed batches, compared with themselves, loaded."""
+"""Prepare a model for packed batches: refuse what is not served, compare it with itself."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
 from types import MethodType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sepo import attention
 from sepo.data import all_positions, pack, truncate
 from sepo.data.types import PackedBatch
 from sepo.errors import InputError
-from sepo.model.folder import ADAPTER, ModelFolder, find_file, find_folder, read_model
 from sepo.model.forward import (
-    Head,
     attn_impl,
     base_of,
     head,
-    hidden_states,
-    logprob,
-    restore_attention,
     token_logprob,
-    trunk,
     use_packed_attention,
     vocabulary,
 )
-
-__all__ = [
-    "Head", "attention_needs", "attn_impl", "explain_attention", "head", "hidden_states", "load_model",
-    "load_tokenizer", "prepare_model", "probe_logprob", "restore_attention", "token_logprob",
-    "vocabulary",
-]  # fmt: skip
+from sepo.model.reads import forward_of
 
 
 def explain_attention(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> str:
@@ -51,7 +38,7 @@ def attention_needs(
     *,
     dtype: torch.dtype | None = None,  # of autocast, if the model runs under it
 ) -> list[tuple[str, attention.Terms]]:
-    """What its layers will ask of a batch's attention, for `attention.with_arrays`."""
+    """List what its layers will ask of a batch's attention, for `attention.with_arrays`."""
     base = base_of(model)
     terms = _terms(base, dtype or base.dtype)
     windows = dict.fromkeys(attention.windows(base.config))
@@ -63,16 +50,16 @@ def prepare_model(
     *,
     attn_impl: str | None = None,  # a name of attention.IMPLS; None: what it was, else auto
 ) -> PreTrainedModel:
-    """Make `model(batch=PackedBatch)` return token_logprob, and refuse a model that it can't serve.
+    """Make `model(batch=PackedBatch)` answer, and refuse a model that it can't serve.
 
-    With `compute=f` the call returns f(model, batch) instead, for a loss that reads more than the
-    log-probabilities. It goes through the module's own forward, so wrapping it in DDP or FSDP2
-    afterwards is enough. Any other call is the model's own, with the attention that it had; under
-    activation checkpointing no such call belongs between a batch's forward and its backward, which
-    runs the layers once more.
-    The attention is chosen where it runs: prepare again after moving the model to another device,
-    or what runs there was not compared with the model. Raises InputError naming the model and the
-    reason.
+    The answer is token_logprob, or with `reads=` the TokenValues that a loss wants: `sepo.model.reads`.
+    It goes through the module's own forward, so wrapping it in DDP or FSDP2 afterwards is enough.
+    Any other call is the model's own, with the attention that it had; under activation
+    checkpointing no such call belongs between a batch's forward and its backward, which runs the
+    layers once more.
+    Prepare a model where it will run: there its attention is chosen and compared with the model
+    itself. After a move to another device prepare it again; what was compared is not again.
+    Raises InputError naming the model and the reason.
     """
     base = base_of(model)
     if attn_impl is not None:
@@ -81,72 +68,22 @@ def prepare_model(
     if reason := _why_not(model):
         raise InputError(f"{type(base).__name__} is not supported: {reason}")
     head(base)
-    probes = {} if _without_storage(base) else _runnable(base)
-    for name, dtype in probes.items():
+    compared = getattr(base, "packed_checked", frozenset())
+    for name, dtype in ({} if _without_storage(base) else _runnable(base)).items():
         probe = (base.device.type, base.dtype, name)
-        checked = getattr(base, "packed_checked", frozenset())
-        if probe not in checked:
+        if probe not in compared:
             with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype != base.dtype):
                 _check_against_itself(base, name)
-            base.packed_checked = checked | {probe}
+            compared |= {probe}
+    base.packed_checked = compared
     use_packed_attention(base)
-    base.forward = MethodType(_forward_of(type(base)), base)
+    base.forward = MethodType(forward_of(type(base)), base)
     return model
 
 
-def _forward_of(cls: type[PreTrainedModel]) -> Callable:
-    @wraps(cls.forward)  # its signature decides what `generate` hands over: masks, position ids
-    def forward(
-        self,
-        *args,
-        batch: PackedBatch | None = None,
-        compute: Callable | None = None,  # (model, batch) -> tensors
-        **kwargs,
-    ):
-        if batch is None:
-            restore_attention(self)
-            return type(self).forward(self, *args, **kwargs)
-        return (compute or token_logprob)(self, batch)
-
-    return forward
-
-
-def load_model(
-    path: str | ModelFolder,  # hub id or local directory, or what find_folder said of it
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    attn_impl: str = "auto",  # or a name of attention.IMPLS
-    quantization_config=None,  # transformers' BitsAndBytesConfig; then it chooses the device
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """A prepared model in eval mode, from safetensors, adapters merged.
-
-    Raises InputError if it can't be loaded whole, as `find_folder` and `read_model` do.
-    """
-    attention.check_name(attn_impl)  # before minutes of reading
-    folder = path
-    if not isinstance(path, ModelFolder):
-        folder = find_folder(path, trust_remote_code=trust_remote_code)
-    model = read_model(folder, dtype=dtype, quantization_config=quantization_config)
-    if quantization_config is None and not folder.quantised:
-        model = model.to(device)
-    return prepare_model(model.eval(), attn_impl=attn_impl)
-
-
-def load_tokenizer(path: str, *, trust_remote_code: bool = False):
-    """The tokenizer saved beside a model, or beside the base of an adapter without one.
-
-    Raises InputError if there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if find_file(path, ADAPTER) is not None:
-            base = find_folder(path, trust_remote_code=trust_remote_code).base.path
-            return load_tokenizer(base, trust_remote_code=trust_remote_code)
-        raise InputError(f"can't load a tokenizer from {path}: {reason}") from error
+def prepare_if_new(model: PreTrainedModel) -> PreTrainedModel:
+    """Prepare a model that nobody prepared, as `load_model` gives it."""
+    return model if hasattr(base_of(model), "packed_checked") else prepare_model(model)
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
@@ -167,23 +104,23 @@ def _runnable(model: PreTrainedModel) -> dict[str, torch.dtype]:
     A float32 model may be trained under autocast, where another is chosen. A model for a GPU's
     attention may still be on the CPU: then it is what "auto" takes there.
     """
-    found, refusal, wish = {}, None, attn_impl(model)
+    runnable, refusal, wish = {}, None, attn_impl(model)
     dtypes = [model.dtype] + [torch.bfloat16] * (model.dtype == torch.float32)
     for dtype in dtypes:
         terms = _terms(model, dtype)
         try:
-            found.setdefault(attention.choose(wish, terms).name, dtype)
+            runnable.setdefault(attention.choose(wish, terms).name, dtype)
         except InputError as error:
             refusal = error
             if model.device.type == "cpu":
-                found.setdefault(attention.choose("auto", terms).name, dtype)
-    if not found:
+                runnable.setdefault(attention.choose("auto", terms).name, dtype)
+    if not runnable:
         raise refusal
-    return found
+    return runnable
 
 
 def _terms(model: PreTrainedModel, dtype: torch.dtype) -> attention.Terms:
-    """What the layers of a training step will ask, as far as the model tells before it runs."""
+    """Foresee what the layers of a training step ask, as far as the model tells before it runs."""
     config = model.config.get_text_config(decoder=True)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dropouts = [0.0]
@@ -212,9 +149,9 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
     shows here, before anything is trained on it.
     """
     training, implementation = model.training, model.config._attn_implementation
-    device, expected = model.device, []
+    device, own = model.device, []
     triples, batch = _probe(model)
-    layout = attention.Layout(batch, impl)
+    layout = attention.PackedLayout(batch, impl)
     model.eval()
     try:
         model.set_attn_implementation("eager")  # the definition: sdpa ignores a soft cap
@@ -223,9 +160,9 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
                 ids = torch.from_numpy(np.concatenate([prompt, response])).long().to(device)
                 logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
                 logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-                expected.append(logp.gather(-1, ids[len(prompt) :, None])[:, 0])
+                own.append(logp.gather(-1, ids[len(prompt) :, None])[:, 0])
         model.set_attn_implementation(attention.ATTENTION)
-        found = logprob(model, batch, trunk(model, batch, layout))
+        packed = token_logprob(model, batch, layout=layout)
     finally:
         model.set_attn_implementation(implementation)
         model.train(training)
@@ -234,9 +171,9 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
             f"{type(model).__name__} is not supported: its layers do not tell the attention their "
             "sliding windows"
         )
-    expected = torch.cat(expected)
-    error = (found - expected).abs().max().item()
-    allowed = rounding(model, expected)
+    own = torch.cat(own)
+    error = (packed - own).abs().max().item()
+    allowed = rounding(model, own)
     if not error <= allowed:
         raise InputError(
             f"{type(model).__name__} is not supported: packed log-probabilities differ from its own "
@@ -255,7 +192,7 @@ def probe_logprob(model: PreTrainedModel) -> Tensor | None:  # (M,) float32
     training = model.training
     model.eval()
     with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype != base.dtype):
-        logp = logprob(model, batch, trunk(model, batch, attention.Layout(batch, name)))
+        logp = token_logprob(model, batch, layout=attention.PackedLayout(batch, name))
     model.train(training)
     return logp
 

@@ -1,106 +1,151 @@
-"""The reference of a training run: cached in a scored store, or a live model.
+"""Decide which reference a training run has: cached in a scored store, or a live model.
 
 Cached means that neither its trunk nor its checkpoint is loaded: the store carries what a method
 needs of it, and its files on disk say whether it is the right one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sepo.data.hidden import StoredHead
 from sepo.data.store.store import ScoredStore, template_hash, tokenizer_hash
-from sepo.data.types import PackedBatch, TokenPair
+from sepo.data.types import TokenPair
 from sepo.errors import InputError
 from sepo.model.fingerprint import checkpoint_hash
 from sepo.model.folder import ModelFolder
-from sepo.model.prepare import (
-    Head,
-    head,
-    hidden_states,
-    load_model,
-    probe_logprob,
-    token_logprob,
+from sepo.model.forward import head
+from sepo.model.frozen import (
+    CachedReference,
+    LiveReference,
+    Reference,
+    check_heads,
+    token_logprob_kl,
 )
-from sepo.ops import selected_logprob_kl
+from sepo.model.load import load_model
+from sepo.model.prepare import probe_logprob
+from sepo.model.reads import Needed, no_reference
 
-Keep = Literal[
-    "logp", "hidden", "layers"
-]  # what a method reads of its reference; none keeps layers
+__all__ = [
+    "CachedReference", "LiveReference", "Reference", "ReferenceFolder", "cached_reference",
+    "load_reference", "resolve_reference", "token_logprob_kl",
+]  # fmt: skip
 WORDS = {"logp": "log-probabilities", "hidden": "hidden rows"}
 
 
-class CachedReference:
-    """What a scored store keeps of a reference; pairs carry the rest of it into the batch."""
-
-    def __init__(self, stored: StoredHead | None):  # None: only log-probabilities are kept
-        self.stored, self._head = stored, None
-
-    def head(self, like: Tensor) -> Head:
-        """The head in `like`'s dtype and on its device; moved there once."""
-        if self.stored is None:
-            raise InputError(
-                "expected a store with the reference's hidden rows (`sepo score --keep hidden`), "
-                "got one with log-probabilities alone"
-            )
-        if self._head is None or _kind(self._head.weight) != _kind(like):
-            weight, bias, scale, softcap = self.stored
-            self._head = Head(_as(weight, like), _as(bias, like), scale, softcap)
-        return self._head
-
-    def hidden(self, batch: PackedBatch, like: Tensor) -> Tensor:  # (N, D_ref)
-        """The cached rows where the batch reads them; the other rows hold anything."""
-        width = self.stored.weight.shape[1]
-        rows = like.new_empty(len(batch.tokens), width)
-        if batch.ref_hidden is not None:
-            # a row that is read twice is the prompt's last: both responses cached the same state
-            rows[batch.rows] = _as(batch.ref_hidden, like)
-        elif len(batch.rows):
-            raise InputError("expected pairs with the reference's hidden rows, got some without")
-        return rows
-
-
 @dataclass(frozen=True)
-class LiveReference:
-    """A prepared model that runs beside the policy, without gradients."""
+class ReferenceFolder:
+    """A reference by its folder: found in the data that was scored with it, or loaded."""
 
-    model: nn.Module  # a PreTrainedModel, or a PeftModel
-    without_adapters: bool = False  # the policy itself, as it was before LoRA
+    path: str | ModelFolder  # hub id or local directory
+    data: Mapping[str, Sequence[TokenPair]]  # of the run, by the name that a message calls it
+    tokenizer: PreTrainedTokenizerBase  # the policy's
+    dtype: torch.dtype = torch.float32  # in which the policy computes
+    weights_dtype: torch.dtype = torch.float32  # of the policy's weights
+    attn_impl: str = "auto"
+    trust_remote_code: bool = False
+    adapters_stand_in: bool = False  # the policy without its adapters is it: never load it
 
-    @contextmanager
-    def frozen(self) -> Iterator[nn.Module]:
-        """The model as the reference, for the time of one reading."""
-        with (
-            torch.no_grad(),
-            self.model.disable_adapter() if self.without_adapters else nullcontext(),
-        ):
-            yield self.model
-
-    def logp(self, batch: PackedBatch, *, budget: int | None = None) -> Tensor:  # (M,) float32
-        with self.frozen() as model:
-            return token_logprob(model, batch, budget=budget)
-
-    def head(self, like: Tensor) -> Head:
-        with self.frozen() as model:
-            weight, bias, scale, softcap = head(model)
-            return Head(_as(weight, like), _as(bias, like), scale, softcap)
-
-    def hidden(self, batch: PackedBatch, like: Tensor) -> Tensor:  # (N, D_ref)
-        with self.frozen() as model:
-            return _as(hidden_states(model, batch), like)
+    def find(self, needed: Needed) -> Reference | None:
+        """Raises InputError as `cached_reference` and `load_model` do."""
+        options = dict(keep=needed, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        if self.adapters_stand_in:
+            return cached_reference(self.path, self.data, self.tokenizer, **options)
+        options |= dict(weights_dtype=self.weights_dtype, attn_impl=self.attn_impl)
+        return load_reference(self.path, self.data, self.tokenizer, **options)
 
 
-Reference = CachedReference | LiveReference
+def resolve_reference(
+    needed: Needed | None,  # by the method; None: it has no reference
+    given: nn.Module | Reference | ReferenceFolder | None,
+    policy: nn.Module,  # prepared, where it will run
+    data: Sequence[TokenPair] | None,  # to train on; None: a run that only evaluates
+    *,
+    method: str,  # for messages
+) -> Reference | None:
+    """Decide what serves as the reference of a run: the only place that does.
+
+    | the method needs | given | what decides | the reference |
+    |---|---|---|---|
+    | nothing | anything | | None |
+    | anything | a folder | all its data keeps what is needed | CachedReference, compared by hash |
+    | anything | a folder | else, and adapters stand in | as if nothing was given |
+    | anything | a folder | else | LiveReference of the model, loaded |
+    | anything | a model | | LiveReference of it, frozen |
+    | anything | a LiveReference | unless of the policy without its adapters | itself, frozen |
+    | logp, hidden | a CachedReference | | itself |
+    | hidden | nothing | `data` is a store that keeps hidden rows | CachedReference |
+    | anything | nothing | the policy has adapters | LiveReference of it without them |
+    | logp | nothing | `data` carries log-probabilities | None: they come with the pairs |
+
+    Raises InputError for a method that is left without, for cached rows where layers are needed, for
+    a model that shares weights with the policy or that ZeRO-3 would shard, for a head that
+    does not fit the policy's, and for adapters that change the policy before its first step.
+    """
+    if needed is None:
+        return None
+    if isinstance(given, ReferenceFolder):
+        given = given.find(needed)
+    if isinstance(given, LiveReference) and given.without_adapters and given.model is policy:
+        given = None
+    if isinstance(given, nn.Module):
+        given = LiveReference(given)
+    if isinstance(given, LiveReference):
+        reference = _beside(policy, given)
+    elif given is not None:
+        reference = given
+    elif needed == "hidden" and isinstance(data, ScoredStore) and needed in data.manifest["keep"]:
+        reference = CachedReference(data.reference_head())
+    elif has_adapters(policy):
+        # pairs that carry log-probabilities say where training starts, whatever the adapters do
+        carried = needed == "logp" and data is not None and _carries_logp(data)
+        reference = LiveReference(policy, True) if carried else _without_adapters(policy)
+    else:
+        reference = None
+    if isinstance(reference, CachedReference) and needed == "layers":
+        raise InputError(
+            f"--method {method}: expected a live reference, whose layers its mask reads, got cached rows"
+        )
+    if reference is None and (needed != "logp" or not _carries_logp(data)):
+        raise InputError(no_reference(method, needed))
+    if needed != "logp":
+        _check_fits(policy, reference)
+    return reference
 
 
-def without_adapters(model: nn.Module) -> LiveReference:
-    """A PeftModel, its adapters off, as its own reference.
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the model can do without what is trained: its adapters can be switched off."""
+    return hasattr(model, "disable_adapter")
+
+
+def _beside(policy: nn.Module, live: LiveReference) -> LiveReference:
+    """The live reference, frozen. Raises InputError for one that can't stay what it is."""
+    if is_deepspeed_zero3_enabled():
+        raise InputError(
+            "ZeRO-3 shards every model that is loaded, but trains one: expected the reference's "
+            "log-probabilities in the data (`sepo score --keep logp`), got a live reference"
+        )
+    _check_apart(policy, live.model)
+    live.model.eval().requires_grad_(False)
+    return live
+
+
+def _check_apart(model: nn.Module, reference: nn.Module) -> None:
+    """Raise InputError for a reference that would move with the policy."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if reference is model or any(id(p) in trained for p in reference.parameters()):
+        raise InputError(
+            "reference_model: expected a model of its own, got the policy or one that shares its "
+            "weights; load it once more, or leave it out under LoRA"
+        )
+
+
+def _without_adapters(model: nn.Module) -> LiveReference:
+    """Take a PeftModel, its adapters off, as its own reference.
 
     Raises InputError for adapters that change it already: training would not start at its reference.
     """
@@ -122,55 +167,16 @@ def without_adapters(model: nn.Module) -> LiveReference:
     return reference
 
 
-def check_apart(model: nn.Module, reference: nn.Module) -> None:
-    """Raise InputError for a reference that would move with the policy."""
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if reference is model or any(id(p) in trained for p in reference.parameters()):
-        raise InputError(
-            "reference_model: expected a model of its own, got the policy or one that shares its "
-            "weights; load it once more, or leave it out under LoRA"
-        )
+def _check_fits(policy: nn.Module, reference: Reference) -> None:
+    own = head(policy)
+    if own.weight.numel():  # ZeRO-3 leaves nothing to look at
+        cached = isinstance(reference, CachedReference)
+        check_heads(own, reference.stored if cached else reference.head(own.weight))
 
 
-def token_logprob_kl(
-    model: PreTrainedModel,
-    batch: PackedBatch,
-    reference: Reference,
-    *,
-    ref_hidden: Tensor | None = None,  # (N, D_ref) its states, where they were read already
-    direction: str = "ref||policy",  # or "policy||ref"
-    budget: int | None = None,  # bytes, see selected_logprob_kl
-    impl: str = "auto",
-    routers: list[Tensor] | None = None,  # the policy's, see hidden_states
-) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl: (M,) float32, nats
-    """Both models' log-probability of every selected token, and the KL divergence at its row.
-
-    Gradients reach the policy alone. Cached rows are bfloat16: the result is that of a live
-    reference whose states are rounded to it. Call it inside the wrapped module's forward, as
-    `token_logprob`. Raises InputError for a reference whose head does not fit the policy's.
-    """
-    hidden, own = hidden_states(model, batch, routers=routers), head(model)
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        own = own._replace(weight=_as(own.weight, hidden), bias=_as(own.bias, hidden))
-    ref = reference.head(hidden)
-    check_heads(own, ref)
-    ref_hidden = reference.hidden(batch, hidden) if ref_hidden is None else _as(ref_hidden, hidden)
-    return selected_logprob_kl(
-        hidden,
-        own.weight,
-        ref_hidden,
-        ref.weight,
-        batch.rows,
-        batch.targets,
-        direction=direction,
-        bias=own.bias,
-        ref_bias=ref.bias,
-        scale=own.scale,
-        softcap=own.softcap,
-        budget=budget,
-        impl=impl,
-    )
+def _carries_logp(data: Sequence[TokenPair] | None) -> bool:
+    # a run that only evaluates has no training data; its first batch will tell
+    return not data or getattr(data[0], "chosen_ref_logp", None) is not None
 
 
 def load_reference(
@@ -178,13 +184,13 @@ def load_reference(
     data: Mapping[str, Sequence[TokenPair]],  # by the name that a message calls it
     tokenizer: PreTrainedTokenizerBase,  # the policy's
     *,
-    keep: Keep,
+    keep: Needed,
     dtype: torch.dtype = torch.float32,  # in which the policy computes
     weights_dtype: torch.dtype = torch.float32,  # of the policy's weights, and a live reference's
     attn_impl: str = "auto",
     trust_remote_code: bool = False,
 ) -> Reference:
-    """The cached reference if all data carries it, else the live one; says which by its type.
+    """Take the cached reference if all data carries it, else the live one; its type says which.
 
     Raises InputError as `cached_reference` and `load_model` do.
     """
@@ -201,11 +207,11 @@ def cached_reference(
     data: Mapping[str, Sequence[TokenPair]],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    keep: Keep,
+    keep: Needed,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> CachedReference | None:
-    """What scored stores keep of the reference at `path`; None if some data keeps nothing of it.
+    """Find what scored stores keep of the reference at `path`; None if some data keeps nothing.
 
     Raises InputError for a store, needed or not, whose reference has other weights, another
     tokenizer or chat template, or was computed in a lower precision than the policy.
@@ -225,7 +231,7 @@ def cached_reference(
 
 
 class _Key:
-    """What a store must have been scored with; hashes are made when they are compared."""
+    """Name what a store must have been scored with; hashes are made when they are compared."""
 
     def __init__(
         self, path: str | ModelFolder, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
@@ -248,46 +254,25 @@ class _Key:
         return self._weights[dtype]
 
 
-def _check_key(where: str, manifest: dict, wanted: _Key, keep: Keep, dtype: torch.dtype) -> None:
+def _check_key(where: str, manifest: dict, wanted: _Key, keep: Needed, dtype: torch.dtype) -> None:
     scored_in = getattr(torch, manifest["reference_dtype"])
     if scored_in.itemsize < dtype.itemsize:
         raise InputError(
             f"{where}: expected a reference computed in {_name(dtype)} at least, got "
             f"{_name(scored_in)}; score again with --dtype {_name(dtype)}"
         )
-    found = (manifest["tokenizer"], manifest["chat_template"], manifest["reference"])
+    scored_with = (manifest["tokenizer"], manifest["chat_template"], manifest["reference"])
     expected = (
         ("tokenizer", lambda: wanted.tokenizer(manifest["tokenizer"])),
         ("chat template", lambda: wanted.template),
         ("weights", lambda: wanted.weights(scored_in)),  # last: it reads the whole checkpoint
     )
-    for stored, (word, make) in zip(found, expected, strict=True):
+    for stored, (word, make) in zip(scored_with, expected, strict=True):
         if stored != (given := make()):
             raise InputError(
                 f"{where}: expected the reference's {word} {given[:12]} ({wanted.path}), got "
                 f"{stored[:12]}, with which its {WORDS[keep]} were scored"
             )
-
-
-def check_heads(own: Head, ref: Head) -> None:
-    """Raise InputError for a reference whose logits can't be compared with the policy's."""
-    vocabulary = len(own.weight), len(ref.weight)
-    pairs = {
-        "vocabulary": vocabulary,
-        "logit scale": (own.scale, ref.scale),
-        "logit soft cap": (own.softcap, ref.softcap),
-    }
-    for word, (expected, found) in pairs.items():
-        if expected != found:
-            raise InputError(f"reference: expected the policy's {word}, {expected}, got {found}")
-
-
-def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.to(like)
-
-
-def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
-    return tensor.dtype, tensor.device
 
 
 def _name(dtype: torch.dtype) -> str:

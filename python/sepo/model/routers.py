@@ -53,7 +53,7 @@ class RouterLoss:
 
 
 def router_loss(model: PreTrainedModel) -> RouterLoss | None:
-    """What the model adds to its own loss, if its config asks for it: `output_router_logits`.
+    """Read what the model adds to its own loss, if its config asks for it: `output_router_logits`.
 
     Raises InputError for one that defines it in another way than transformers usually does, and for
     a loss on its logits (Bamba's `z_loss_coefficient`), which rows that are left out would change.

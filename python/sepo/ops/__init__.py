@@ -11,19 +11,28 @@ from sepo.losses import (
     tdpo_loss,
 )
 from sepo.ops import _flops  # noqa: F401  registers the FLOP formulas
-from sepo.ops._labels import labels_from_rows, rows_from_labels
+from sepo.ops._labels import LabelRows, labels_from_rows, logprob_from_labels, rows_from_labels
 from sepo.ops._segment_reduce import segment_mean, segment_sum
-from sepo.ops._segment_topk import segment_topk
-from sepo.ops._selected_logprob import explain_selected_logprob, selected_logprob
-from sepo.ops._selected_logprob_kl import explain_selected_logprob_kl, selected_logprob_kl
+from sepo.ops._segment_topk import SegmentTopk, segment_topk
+from sepo.ops._selected_logprob import Explanation, explain_selected_logprob, selected_logprob
+from sepo.ops._selected_logprob_kl import (
+    LogprobKL,
+    explain_selected_logprob_kl,
+    selected_logprob_kl,
+)
 
 __all__ = [
+    "Explanation",
+    "LabelRows",
+    "LogprobKL",
+    "SegmentTopk",
     "dpo_loss",
     "dpop_loss",
     "explain_selected_logprob",
     "explain_selected_logprob_kl",
     "ipo_loss",
     "labels_from_rows",
+    "logprob_from_labels",
     "rows_from_labels",
     "rrhf_loss",
     "segment_mean",

@@ -35,7 +35,7 @@ def check_head(
 
 
 def check_indices(
-    rows: Tensor,  # (M,) int32
+    rows: Tensor,  # (M,) int32 or int64
     targets: Tensor,  # (M,) int64
 ) -> None:
     if rows.ndim != 1 or rows.shape != targets.shape:
@@ -43,9 +43,9 @@ def check_indices(
             "expected rows (M,) and targets (M,), "
             f"got {tuple(rows.shape)} and {tuple(targets.shape)}"
         )
-    if rows.dtype != torch.int32 or targets.dtype != torch.int64:
+    if rows.dtype not in (torch.int32, torch.int64) or targets.dtype != torch.int64:
         raise ValueError(
-            f"expected int32 rows and int64 targets, got {rows.dtype} and {targets.dtype}"
+            f"expected int32 or int64 rows and int64 targets, got {rows.dtype} and {targets.dtype}"
         )
 
 
@@ -74,16 +74,26 @@ def check_reverse_mode(operation: str, *inputs: Tensor | None) -> None:
 
 
 def check_index_values(
-    rows: Tensor,  # (M,) int32
+    rows: Tensor,  # (M,) int32 or int64
     targets: Tensor,  # (M,) int64
     N: int,
     V: int,
 ) -> None:
     """Raise ValueError for a row or target out of range, if both are on the CPU; else do nothing."""
-    for name, index, size in (("rows", rows, N), ("targets", targets, V)):
+    for name, index, size in (("rows", rows, min(N, 2**31)), ("targets", targets, V)):
         if index.device.type != "cpu" or index.shape[0] == 0:
             continue
         low, high = (int(x) for x in index.aminmax())
         if low < 0 or high >= size:
             wrong = low if low < 0 else high
             raise ValueError(f"expected 0 <= {name} < {size}, got {wrong}")
+
+
+def as_int32(rows: Tensor) -> Tensor:
+    """Cast rows to what the kernels read.
+
+    int64 rows beyond int32's range are cut to its ends, so that on a GPU, where nobody looks at
+    them, they do not wrap around to rows that exist.
+    """
+    limits = torch.iinfo(torch.int32)
+    return rows if rows.dtype == torch.int32 else rows.clamp(limits.min, limits.max).int()

@@ -1,54 +1,69 @@
 """FLOP formulas of the operations, so that FlopCounterMode and MFU reports are right."""
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 import sepo.ops._selected_logprob
 import sepo.ops._selected_logprob_kl  # noqa: F401  these define the operators
-from sepo_kernels.selected_logprob import schedule as plan
-from sepo_kernels.selected_logprob_kl import schedule as two_heads
+from sepo_kernels import schedules
+from sepo_kernels.selected_logprob.layout import HeadLayout
+from sepo_kernels.selected_logprob_kl.layout import TwoHeadLayout
+
+Shape = Sequence[int]  # the counter passes shapes in the place of tensors
 
 
 @register_flop_formula(torch.ops.sepo.selected_logprob_fwd)
-def _fwd_flops(hidden, weight, bias, rows, targets, scale, softcap, schedule, *_, **__) -> int:
-    (V, D), (M,) = weight, rows  # the counter passes shapes
-    return 2 * M * D * V * plan.fwd_gemms(schedule)
+def _fwd_flops(
+    hidden: Shape, weight: Shape, bias: Shape, rows: Shape, targets: Shape, scale: float,
+    softcap: float, schedule: str, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    (M,) = rows
+    return _flops([weight], [M * gemms for gemms in HeadLayout.fwd_gemms(schedule)])
 
 
 @register_flop_formula(torch.ops.sepo.selected_logprob_bwd)
 def _bwd_flops(
-    grad_logp, hidden, weight, bias, rows, targets, logp, lse, unit, kept, scale, softcap, schedule,
-    budget, need_hidden, need_weight, *_, **__,
+    grad_logp: Shape, hidden: Shape, weight: Shape, bias: Shape, rows: Shape, targets: Shape,
+    logp: Shape, lse: Shape, row_scale: Shape, saved: Shape, scale: float, softcap: float,
+    schedule: str, budget: int, need_hidden: bool, need_weight: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    (V, D), (M,) = weight, rows
-    return 2 * D * V * plan.bwd_rows(M, _saved(kept, schedule), schedule, need_hidden, need_weight)
+    (M,), num_saved = rows, _num_saved(saved, schedule)
+    return _flops([weight], HeadLayout.bwd_rows(M, num_saved, schedule, need_hidden, need_weight))
 
 
 @register_flop_formula(torch.ops.sepo.selected_logprob_kl_fwd)
 def _kl_fwd_flops(
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, scale, softcap,
-    direction, schedule, *_, **__,
+    hidden: Shape, weight: Shape, bias: Shape, ref_hidden: Shape, ref_weight: Shape,
+    ref_bias: Shape, rows: Shape, targets: Shape, scale: float, softcap: float, direction: str,
+    schedule: str, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     (M,) = rows
-    return _two_heads(weight, ref_weight, *(M * x for x in two_heads.fwd_gemms(schedule)))
+    return _flops([weight, ref_weight], [M * gemms for gemms in TwoHeadLayout.fwd_gemms(schedule)])
 
 
 @register_flop_formula(torch.ops.sepo.selected_logprob_kl_bwd)
 def _kl_bwd_flops(
-    grad_logp, grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets,
-    logp, ref_logp, kl, state, first, second, scale, softcap, direction, schedule, budget,
-    need_hidden, need_weight, *_, **__,
+    grad_logp: Shape, grad_kl: Shape, hidden: Shape, weight: Shape, bias: Shape, ref_hidden: Shape,
+    ref_weight: Shape, ref_bias: Shape, rows: Shape, targets: Shape, logp: Shape, ref_logp: Shape,
+    kl: Shape, state: Shape, first: Shape, second: Shape, scale: float, softcap: float,
+    direction: str, schedule: str, budget: int, need_hidden: bool, need_weight: bool,
+    *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    (M,), saved = rows, _saved(first, schedule)
-    products = two_heads.bwd_rows(M, saved, schedule, need_hidden, need_weight)
-    return _two_heads(weight, ref_weight, *products)
+    (M,), num_saved = rows, _num_saved(first, schedule)
+    return _flops(
+        [weight, ref_weight],
+        TwoHeadLayout.bwd_rows(M, num_saved, schedule, need_hidden, need_weight),
+    )
 
 
-def _saved(kept, schedule: str) -> int:  # rows
-    return kept[0] if schedule in (plan.SAVE, plan.PARTIAL) else 0
+def _num_saved(saved: Shape, schedule: str) -> int:  # rows
+    return saved[0] if schedule in (schedules.SAVE, schedules.PARTIAL) else 0
 
 
-def _two_heads(weight, ref_weight, policy: int, reference: int) -> int:  # rows of products
-    V, D = weight
+def _flops(weights: Sequence[Shape], rows: Iterable[int]) -> int:
+    """Count 2 V D for each row that is multiplied with a head's weight (V, D)."""
     # the reference's weight comes to the backward only where it is multiplied
-    return 2 * V * (policy * D + (reference * ref_weight[1] if reference else 0))
+    return sum(2 * n * weight[0] * weight[1] for weight, n in zip(weights, rows, strict=True) if n)

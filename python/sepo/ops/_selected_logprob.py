@@ -5,13 +5,14 @@ Reading order: the public functions, their checks, the autograd Function, the op
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sepo.ops._checks import (
+    as_int32,
     check_head,
     check_index_values,
     check_indices,
@@ -19,19 +20,18 @@ from sepo.ops._checks import (
     check_reverse_mode,
     check_softcap,
 )
-from sepo_kernels import platform
-from sepo_kernels.platform import accumulator
-from sepo_kernels.products import remark
+from sepo_kernels import devices, schedules
+from sepo_kernels.devices import accumulator
+from sepo_kernels.gemm import dtype_note
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob import IMPLS
-from sepo_kernels.selected_logprob import schedule as plan
-from sepo_kernels.selected_logprob.loops import layout, new_kept
+from sepo_kernels.selected_logprob.loops import layout_of, new_saved
 
 
 def selected_logprob(
     hidden: Tensor,  # (N, D) after the final norm
     weight: Tensor,  # (V, D), same dtype as hidden
-    rows: Tensor,  # (M,) int32, 0 <= rows < N, may repeat
+    rows: Tensor,  # (M,) int32 or int64, 0 <= rows < N, may repeat
     targets: Tensor,  # (M,) int64, 0 <= targets < V
     *,
     bias: Tensor | None = None,  # (V,), same dtype as hidden
@@ -45,47 +45,83 @@ def selected_logprob(
     There is no shift inside: rows[m] must be the state that predicts targets[m]. Index values
     are checked on the CPU; on a GPU that would wait, and what made them has checked them.
 
-    The work is scheduled by `budget` and by which inputs need a gradient, as told by
-    `explain_selected_logprob`. The result is the same up to the rounding of chunk sums: bit for bit
-    where budget, sizes and device are. By default it is 1 GiB on a CPU, on a GPU what keeping a slope
-    of every row takes (3 products), at most an eighth of its whole memory: what is free at the moment
-    is not asked, so a run that is resumed rounds as before. Under autocast the inputs are used in
-    the dtype they come in. The backward may run more than once (`retain_graph`); it cannot be
-    differentiated again.
+    `explain_selected_logprob` tells how the work is scheduled: by `budget` and by which inputs need
+    a gradient. The result is the same up to the rounding of chunk sums, and bit for bit where
+    budget, sizes and device are. By default the budget is 1 GiB on a CPU. On a GPU it is what
+    saving dlogits of every row takes (3 GEMMs), at most an eighth of its whole memory. What is free
+    at the moment is not asked, so a resumed run rounds as before. Under autocast the inputs are
+    used in the dtype they come in. The backward may run more than once (`retain_graph`); it cannot
+    be differentiated again.
 
-    Raises ValueError for shapes, strides, dtypes or devices that do not fit, for indices on the CPU
-    out of range, for a budget that holds not even one row or is more than the GPU's memory, and for
-    an `impl` that is unknown or cannot run; torch.OutOfMemoryError, in one line, where the memory
-    that is left does not suffice.
+    Args:
+        hidden: (N, D) floating point with contiguous rows, the states after the final norm.
+        weight: (V, D) with contiguous rows, the head, in the dtype of hidden.
+        rows: (M,) int32 or int64, 0 <= rows < N, may repeat: the states that predict.
+        targets: (M,) int64, 0 <= targets < V: the token ids that they predict.
+        bias: (V,) of the head, in the dtype of hidden.
+        scale: multiplies the logits before the bias.
+        softcap: logits = softcap * tanh(logits / softcap), as in Gemma 2; None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device, see above.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        Tensor: (M,) float32, or float64 for float64 inputs, natural logarithms; differentiable in
+        hidden, weight and bias.
+
+    Raises:
+        ValueError: for shapes, strides, dtypes or devices that do not fit, for indices on the CPU
+            out of range, for a budget that holds not even one row or is more than the GPU's memory,
+            and for an `impl` that is unknown or cannot run.
+        torch.OutOfMemoryError: in one line, where the memory that is left does not suffice.
+        NotImplementedError: for an input with a tangent (jvp): there is no forward mode.
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     check_reverse_mode("selected_logprob", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
-    schedule, budget, _ = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
+    layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
+    need = needs_grad(hidden, weight, bias)
+    schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
     args = (hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, chosen.name)
-    if schedule == plan.NO_GRAD:
+    if schedule == schedules.NO_GRAD:
         return _fwd(*args)[0]
     return _SelectedLogprob.apply(*args)
 
 
 class Explanation(NamedTuple):
-    """What `selected_logprob` would do, and why."""
+    """Name what a head operation would do, and why.
+
+    Attributes:
+        impl: the implementation's name.
+        schedule: "save", "partial", "recompute", "frozen_head" or "no_grad".
+        fwd_chunk: rows at once in the forward.
+        bwd_chunk: rows at once in the backward, 0 where it makes no logits.
+        peak_bytes: of all (rows, V) buffers alive at once, the larger of both directions.
+        gemms: matrix products of 2 M D V FLOP, both directions together.
+        saved: rows of which the forward keeps (V,) numbers for the backward.
+        budget: bytes.
+        reasons: of the schedule, and where the budget comes from, a sentence each.
+    """
 
     impl: str
     schedule: str  # "save" | "partial" | "recompute" | "frozen_head" | "no_grad"
     fwd_chunk: int  # rows
     bwd_chunk: int  # rows, 0 where the backward makes no logits
-    bytes: int  # of all (rows, V) buffers alive at once, the larger of both directions
+    peak_bytes: int  # of all (rows, V) buffers alive at once, the larger of both directions
     gemms: float  # matrix products of 2 M D V FLOP, both directions together
-    saved: int  # rows whose slopes the forward keeps
+    saved: int  # rows whose dlogits the forward saves
     budget: int  # bytes
     reasons: tuple[str, ...]  # of the schedule, and where the budget comes from
+
+    @property
+    def bytes(self) -> int:
+        """Return `peak_bytes`, by its old name."""
+        return self.peak_bytes
 
 
 def explain_selected_logprob(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    rows: Tensor,  # (M,) int32
+    rows: Tensor,  # (M,) int32 or int64
     targets: Tensor,  # (M,) int64
     *,
     bias: Tensor | None = None,  # (V,)
@@ -96,37 +132,62 @@ def explain_selected_logprob(
 ) -> Explanation:
     """Return the schedule that `selected_logprob` takes for the same arguments; computes nothing.
 
-    Takes and raises what `selected_logprob` does; grad mode and `requires_grad` are read now.
+    Grad mode and `requires_grad` are read now.
+
+    Args:
+        hidden: (N, D) floating point, the states after the final norm.
+        weight: (V, D), the head, in the dtype of hidden.
+        rows: (M,) int32 or int64, the states that predict.
+        targets: (M,) int64, the token ids that they predict.
+        bias: (V,) of the head, in the dtype of hidden.
+        scale: multiplies the logits before the bias.
+        softcap: of the logits; None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        Explanation: implementation, schedule, sizes in rows and bytes, GEMMs, and reasons.
+
+    Raises:
+        ValueError: as `selected_logprob`, but for index values, which are not read.
     """
     _check(hidden, weight, rows, targets, bias, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
-    given, M, dtype = budget, len(rows), hidden.dtype
-    schedule, budget, layout = _schedule(chosen, hidden, weight, rows, bias, softcap, budget)
-    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
+    layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
+    need = needs_grad(hidden, weight, bias)
+    return explanation(chosen.name, layout, hidden, len(rows), budget, need)
 
-    saved = plan.saved_rows(M, layout, budget, schedule)
-    fwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=False)
-    bwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=True)
-    if schedule not in (plan.PARTIAL, plan.RECOMPUTE):
-        bwd_chunk = 0
-    too_large = f"saving takes {plan.save_bytes(M, layout)} bytes, budget {budget}: the logits"
-    why = {
-        plan.SAVE: f"(M, V) = ({M}, {layout.V}) in {dtype} takes {M * layout.kept} bytes, "
-        f"budget {budget}",
-        plan.PARTIAL: f"{too_large} of {M - saved} of {M} rows are made twice",
-        plan.RECOMPUTE: f"{too_large} are made twice",
-        plan.FROZEN_HEAD: "the head needs no gradient",
-        plan.NO_GRAD: "nothing needs a gradient, or no_grad",
-    }
-    reasons = (why[schedule],)
-    if not need_hidden and (need_weight or need_bias):
-        reasons += ("hidden needs no gradient: its product is left out",)
-    reasons += (*remark(hidden, layout.fused), source_of(budget, given, hidden.device))
-    rows_again = plan.bwd_rows(M, saved, schedule, need_hidden, need_weight)
+
+def explanation(
+    impl: str,
+    layout: schedules.Layout,
+    hidden: Tensor,
+    M: int,
+    given: int | None,  # the user's budget, bytes
+    need: list[bool],  # a gradient of hidden, weight and bias
+) -> Explanation:
+    """Explain the schedule that M rows take: its chunks, bytes, GEMMs and reasons."""
+    schedule, budget = schedule_within(given, M, layout, hidden.device, need)
+    need_hidden, need_weight, need_bias = need
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
+    chunks = [
+        schedules.chunk_rows(M, layout, budget, schedule, backward) for backward in (False, True)
+    ]
+    recomputes = schedule in (schedules.PARTIAL, schedules.RECOMPUTE)
+    rows = sum(layout.bwd_rows(M, num_saved, schedule, need_hidden, need_weight))
+    reasons = schedules.reasons(M, layout, budget, schedule, need_hidden, need_weight or need_bias)
+    reasons += (*dtype_note(hidden, layout.fused), source_of(budget, given, hidden.device))
     return Explanation(
-        chosen.name, schedule, fwd_chunk, bwd_chunk, plan.bytes_alive(M, layout, budget, schedule),
-        plan.fwd_gemms(schedule) + share(rows_again, M), saved, budget, reasons,
-    )  # fmt: skip
+        impl=impl,
+        schedule=schedule,
+        fwd_chunk=chunks[0],
+        bwd_chunk=chunks[1] if recomputes else 0,
+        peak_bytes=layout.peak_bytes(M, budget, schedule),
+        gemms=sum(layout.fwd_gemms(schedule)) + share(rows, M),
+        saved=num_saved,
+        budget=budget,
+        reasons=reasons,
+    )
 
 
 def share(rows: int, M: int) -> float:
@@ -138,17 +199,17 @@ def share(rows: int, M: int) -> float:
 def source_of(budget: int, given: int | None, device: torch.device) -> str:
     if given is not None:
         return f"budget {budget} bytes, as given"
-    if platform.multiprocessors(device) == 0:
+    if devices.multiprocessors(device) == 0:
         return f"budget {budget} bytes, the default of a CPU"
-    if budget < platform.memory(device) // plan.MEMORY_SHARE:
+    if budget < devices.memory(device) // schedules.MEMORY_SHARE:
         return f"budget {budget} bytes, what the call makes use of"
-    return f"budget {budget} bytes, 1/{plan.MEMORY_SHARE} of the memory of {device}"
+    return f"budget {budget} bytes, 1/{schedules.MEMORY_SHARE} of the memory of {device}"
 
 
 def check_budget(budget: int, row: int, device: torch.device) -> None:
     if budget < row:
         raise ValueError(f"expected a budget of at least one row, {row} bytes, got {budget}")
-    if platform.multiprocessors(device) and budget > (most := platform.memory(device)):
+    if devices.multiprocessors(device) and budget > (most := devices.memory(device)):
         raise ValueError(
             f"expected a budget of at most {most} bytes, the memory of {device}, got {budget}"
         )
@@ -159,16 +220,23 @@ def needs_grad(*tensors: Tensor | None) -> list[bool]:
     return [enabled and x is not None and x.requires_grad for x in tensors]
 
 
-def _schedule(chosen, hidden, weight, rows, bias, softcap, budget) -> tuple[str, int, plan.Layout]:
-    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
-    sizes = layout(hidden, weight, softcap, chosen.fused(hidden.dtype))
-    need_head = need_weight or need_bias
-    asked = rows.shape[0], sizes
+def schedule_within(
+    budget: int | None,  # bytes; None: by device
+    M: int,
+    layout: schedules.Layout,
+    device: torch.device,
+    need: list[bool],  # a gradient of hidden, weight and bias
+) -> tuple[str, int]:
+    """Return the schedule of M rows and its budget in bytes.
+
+    Raises ValueError for a budget that holds not even one row, or more than the GPU's memory.
+    """
+    need_hidden, need_head = need[0], need[1] or need[2]
     if budget is None:
-        memory = platform.memory(hidden.device)
-        budget = plan.default_budget(*asked, memory, need_hidden, need_head)
-    check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
-    return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes
+        memory = devices.memory(device)
+        budget = schedules.default_budget(M, layout, memory, need_hidden, need_head)
+    check_budget(budget, layout.row_bytes(gradient=need_hidden or need_head), device)
+    return schedules.choose(M, layout, budget, need_hidden, need_head), budget
 
 
 @contextmanager
@@ -183,7 +251,14 @@ def out_of_memory(budget: int) -> Iterator[None]:
         ) from None
 
 
-def _check(hidden, weight, rows, targets, bias, softcap) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> None:
     check_head(hidden, weight, bias)
     check_indices(rows, targets)
     check_one_device(hidden, weight, rows, targets, bias)
@@ -192,18 +267,21 @@ def _check(hidden, weight, rows, targets, bias, softcap) -> None:
 
 class _SelectedLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
-        logp, lse, unit, kept = _fwd(
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+        scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+    ) -> Tensor:  # fmt: skip
+        logp, lse, row_scale, saved = _fwd(
             hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl
         )
-        ctx.save_for_backward(hidden, weight, bias, rows, targets, logp, lse, unit, kept)
+        ctx.save_for_backward(hidden, weight, bias, rows, targets, logp, lse, row_scale, saved)
         ctx.settings = (scale, softcap, schedule, budget)
         ctx.impl = impl
         return logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp):
+    def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
         grads = _bwd(grad_logp, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
         return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 7
@@ -220,36 +298,44 @@ torch.library.define(
 torch.library.define(
     "sepo::selected_logprob_bwd",
     "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets,"
-    " Tensor logp, Tensor lse, Tensor unit, Tensor kept, float scale, float? softcap, str schedule,"
+    " Tensor logp, Tensor lse, Tensor row_scale, Tensor saved, float scale, float? softcap, str schedule,"
     " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl)"
     " -> (Tensor, Tensor, Tensor)",
 )
-_BY_NAME = {impl.name: impl for impl in IMPLS}
+_BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 
 
-def _run_fwd(hidden, weight, bias, rows, targets, *args):
+def _run_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
-        return _BY_NAME[args[-1]].fwd(hidden, weight, bias, rows, targets, *args[:-1])
+        return _BY_NAME[args[-1]].fwd(hidden, weight, bias, as_int32(rows), targets, *args[:-1])
 
 
-def _run_bwd(*args):
-    with torch.autocast(args[0].device.type, enabled=False), out_of_memory(args[-5]):
-        return _BY_NAME[args[-1]].bwd(*args[:-1])
+def _run_bwd(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    head = (hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
+        return _BY_NAME[args[-1]].bwd(grad_logp, *head, as_int32(rows), *args[:-1])
 
 
-def _fake_fwd(hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl):
+def _fake_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+    scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     logp = hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
-    M, sizes = rows.shape[0], layout(hidden, weight, softcap, _BY_NAME[impl].fused(hidden.dtype))
-    kept = new_kept(hidden, schedule, M, plan.saved_rows(M, sizes, budget, schedule), sizes)
-    return logp, torch.empty_like(logp), torch.empty_like(logp), kept
+    M = rows.shape[0]
+    layout = layout_of(hidden, weight, softcap, _BY_NAME[impl].fused(hidden.dtype))
+    num_saved = schedules.saved_rows(M, layout, budget, schedule)
+    saved = new_saved(hidden, schedule, M, num_saved, layout)
+    return logp, torch.empty_like(logp), torch.empty_like(logp), saved
 
 
-def _fake_bwd(
-    grad_logp, hidden, weight, bias, rows, targets, logp, lse, unit, kept, scale, softcap,
-    schedule, budget, need_hidden, need_weight, need_bias, impl,
-):  # fmt: skip
+def _fake_bwd(grad_logp: Tensor, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    need_hidden, need_weight, need_bias = args[-4:-1]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),

@@ -3,11 +3,14 @@
 Reading order: the public functions, their checks, the autograd Function, the operator boundary.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sepo.ops._checks import (
+    as_int32,
     check_head,
     check_index_values,
     check_indices,
@@ -17,18 +20,30 @@ from sepo.ops._checks import (
 )
 from sepo.ops._selected_logprob import (
     Explanation,
-    check_budget,
+    explanation,
     needs_grad,
     out_of_memory,
-    share,
-    source_of,
+    schedule_within,
 )
-from sepo_kernels import platform
-from sepo_kernels.products import remark
+from sepo_kernels import schedules
 from sepo_kernels.registry import pick
 from sepo_kernels.selected_logprob_kl import IMPLS
-from sepo_kernels.selected_logprob_kl import schedule as plan
+from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS
 from sepo_kernels.selected_logprob_kl.loops import outputs
+
+
+class LogprobKL(NamedTuple):
+    """Name the results of `selected_logprob_kl`, each (M,) float32 nats, or float64.
+
+    Attributes:
+        logp: log-probability of the target under the policy.
+        ref_logp: the same under the reference, without a gradient.
+        kl: divergence of the two distributions, in the direction that was asked for.
+    """
+
+    logp: Tensor  # (M,)
+    ref_logp: Tensor  # (M,)
+    kl: Tensor  # (M,)
 
 
 def selected_logprob_kl(
@@ -36,7 +51,7 @@ def selected_logprob_kl(
     weight: Tensor,  # (V, D), same dtype as hidden
     ref_hidden: Tensor,  # (N, D_ref), same dtype; D_ref may differ from D
     ref_weight: Tensor,  # (V, D_ref), same dtype
-    rows: Tensor,  # (M,) int32, 0 <= rows < N, may repeat
+    rows: Tensor,  # (M,) int32 or int64, 0 <= rows < N, may repeat
     targets: Tensor,  # (M,) int64, 0 <= targets < V
     *,
     direction: str = "ref||policy",  # or "policy||ref"
@@ -46,19 +61,39 @@ def selected_logprob_kl(
     softcap: float | None = None,  # of both heads: logits = softcap * tanh(logits / softcap)
     budget: int | None = None,  # bytes of logits or probabilities alive at once; None: by device
     impl: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, each (M,) float32 nats, or float64
+) -> LogprobKL:  # logp, ref_logp, kl, each (M,) float32 nats, or float64
     """Return both heads' log p(targets[m]) and their KL divergence at each row, and no (N, V) tensor.
 
     With p the policy's distribution over the vocabulary and q the reference's, "ref||policy" is
-    sum q (log q - log p), the sequence KL of TDPO eq. 8 token by token, "policy||ref" is
-    sum p (log p - log q). Gradients reach hidden, weight and bias, through logp and kl; ref_logp
-    carries none. Index values, schedules, budget, autocast, precision and `retain_graph` are as for
-    `selected_logprob`; what runs is told by `explain_selected_logprob_kl`.
+    sum q (log q - log p), the sequence KL of TDPO (arXiv 2404.11999) eq. 8 token by token,
+    "policy||ref" is sum p (log p - log q). Gradients reach hidden, weight and bias, through logp
+    and kl; ref_logp carries none. Index values, schedules, budget, autocast, precision and
+    `retain_graph` are as for `selected_logprob`; `explain_selected_logprob_kl` tells what runs.
 
-    Raises ValueError for shapes, strides, dtypes or devices that do not fit, an unknown direction,
-    a scale of 0, indices on the CPU out of range, a budget that holds not even one row or is more
-    than the GPU's memory, and an `impl` that is unknown or cannot run; torch.OutOfMemoryError as
-    `selected_logprob` does.
+    Args:
+        hidden: (N, D) floating point with contiguous rows, the policy's states after its norm.
+        weight: (V, D) with contiguous rows, the policy's head, in the dtype of hidden.
+        ref_hidden: (N, D_ref), the reference's states, in the dtype of hidden.
+        ref_weight: (V, D_ref), the reference's head, in the dtype of hidden.
+        rows: (M,) int32 or int64, 0 <= rows < N, may repeat: the states that predict.
+        targets: (M,) int64, 0 <= targets < V: the token ids that they predict.
+        direction: "ref||policy" or "policy||ref".
+        bias: (V,) of the policy's head, in the dtype of hidden.
+        ref_bias: (V,) of the reference's head, in the dtype of hidden.
+        scale: multiplies both heads' logits before the bias; not 0.
+        softcap: of both heads: logits = softcap * tanh(logits / softcap); None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        LogprobKL: logp, ref_logp, kl, each (M,) float32 nats, or float64 for float64 inputs.
+
+    Raises:
+        ValueError: for shapes, strides, dtypes or devices that do not fit, an unknown direction, a
+            scale of 0, indices on the CPU out of range, a budget that holds not even one row or is
+            more than the GPU's memory, and an `impl` that is unknown or cannot run.
+        torch.OutOfMemoryError: as `selected_logprob`.
+        NotImplementedError: as `selected_logprob`.
     """
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
@@ -66,13 +101,14 @@ def selected_logprob_kl(
     _check(*heads, rows, targets, direction, scale, softcap)
     check_reverse_mode("selected_logprob_kl", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
-    schedule, budget, _ = _schedule(chosen, hidden, weight, bias, rows, budget)
+    layout, need = chosen.kernels.layout_of(hidden, weight), needs_grad(hidden, weight, bias)
+    schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
     args = (
         *heads, rows, targets, scale, softcap, direction, schedule, budget, chosen.name,
     )  # fmt: skip
-    if schedule == plan.NO_GRAD:
-        return _fwd(*args)[:3]
-    return _SelectedLogprobKL.apply(*args)
+    if schedule == schedules.NO_GRAD:
+        return LogprobKL(*_fwd(*args)[:3])
+    return LogprobKL(*_SelectedLogprobKL.apply(*args))
 
 
 def explain_selected_logprob_kl(
@@ -80,7 +116,7 @@ def explain_selected_logprob_kl(
     weight: Tensor,  # (V, D)
     ref_hidden: Tensor,  # (N, D_ref)
     ref_weight: Tensor,  # (V, D_ref)
-    rows: Tensor,  # (M,) int32
+    rows: Tensor,  # (M,) int32 or int64
     targets: Tensor,  # (M,) int64
     *,
     direction: str = "ref||policy",
@@ -93,57 +129,49 @@ def explain_selected_logprob_kl(
 ) -> Explanation:
     """Return the schedule that `selected_logprob_kl` takes for the same arguments; computes nothing.
 
-    Takes and raises what `selected_logprob_kl` does, but for index values; grad mode and
-    `requires_grad` are read now. `gemms` counts products of either width alike.
+    Grad mode and `requires_grad` are read now. `gemms` counts products of either width alike.
+
+    Args:
+        hidden: (N, D) floating point, the policy's states after the final norm.
+        weight: (V, D), the policy's head, in the dtype of hidden.
+        ref_hidden: (N, D_ref), the reference's states, in the dtype of hidden.
+        ref_weight: (V, D_ref), the reference's head, in the dtype of hidden.
+        rows: (M,) int32 or int64, the states that predict.
+        targets: (M,) int64, the token ids that they predict.
+        direction: "ref||policy" or "policy||ref".
+        bias: (V,) of the policy's head, in the dtype of hidden.
+        ref_bias: (V,) of the reference's head, in the dtype of hidden.
+        scale: multiplies both heads' logits before the bias; not 0.
+        softcap: of both heads' logits; None: not.
+        budget: bytes of logits or probabilities alive at once; None: by device.
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
+
+    Returns:
+        Explanation: implementation, schedule, sizes in rows and bytes, GEMMs, and reasons.
+
+    Raises:
+        ValueError: as `selected_logprob_kl`, but for index values, which are not read.
     """
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     _check(*heads, rows, targets, direction, scale, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
-    given, M = budget, len(rows)
-    schedule, budget, layout = _schedule(chosen, hidden, weight, bias, rows, budget)
-    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
-
-    saved = plan.saved_rows(M, layout, budget, schedule)
-    fwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=False)
-    bwd_chunk = plan.chunk_rows(M, layout, budget, schedule, backward=True)
-    if schedule not in (plan.PARTIAL, plan.RECOMPUTE):
-        bwd_chunk = 0
-    too_large = f"saving takes {plan.save_bytes(M, layout)} bytes, budget {budget}: "
-    why = {
-        plan.SAVE: f"two (M, V) = ({M}, {layout.V}) blocks take {M * layout.kept} bytes, "
-        f"budget {budget}",
-        plan.PARTIAL: f"{too_large}the logits of {M - saved} of {M} rows are made twice",
-        plan.RECOMPUTE: too_large + "the logits are made twice",
-        plan.FROZEN_HEAD: too_large + "both directions of grad_hidden are kept",
-        plan.NO_GRAD: "nothing needs a gradient, or no_grad",
-    }
-    reasons = (why[schedule],)
-    if need_hidden and not (need_weight or need_bias):
-        reasons += ("the head needs no gradient",)
-    if not need_hidden and (need_weight or need_bias):
-        reasons += ("hidden needs no gradient: its product is left out",)
-    reasons += (*remark(hidden, layout.fused), source_of(budget, given, hidden.device))
-    rows_again = sum(plan.bwd_rows(M, saved, schedule, need_hidden, need_weight))
-    return Explanation(
-        chosen.name, schedule, fwd_chunk, bwd_chunk, plan.bytes_alive(M, layout, budget, schedule),
-        sum(plan.fwd_gemms(schedule)) + share(rows_again, M), saved, budget, reasons,
-    )  # fmt: skip
-
-
-def _schedule(chosen, hidden, weight, bias, rows, budget) -> tuple[str, int, plan.Layout]:
-    need_hidden, need_weight, need_bias = needs_grad(hidden, weight, bias)
-    sizes = chosen.kernels.layout_of(hidden, weight)
-    need_head = need_weight or need_bias
-    asked = rows.shape[0], sizes
-    if budget is None:
-        memory = platform.memory(hidden.device)
-        budget = plan.default_budget(*asked, memory, need_hidden, need_head)
-    check_budget(budget, sizes.row_bytes(gradient=need_hidden or need_head), hidden.device)
-    return plan.choose(*asked, budget, need_hidden, need_head), budget, sizes
+    layout = chosen.kernels.layout_of(hidden, weight)
+    need = needs_grad(hidden, weight, bias)
+    return explanation(chosen.name, layout, hidden, len(rows), budget, need)
 
 
 def _check(
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, direction, scale, softcap
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    rows: Tensor,
+    targets: Tensor,
+    direction: str,
+    scale: float,
+    softcap: float | None,
 ) -> None:
     check_head(hidden, weight, bias)
     check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
@@ -160,24 +188,23 @@ def _check(
     check_softcap(softcap)
     if scale == 0:  # the bias gradient is found by dividing by it
         raise ValueError(f"expected a scale other than 0, got {scale}")
-    if direction not in plan.DIRECTIONS:
+    if direction not in DIRECTIONS:
         raise ValueError(f'expected direction "ref||policy" or "policy||ref", got "{direction}"')
 
 
 class _SelectedLogprobKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, scale, softcap,
-        direction, schedule, budget, impl,
-    ):  # fmt: skip
-        ref = (ref_hidden, ref_weight, ref_bias)
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor,
+        ref_weight: Tensor, ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float,
+        softcap: float | None, direction: str, schedule: str, budget: int, impl: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ref: tuple[Tensor | None, ...] = (ref_hidden, ref_weight, ref_bias)
         settings = (scale, softcap, direction, schedule, budget)
         found = _fwd(hidden, weight, bias, *ref, rows, targets, *settings, impl)
         logp, ref_logp, kl = found[:3]
-        if schedule not in (
-            plan.PARTIAL,
-            plan.RECOMPUTE,
-        ):  # a reference's hidden states are not kept for nothing
+        # the reference's hidden states are held only where they are multiplied again
+        if schedule not in (schedules.PARTIAL, schedules.RECOMPUTE):
             ref = (None, None, None)
         ctx.save_for_backward(hidden, weight, bias, *ref, rows, targets, *found)
         ctx.mark_non_differentiable(ref_logp)
@@ -186,7 +213,9 @@ class _SelectedLogprobKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp, _, grad_kl):
+    def backward(
+        ctx: Any, grad_logp: Tensor, _: Tensor, grad_kl: Tensor
+    ) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
         grads = _bwd(grad_logp, grad_kl, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
         return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 11
@@ -210,32 +239,44 @@ torch.library.define(
     " float scale, float? softcap, str direction, str schedule, SymInt budget, bool need_hidden,"
     " bool need_weight, bool need_bias, str impl) -> (Tensor, Tensor, Tensor)",
 )
-_BY_NAME = {impl.name: impl for impl in IMPLS}
+_BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 
 
-def _run_fwd(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, *args):
+def _run_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor,
+    ref_bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
-        return _BY_NAME[args[-1]].fwd(*heads, rows, targets, *args[:-1])
+        return _BY_NAME[args[-1]].fwd(*heads, as_int32(rows), targets, *args[:-1])
 
 
-def _run_bwd(*args):
-    with torch.autocast(args[0].device.type, enabled=False), out_of_memory(args[-5]):
-        return _BY_NAME[args[-1]].bwd(*args[:-1])
+def _run_bwd(
+    grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, rows: Tensor,
+    *args: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    upstream = (grad_logp, grad_kl)
+    heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
+        return _BY_NAME[args[-1]].bwd(*upstream, *heads, as_int32(rows), *args[:-1])
 
 
 def _fake_fwd(
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, scale, softcap,
-    direction, schedule, budget, impl,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor,
+    ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float, softcap: float | None,
+    direction: str, schedule: str, budget: int, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     kernels, M = _BY_NAME[impl].kernels, rows.shape[0]
-    saved = plan.saved_rows(M, kernels.layout_of(hidden, weight), budget, schedule)
-    return outputs(kernels, hidden, weight, rows, schedule, saved)
+    num_saved = schedules.saved_rows(M, kernels.layout_of(hidden, weight), budget, schedule)
+    return outputs(kernels, hidden, weight, rows, schedule, num_saved)
 
 
-def _fake_bwd(grad_logp, grad_kl, hidden, weight, *args):
+def _fake_bwd(
+    grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     need_hidden, need_weight, need_bias = args[-4:-1]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),

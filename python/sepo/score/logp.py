@@ -1,4 +1,4 @@
-"""What a model says of every response token, in batches under a token budget."""
+"""Ask a model about every response token, in batches under a token budget."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -13,7 +13,8 @@ from sepo.data import all_positions, pack, truncate
 from sepo.data.types import PackedBatch, ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.model.feed import feed
-from sepo.model.prepare import head, hidden_states
+from sepo.model.forward import head, hidden_states
+from sepo.model.prepare import prepare_if_new
 from sepo.ops import selected_logprob
 
 
@@ -35,7 +36,7 @@ def response_logp(
     result = [None] * len(pairs)
     lengths = [n for p in pairs for n in (len(p.chosen), len(p.rejected))]
     starts = np.cumsum([0, *lengths])
-    weight, bias, scale, softcap = head(model)
+    weight, bias, scale, softcap = head(prepare_if_new(model))
     batches = _batches(pairs, max_tokens)
     packs = (partial(_packed, pairs, members) for members in batches)
     with closing(feed(packs, model.device, [model])) as fed:
@@ -68,7 +69,7 @@ def _packed(pairs: list[TokenPair], members: Sequence[int]) -> PackedBatch:
 def kept_logp(
     pairs: list[ScoredPair],
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # as `response_logp` gave them
-    """What a store keeps of the reference; nothing is run. Raises InputError where it keeps none."""
+    """Read what a store keeps of the reference; nothing is run. Raises InputError where it keeps none."""
     for pair in pairs:
         if pair.chosen_ref_logp is None or pair.rejected_ref_logp is None:
             raise InputError(

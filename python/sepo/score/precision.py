@@ -1,4 +1,4 @@
-"""What a reduced precision does to scores and to the tokens selected by them.
+"""Measure what a reduced precision does to scores and to the tokens selected by them.
 
 A score is a small difference of two large numbers. An oracle trained lightly spreads its scores
 over a few tenths of a nat, which is what the rounding of a bfloat16 trunk amounts to.
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sepo.data.selection import select_positions
+from sepo.data.selection import Selection
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
-from sepo.model.prepare import load_model
+from sepo.model.load import load_model
 from sepo.score.logp import dtype_name, kept_logp, response_logp
 
 FRACTIONS = (0.1, 0.3, 0.5)
@@ -71,17 +71,17 @@ def compare_scores(
         "error_max": float(error.max()),
         "error_mean": float(error.mean()),
         "spread": float(flat[1].std()),
-        "overlap": {str(f): _overlap(found, exact, f) for f in FRACTIONS},
+        "overlap": {str(f): _overlap(found, exact, Selection("selected", f)) for f in FRACTIONS},
         "overlap_random": {str(f): round(f / (2 - f), 3) for f in FRACTIONS},
     }
 
 
-def _overlap(found: list, exact: list, fraction: float) -> float:
+def _overlap(found: list, exact: list, selection: Selection) -> float:
     common = union = 0
     for pair, other in zip(found, exact, strict=True):
-        for side, a, b in zip(("highest", "lowest"), pair, other, strict=True):
-            selected = select_positions(a, fraction, side)
-            shared = len(np.intersect1d(selected, select_positions(b, fraction, side)))
+        for side, a, b in zip(("chosen", "rejected"), pair, other, strict=True):
+            selected = selection.by_score(a, side)
+            shared = len(np.intersect1d(selected, selection.by_score(b, side)))
             common += shared
             union += 2 * len(selected) - shared
     return common / union
@@ -89,12 +89,12 @@ def _overlap(found: list, exact: list, fraction: float) -> float:
 
 def describe(result: dict, dtypes: str) -> str:
     """The comparison in words, for people."""
-    what = "score" if "overlap" in result else "log-probability"
+    quantity = "score" if "overlap" in result else "log-probability"
     lines = [
         f"precision check, {dtypes} against float32 on {result['pairs']} pairs "
         f"({result['tokens']} tokens)",
-        f"  {what} error: mean {result['error_mean']:.2g}, max {result['error_max']:.2g} nats; "
-        f"{what} spread: {result['spread']:.2g} nats",
+        f"  {quantity} error: mean {result['error_mean']:.2g}, max {result['error_max']:.2g} nats; "
+        f"{quantity} spread: {result['spread']:.2g} nats",
     ]
     if "overlap" in result:
         overlap = ", ".join(f"{v:.2f} at {float(f):.0%}" for f, v in result["overlap"].items())
@@ -105,12 +105,12 @@ def describe(result: dict, dtypes: str) -> str:
 def _verdict(result: dict) -> str:
     jaccard, random = result["overlap"]["0.3"], result["overlap_random"]["0.3"]
     changed = 1 - 2 * jaccard / (1 + jaccard)  # of K selected tokens, those float32 does not select
-    what = f"of the tokens selected at 30 %, {changed:.0%} are not the ones float32 selects"
+    share = f"of the tokens selected at 30 %, {changed:.0%} are not the ones float32 selects"
     if changed <= 0.02:
-        return f"{what}: good enough."
+        return f"{share}: good enough."
     if changed <= 0.15:
-        return f"{what}: tolerable; float32 is the safe choice."
-    return f"{what} (random choice: {1 - 2 * random / (1 + random):.0%}): score in float32."
+        return f"{share}: tolerable; float32 is the safe choice."
+    return f"{share} (random choice: {1 - 2 * random / (1 + random):.0%}): score in float32."
 
 
 def _difference(logp: dict[str, list]) -> list[tuple[np.ndarray, np.ndarray]]:

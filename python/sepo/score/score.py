@@ -31,7 +31,8 @@ from sepo.data.store.store import (
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.model.fingerprint import weights_hash
-from sepo.model.prepare import head, vocabulary
+from sepo.model.forward import head, vocabulary
+from sepo.model.prepare import prepare_if_new
 from sepo.score.logp import check_budget, dtype_name, kept_logp, response_logp
 from sepo.score.precision import check_precision
 from sepo.system.lock import lock
@@ -84,7 +85,7 @@ def score_dataset(
     index, count = _checked_shard(shard)
     for role, model in (("reference", reference), ("oracle", oracle)):
         if model is not None:
-            size = vocabulary(model)
+            size = vocabulary(prepare_if_new(model))
             for pair in pairs:
                 check_tokens(pair, {role: size})
     check_budget(pairs, max_tokens)

@@ -1,4 +1,4 @@
-"""What SePOTrainer takes: a model, token pairs or rows, one data set to evaluate on or several."""
+"""Check what SePOTrainer takes: a model, token pairs or rows, one data set to evaluate on or several."""
 
 from collections.abc import Callable, Sequence
 

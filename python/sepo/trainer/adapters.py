@@ -6,6 +6,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sepo.errors import InputError
+from sepo.model.reference import has_adapters
 from sepo.trainer.config import SePOConfig
 
 
@@ -68,11 +69,6 @@ def _trains_adapters(model: torch.nn.Module) -> bool:
     marks = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[c.peft_type] for c in model.peft_config.values())
     trained = (name for name, p in model.named_parameters() if p.requires_grad)
     return any(mark in name for name in trained for mark in marks)
-
-
-def has_adapters(model: torch.nn.Module) -> bool:
-    """Whether the model can do without what is trained: its adapters can be switched off."""
-    return hasattr(model, "disable_adapter")
 
 
 def quantization_config(args: SePOConfig) -> BitsAndBytesConfig | None:

@@ -47,7 +47,7 @@ def why_torn(checkpoint: Path, *, contents: bool = True) -> str | None:
 
 
 def read_mark(checkpoint: str | Path) -> dict | None:
-    """What was written about a checkpoint, under today's names; None if nothing whole was."""
+    """Read what was written about a checkpoint, under today's names; None if nothing whole was."""
     try:
         mark = unsealed(json.loads((Path(checkpoint) / MARK).read_text()))
         known = mark["format"] in READABLE and {"step", "run", "unlogged", "files"} <= mark.keys()
@@ -127,7 +127,7 @@ def completed_step(checkpoint: str | Path | None) -> int:
 
 
 def find_checkpoint(asked: str | bool | None, output_dir: str | Path) -> str | None:
-    """What `resume_from_checkpoint` means. Raises InputError for a path that is not whole."""
+    """Find what `resume_from_checkpoint` means. Raises InputError for a path that is not whole."""
     if asked is True:
         return last_checkpoint(output_dir)
     if not asked:

@@ -19,7 +19,7 @@ from sepo.flags.renamed import takes_old_names
 from sepo.flags.selection import Select, uses_mass
 from sepo.flags.values import check_values, in_yaml
 from sepo.trainer.inherited import idle_inherited, refuse_inherited
-from sepo_kernels.platform import INTERPRET, fast_dtype
+from sepo_kernels.devices import INTERPRET, fast_dtype
 
 MethodName = Literal[
     "sft", "dpo", "ipo", "dpop", "tdpo1", "tdpo2", "sparsepo", "mapo", "simpo", "rrhf", "sepo",
@@ -220,6 +220,12 @@ class SePOConfig(TrainingArguments):
             self.beta = DEFAULT_BETA.get(self.method)
         if self.kl_mask_l1 is None:
             self.kl_mask_l1 = self.mask_l1
+
+    @property
+    def device(self) -> torch.device:
+        """TrainingArguments', but cpu where Accelerate says cpu:0, to which torch.load can't restore."""
+        device = super().device  # transformers 5.17 loads an optimiser's state there
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def to_dict(self) -> dict:
         # TrainingArguments takes every name that ends in _token for a secret

@@ -1,60 +1,75 @@
-"""What a run's layers and micro-batches come to on its device: fewer kernels, and more tokens each."""
+"""Bring a model to its device, in as few kernels as it can have there, ready for packed batches."""
 
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel
 
 from sepo.errors import InputError
-from sepo.model.budget import default_budget
 from sepo.model.forward import base_of
 from sepo.model.prepare import prepare_model, probe_logprob, rounding
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.layers import choose_fused, compile_layers, runs_triton, use_liger, why_not_liger
 
 
-def settle(
+def settle_layers(
     args: SePOConfig,
     model: PreTrainedModel,  # or a PeftModel around one
-    reference: object = None,  # a live one counts
-) -> dict[str, str]:  # what -> what it came to and why, for a log
-    """Put what they come to in the place of --fused_layers auto and of no --max_tokens_per_batch.
+) -> str:  # what it came to and why, for a log
+    """Put what it comes to in the place of --fused_layers auto: a checkpoint then knows it.
 
-    A checkpoint then knows both. Raises InputError as `choose_fused` does.
+    Raises InputError as `choose_fused` does.
     """
-    base = base_of(model)
     args.fused_layers, why = choose_fused(
         args.fused_layers,
-        base,
+        base_of(model),
         args.device,
         selective=args.selective_checkpointing,
         compiled=args.torch_compile,
     )
-    found = {"layers": f"{args.fused_layers} ({why})"}
-    if args.max_tokens_per_batch is None:
-        live = reference if isinstance(reference, nn.Module) else None
-        args.max_tokens_per_batch, found["micro-batches"] = default_budget(base, args, live)
-    return found
+    return f"{args.fused_layers} ({why})"
 
 
-def fuse_and_prepare(
+def place_and_prepare(
     model: PreTrainedModel,  # or a PeftModel around one
-    args: SePOConfig,  # settled
-    accelerator: Accelerator,
+    args: SePOConfig,  # its layers settled
     *,
     policy: bool = True,  # False: a reference, which computes as the policy does where it can
 ) -> None:
-    """Fuse a model's layers where it runs now, and prepare it there.
+    """Move a model to where it will run, fuse its layers there, and prepare it: once.
 
-    Liger's kernels come before the comparison of `prepare_model`. Compiled parts come after it:
-    comparing would compile what training never runs.
+    Early, so that a model that is not served costs nothing more. What FSDP and ZeRO shard is moved
+    when training starts: it is prepared where it is. Liger's kernels come before the comparison of
+    `prepare_model`, which then compares them too; compiled parts come after it (`compile_parts`),
+    or it would compile what training never runs.
     """
-    how, plugin, base = args.fused_layers, accelerator.state.dynamo_plugin, base_of(model)
-    if how == "liger" and (policy or why_not_liger(base, base.device) is None):
+    if not policy or not _moves_later(model, args):
+        model.to(args.device)
+    base = base_of(model)
+    if args.fused_layers == "liger" and (policy or why_not_liger(base, base.device) is None):
         keep_products = args.selective_checkpointing
         fuse_layers(model, args.liger_kernel_config, keep_products=keep_products)
-    prepare_model(model)
-    if how == "compile" and plugin.backend == DynamoBackend.NO:
+    prepare_model(model, attn_impl=args.attn_impl)
+
+
+def _moves_later(policy: nn.Module, args: SePOConfig) -> bool:
+    """Whether Trainer leaves a model where it is until training starts, or for good."""
+    return (
+        args.place_model_on_device is False
+        or parse_flag_from_env("ACCELERATE_USE_FSDP", bool(args.fsdp))
+        or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED", bool(args.deepspeed))
+        or args.fp16_full_eval
+        or args.bf16_full_eval
+        or getattr(policy, "hf_device_map", None) is not None
+        or getattr(policy, "is_quantized", False)
+        or getattr(policy, "is_distributed_loading_by_transformers", False)
+    )
+
+
+def compile_parts(model: PreTrainedModel, args: SePOConfig, accelerator: Accelerator) -> None:
+    """Compile a prepared model's layers, if the run is one of compiled layers."""
+    plugin = accelerator.state.dynamo_plugin
+    if args.fused_layers == "compile" and plugin.backend == DynamoBackend.NO:
         plugin = TorchDynamoPlugin(backend="inductor")
     if plugin.backend != DynamoBackend.NO:
         compile_layers(model, plugin)

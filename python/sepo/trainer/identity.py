@@ -80,7 +80,7 @@ def describe_run(
     reference: Reference | None = None,
     read: bool = True,  # False: without hashes of weights, where another rank makes them
 ) -> dict:
-    """What must be the same for a checkpoint to be continued, whatever the number of ranks."""
+    """List what must be the same for a checkpoint to be continued, whatever the number of ranks."""
     method = METHODS[args.method]
     selects = method.positions in ("selected", "random")
     lengths = np.stack([pairs.lengths, pairs.selected]).astype("<i8").tobytes()
@@ -115,7 +115,7 @@ def describe_run(
 
 
 def describe_flags(args: SePOConfig) -> dict:
-    """What may change when a run goes on, and is said then: name -> value, as JSON has it."""
+    """List what may change when a run goes on, and is said then: name -> value, as JSON has it."""
     of_methods = {name for method in METHODS.values() for name in method.settings}
     names = [f.name for f in fields(args) if f.name not in NO_CHANGE | of_methods]
     flags = {name: getattr(args, name) for name in names if not name.startswith(OTHERS)}
@@ -147,7 +147,7 @@ def changed_flags(mark: dict, flags: dict) -> dict[str, tuple]:
 
 
 def notes(mark: dict, run: dict, flags: dict) -> list[str]:
-    """What a user should know of going on from a checkpoint."""
+    """Say what a user should know of going on from a checkpoint."""
     lines = []
     if changed := changed_flags(mark, flags):
         words = [f"{_flag(name)} {now} (was {was})" for name, (was, now) in changed.items()]
@@ -214,7 +214,7 @@ def _kernels(args: SePOConfig) -> dict:
 
 
 def _adapters(model: nn.Module) -> dict:
-    """What peft was told, by the adapter's name; where it came from does not count."""
+    """Read what peft was told, by the adapter's name; where it came from does not count."""
     told = getattr(model, "peft_config", None)
     if not isinstance(told, dict):
         return {"peft_type": None}
@@ -252,7 +252,7 @@ def _in_force(model: nn.Module) -> dict:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON gives back of a value; sets in order."""
+    """Turn a value into what JSON gives back of it; sets in order."""
 
     def default(other):
         return sorted(map(str, other)) if isinstance(other, set | frozenset) else str(other)

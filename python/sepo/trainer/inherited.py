@@ -1,4 +1,4 @@
-"""What becomes of each of transformers' TrainingArguments: one table, complete by test.
+"""Serve or refuse each of transformers' TrainingArguments: one table, complete by test.
 
 A field is served as transformers documents it, refused by name with the reason, served where what
 it needs is there, or decided here whatever is given.

@@ -1,4 +1,4 @@
-"""What is done to the layers of a model before it is trained."""
+"""Change the layers of a model before it is trained: recompute, fuse, compile."""
 
 import inspect
 import sys
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sepo.errors import InputError, one_line
-from sepo_kernels.platform import INTERPRET
+from sepo_kernels.devices import INTERPRET
 
 DEAR = {  # by namespace: matrix products, and every attention that a packed batch may take
     "aten": (
@@ -73,7 +73,7 @@ def choose_fused(
     selective: bool = False,  # --selective_checkpointing
     compiled: bool = False,  # --torch_compile: the compiler is chosen already
 ) -> tuple[str, str]:
-    """What `wish` comes to, and why: (liger, compile or none; in words).
+    """Decide what `wish` comes to, and why: (liger, compile or none; in words).
 
     Raises InputError for a wish for Liger's kernels that this model or device can't have.
     """
@@ -101,7 +101,7 @@ def choose_fused(
 
 
 def why_not_liger(model: PreTrainedModel, device: torch.device) -> str | None:
-    """What keeps Liger's layer kernels from computing this model's layers there, if anything does."""
+    """Say what keeps Liger's layer kernels from computing this model's layers there, if anything does."""
     if not runs_triton(device):
         return f"its kernels need a GPU, got a {device.type.upper()}"
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):

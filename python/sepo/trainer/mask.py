@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from sepo.masks import SparseMask, decayed, load_into, num_layers, save_mask
+from sepo.masks import MASK, SparseMask, decayed, load_into, num_layers, save_mask
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.resume import ResumableTrainer
-from sepo.trainer.step import MASK
 
 
 def add_mask(model: nn.Module, reference: nn.Module, args: SePOConfig) -> None:

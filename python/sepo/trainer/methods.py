@@ -1,43 +1,34 @@
-"""What distinguishes one training method from another: one entry of METHODS each."""
+"""Tell training methods apart: one entry of METHODS each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sepo.data.selection import Positions
 from sepo.flags.selection import uses_fraction, uses_mass
 from sepo.losses import (
     dpo_loss,
+    dpop_logratio,
     dpop_loss,
     ipo_loss,
-    positive,
     rrhf_loss,
     sepo_loss,
     simpo_loss,
     sparsepo_loss,
     tdpo_loss,
 )
+from sepo.model.reads import Needed, TokenValues
 from sepo.ops import segment_sum
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.inherited import given_of
 
 
-class TokenValues(NamedTuple):
-    """One micro-batch after the head: a number a used token, float32."""
-
-    logp: Tensor  # (M,) nats
-    ref_logp: Tensor | None = None  # (M,) the same of the reference
-    kl: Tensor | None = None  # (M,) divergence of policy and reference at the token's row, nats
-    reward_mask: Tensor | None = None  # (M,) >= 0, SparsePO's m_u; None: ones
-    kl_mask: Tensor | None = None  # (M,) >= 0, its m_d
-    router_loss: Tensor | None = None  # (P,) of a mixture of experts, before its coefficient
-
-
 @dataclass(frozen=True)
-class Segments:
-    """The same, a number a segment: (S,) float32. Segment 2p is chosen, 2p + 1 rejected.
+class ResponseSums:
+    """The same, a number a response: (S,) float32. Segment 2p is chosen, 2p + 1 rejected.
 
     Sums are weighted by the user's weights, if there are any.
     """
@@ -50,7 +41,7 @@ class Segments:
     kl_mask: Tensor | None
 
     @property
-    def score(self) -> Tensor:  # mean log-probability; 0 for an empty segment
+    def mean_logp(self) -> Tensor:  # 0 for an empty segment
         return self._mean(self.logp)
 
     @property
@@ -65,14 +56,12 @@ class Segments:
 class Method:
     """How a method selects, what it needs, and its loss."""
 
-    positions: Literal["selected", "random", "all", "chosen"]  # which tokens the loss uses
-    loss: Callable[[Segments, SePOConfig], Tensor]  # (P,)
+    positions: Positions  # which tokens the loss uses: see Selection
+    loss: Callable[[ResponseSums, SePOConfig], Tensor]  # (P,)
     settings: tuple[str, ...] = ()  # flags that loss and mask read: one run has the same all along
-    reward: Callable[[Segments, SePOConfig], Tensor] | None = None  # (S,) what rewards/* report
+    reward: Callable[[ResponseSums, SePOConfig], Tensor] | None = None  # (S,) what rewards/* report
     per: Literal["pair", "token"] = "pair"  # the step's loss is a mean over these
-    # what it reads of a reference: its log-probabilities; its whole distribution, by way of its
-    # hidden rows; the states inside every layer too, which only a live reference has
-    reference: Literal["logp", "hidden", "layers"] | None = None
+    reference: Needed | None = None
     direction: Callable[[SePOConfig], str] | None = None  # of the KL divergence; None: not needed
     mask: Literal["learned", "activation"] | None = None  # on each token's reward and KL
 
@@ -99,14 +88,14 @@ def reduce_segments(
     tokens: TokenValues,
     weights: Tensor,  # (M,) float32
     cu_rows: Tensor,  # (S + 1,) int32
-) -> Segments:
+) -> ResponseSums:
     def total(values: Tensor | None, mask: Tensor | None = None) -> Tensor | None:
         if values is None:
             return None
         return segment_sum(values * weights if mask is None else values * mask * weights, cu_rows)
 
     ratio = None if tokens.ref_logp is None else tokens.logp - tokens.ref_logp
-    return Segments(
+    return ResponseSums(
         logp=total(tokens.logp),
         tokens=segment_sum(weights, cu_rows),
         logratio=total(ratio, tokens.reward_mask),
@@ -116,36 +105,36 @@ def reduce_segments(
     )
 
 
-def _sepo(s: Segments, a: SePOConfig) -> Tensor:
-    return sepo_loss(s.score, gamma=a.gamma, margin=a.margin)
+def _sepo(s: ResponseSums, a: SePOConfig) -> Tensor:
+    return sepo_loss(s.mean_logp, gamma=a.gamma, margin=a.margin)
 
 
-def _ipo_logratio(s: Segments, a: SePOConfig) -> Tensor:
+def _ipo_logratio(s: ResponseSums, a: SePOConfig) -> Tensor:
     return s.mean_logratio if a.ipo_reduce == "mean" else s.logratio
 
 
-def _rrhf(s: Segments, a: SePOConfig) -> Tensor:
-    nll = s.logp if a.sft_reduce == "sum" else s.score
-    return rrhf_loss(s.score, -nll[0::2], sft_weight=a.sft_weight)
+def _rrhf(s: ResponseSums, a: SePOConfig) -> Tensor:
+    nll = s.logp if a.sft_reduce == "sum" else s.mean_logp
+    return rrhf_loss(s.mean_logp, -nll[0::2], sft_weight=a.sft_weight)
 
 
-def _masked(s: Segments, a: SePOConfig) -> Tensor:
+def _masked(s: ResponseSums, a: SePOConfig) -> Tensor:
     return sparsepo_loss(s.logratio, s.kl, beta=a.beta, form=a.form)
 
 
-def _sparsepo(s: Segments, a: SePOConfig) -> Tensor:
+def _sparsepo(s: ResponseSums, a: SePOConfig) -> Tensor:
     both = lambda norm: norm[0::2] + norm[1::2]
     l1 = a.mask_l1 * both(s.reward_mask) + a.kl_mask_l1 * both(s.kl_mask)
     return _masked(s, a) + l1
 
 
-def _masked_reward(s: Segments, a: SePOConfig) -> Tensor:
+def _masked_reward(s: ResponseSums, a: SePOConfig) -> Tensor:
     return a.beta * (s.logratio + (s.kl if a.form == "released" else -s.kl))
 
 
 _LEARNED = "mask_kind", "independent_masks", "mask_layernorm", "mask_l1", "kl_mask_l1"
 _FORWARD, _REVERSE = "ref||policy", "policy||ref"
-_SEPO = dict(loss=_sepo, reward=lambda s, a: a.gamma * s.score, settings=("gamma", "margin"))
+_SEPO = dict(loss=_sepo, reward=lambda s, a: a.gamma * s.mean_logp, settings=("gamma", "margin"))
 _MASKED = dict(
     positions="all",
     reward=_masked_reward,
@@ -176,7 +165,7 @@ METHODS = {
         positions="all",
         loss=lambda s, a: dpop_loss(s.logratio, beta=a.beta, penalty=a.dpop_lambda),
         settings=("beta", "dpop_lambda"),
-        reward=lambda s, a: a.beta * positive(s.logratio, a.dpop_lambda),
+        reward=lambda s, a: a.beta * dpop_logratio(s.logratio, a.dpop_lambda),
         reference="logp",
     ),
     "tdpo1": Method(
@@ -203,15 +192,15 @@ METHODS = {
     ),
     "simpo": Method(
         positions="all",
-        loss=lambda s, a: simpo_loss(s.score, beta=a.beta, margin=a.beta * a.gamma_beta_ratio),
+        loss=lambda s, a: simpo_loss(s.mean_logp, beta=a.beta, margin=a.beta * a.gamma_beta_ratio),
         settings=("beta", "gamma_beta_ratio"),
-        reward=lambda s, a: a.beta * s.score,
+        reward=lambda s, a: a.beta * s.mean_logp,
     ),
     "rrhf": Method(
         positions="all",
         loss=_rrhf,
         settings=("sft_weight", "sft_reduce"),
-        reward=lambda s, a: s.score,
+        reward=lambda s, a: s.mean_logp,
     ),
     "sepo": Method(positions="selected", **_SEPO),
     "sepo-rand": Method(positions="random", **_SEPO),

@@ -1,4 +1,4 @@
-"""What a run reports: means over all pairs of all ranks, and one JSON line a log."""
+"""Report a run: means over all pairs of all ranks, and one JSON line a log."""
 
 import json
 import math
@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 
 from sepo.system.files import Atomic
-from sepo.trainer.methods import Method, Segments, TokenValues
+from sepo.trainer.methods import Method, ResponseSums, TokenValues
 
 
 def pair_metrics(
-    segments: Segments,
+    sums: ResponseSums,
     losses: Tensor,  # (P,)
     rewards: Tensor | None,  # (S,), None: the method compares nothing
     router_loss: Tensor | None = None,  # (P,) of a mixture of experts, before its coefficient
 ) -> dict[str, Tensor]:
     """Sums over the pairs, under TRL's names."""
-    logp_chosen, logp_rejected = segments.logp.view(-1, 2).unbind(1)
-    sums = {"loss": losses.sum(), "logps/chosen": logp_chosen.sum()}
+    logp_chosen, logp_rejected = sums.logp.view(-1, 2).unbind(1)
+    totals = {"loss": losses.sum(), "logps/chosen": logp_chosen.sum()}
     if router_loss is not None:
-        sums["aux_loss"] = router_loss.sum()
+        totals["aux_loss"] = router_loss.sum()
     if rewards is None:
-        return sums
+        return totals
     chosen, rejected = rewards.view(-1, 2).unbind(1)
     return {
-        **sums,
+        **totals,
         "logps/rejected": logp_rejected.sum(),
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
@@ -50,7 +50,7 @@ def token_metrics(tokens: TokenValues) -> dict[str, Tensor]:
 
 
 def metric_names(method: Method) -> list[str]:
-    """What the two report together, for a method."""
+    """List what the two report together, for a method."""
     sides = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     names = ["loss", "logps/chosen"]
     names += ["logps/rejected", *sides] * (method.reward is not None)

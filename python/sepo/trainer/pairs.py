@@ -6,9 +6,9 @@ import numpy as np
 
 from sepo.data.contents import PAIRS, REF_LOGP, SCORES, ContentHash
 from sepo.data.cost import pair_costs
-from sepo.data.pack import PackablePair
-from sepo.data.segments import check_tokens, make_segments
-from sepo.data.types import TokenPair
+from sepo.data.segments import check_tokens, make_segments, num_selected
+from sepo.data.selection import Selection
+from sepo.data.types import CutPair, TokenPair
 from sepo.errors import InputError
 from sepo.flags.selection import selection_flags
 from sepo.trainer.config import SePOConfig
@@ -35,13 +35,7 @@ class PreparedPairs(Sequence):
             raise InputError("expected at least one pair, got an empty data set")
         self._pairs = pairs
         method = METHODS[args.method]
-        draws_mask = method.mask == "learned" and args.mask_kind == "random"
-        self._how = dict(
-            positions=method.positions,
-            **selection_flags(args),
-            mask="random" if draws_mask else None,
-            seed=data_seed(args),
-        )
+        self._selection = selection_of(args)
         counts = np.empty((len(pairs), 4), np.int64)
         hashes = {"contents": ContentHash(PAIRS)}
         if method.needs_score:
@@ -51,15 +45,15 @@ class PreparedPairs(Sequence):
         for i in range(len(pairs)):
             pair = pairs[i]
             check_tokens(pair, vocabularies or {})
-            prompt, chosen, rejected = make_segments(pair, **self._how)
+            cut = make_segments(pair, self._selection)
             for one in hashes.values():
                 one.add(pair)
-            used = len(chosen.positions) + len(rejected.positions)
-            counts[i] = len(prompt), len(chosen.response), len(rejected.response), used
-        self.parts = counts[:, :3]  # (pairs, 3) tokens read of prompt, chosen and rejected
+            read = [len(cut.prompt), *(len(segment.response) for segment in cut.responses)]
+            counts[i] = *read, num_selected(cut)
+        self.parts = counts[:, :-1]  # (pairs, 3) tokens read of prompt, chosen and rejected
         self.lengths = self.parts.sum(1)  # (pairs,) tokens read
         self.costs = pair_costs(*self.parts.T, attention=attention)  # (pairs,) in tokens
-        self.selected = counts[:, 3]  # (pairs,) tokens used by the loss
+        self.selected = counts[:, -1]  # (pairs,) tokens used by the loss
         # what the method reads of the pairs, by hash
         self.hashes = {name: one.hexdigest() for name, one in hashes.items()}
         self._refuse_longer_than(args.max_tokens_per_batch)
@@ -67,11 +61,11 @@ class PreparedPairs(Sequence):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __getitem__(self, index: int) -> PackablePair:
-        return make_segments(self._pairs[index], **self._how)
+    def __getitem__(self, index: int) -> CutPair:
+        return make_segments(self._pairs[index], self._selection)
 
     def name(self, index: int) -> str:
-        """What a message calls a pair."""
+        """Say what a message calls a pair."""
         return self._pairs[index].id
 
     def _refuse_longer_than(self, budget: int | None) -> None:
@@ -82,6 +76,18 @@ class PreparedPairs(Sequence):
                 f"(--max_tokens_per_batch), got {self.lengths[longest]}, the most of all "
                 f"{len(self)} pairs: raise it to that, or lower --max_length"
             )
+
+
+def selection_of(args: SePOConfig) -> Selection:
+    """Which tokens a run uses."""
+    method = METHODS[args.method]
+    draws_mask = method.mask == "learned" and args.mask_kind == "random"
+    return Selection(
+        method.positions,
+        **selection_flags(args),
+        mask="random" if draws_mask else None,
+        seed=data_seed(args),
+    )
 
 
 def data_seed(args: SePOConfig) -> int:

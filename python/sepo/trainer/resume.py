@@ -200,7 +200,7 @@ class ResumableTrainer(Trainer):
                 )
 
     def _whole(self) -> str:
-        """What of the run can be relied on."""
+        """Say what of the run can be relied on."""
         if self._newest is None or not self._newest.is_dir():
             return "no checkpoint was written before"
         return f"{self._newest} is whole"
@@ -245,7 +245,7 @@ class ResumableTrainer(Trainer):
         write_mark(folder, step=step, run=run, flags=self._flags, unlogged=unlogged)
 
     def _unlogged(self) -> dict:
-        """What the next line of the log says about steps that this checkpoint has behind it."""
+        """Collect what the next line of the log says about steps that this checkpoint has behind it."""
         return {
             "loss": self._tr_loss.item(),
             "steps": self.state.global_step - self._globalstep_last_logged,
@@ -275,7 +275,7 @@ def _is_finite(parameter: nn.Parameter) -> torch.Tensor:  # () bool
 
 
 def of_rank_0(args: SePOConfig, choose: Callable):
-    """What rank 0 chose, and its InputError, on every rank: they must not see the disk differ."""
+    """Run `choose` on rank 0 and broadcast the result, or its InputError, to every rank."""
     found, error = None, None
     if args.process_index == 0:
         try:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sepo.data.cost import attention_share
 from sepo.data.pack import pack
@@ -26,21 +25,23 @@ from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError, in_their_words
 from sepo.flags.options import say_idle
+from sepo.model.budget import default_budget
 from sepo.model.feed import StepFeed, feed
-from sepo.model.prepare import prepare_model, restore_attention, vocabulary
-from sepo.model.reference import LiveReference, Reference, check_apart
+from sepo.model.forward import base_of, restore_attention, vocabulary
+from sepo.model.reads import TokenValues
+from sepo.model.reference import LiveReference, Reference, ReferenceFolder, resolve_reference
 from sepo.model.routers import router_loss
 from sepo.trainer.accepted import check_best_metric, check_kinds, each, tokenised
 from sepo.trainer.adapters import add_adapters, check_adapters
 from sepo.trainer.config import SePOConfig
-from sepo.trainer.fused import fuse_and_prepare, settle
+from sepo.trainer.fused import compile_parts, place_and_prepare, settle_layers
 from sepo.trainer.identity import describe_run
 from sepo.trainer.layers import disable_dropout, recompute_cheap
 from sepo.trainer.mask import MaskedTrainer, add_mask
-from sepo.trainer.methods import METHODS, TokenValues, idle_settings, reduce_segments
+from sepo.trainer.methods import METHODS, idle_settings, reduce_segments
 from sepo.trainer.metrics import RunningMeans, Throughput, pair_metrics, token_metrics
 from sepo.trainer.pairs import PreparedPairs, data_seed
-from sepo.trainer.step import TokenStep, find_reference
+from sepo.trainer.step import step_reads
 
 if TYPE_CHECKING:
     from datasets import Dataset  # which only who has rows in it needs
@@ -65,7 +66,7 @@ class SePOTrainer(MaskedTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         # unless the pairs carry what the method reads of it; with what a store keeps of it, no model
-        reference_model: PreTrainedModel | Reference | None = None,
+        reference_model: PreTrainedModel | Reference | ReferenceFolder | None = None,
         peft_config=None,  # peft.PeftConfig
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
@@ -83,38 +84,31 @@ class SePOTrainer(MaskedTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # Trainer does so later, when the adapters are drawn
             model = add_adapters(model, peft_config)
-        prepare_model(model, attn_impl=args.attn_impl)
-        if isinstance(reference_model, LiveReference):
-            itself = reference_model.without_adapters and reference_model.model is model
-            reference_model = None if itself else reference_model.model
-        if isinstance(reference_model, nn.Module) and is_deepspeed_zero3_enabled():
-            raise InputError(
-                "ZeRO-3 shards every model that is loaded, but trains one: expected the reference's "
-                "log-probabilities in the data (`sepo score --keep logp`), got a live reference"
-            )
-        self.explained = settle(args, model, reference_model)
+        self.explained = {"layers": settle_layers(args, model)}
+        place_and_prepare(model, args)
+        self.reference = resolve_reference(
+            self.method.reference, reference_model, model, train_dataset, method=args.method
+        )
+        live = isinstance(self.reference, LiveReference) and self.reference.model is not model
+        models = {"policy": model} | ({"reference": self.reference.model} if live else {})
+        if live:
+            place_and_prepare(models["reference"], args, policy=False)
+        if args.max_tokens_per_batch is None:
+            budget, why = default_budget(base_of(model), args, models.get("reference"))
+            args.max_tokens_per_batch, self.explained["micro-batches"] = budget, why
         # all of it before Trainer makes the output directory: bad data leaves nothing behind
         self._attention = attention_share(model)
         self._router_loss = router_loss(model)
-        self._vocabularies = {"policy": vocabulary(model)}
-        if isinstance(reference_model, nn.Module):
-            check_apart(model, reference_model)
-            self._vocabularies["reference"] = vocabulary(reference_model)
+        self._vocabularies = {role: vocabulary(one) for role, one in models.items()}
         self.train_pairs = self._prepared(train_dataset, args)
         self._eval_pairs = each(self._prepared, eval_dataset, args)
-        if isinstance(reference_model, nn.Module):
-            reference_model = reference_model.eval().requires_grad_(False)
-            prepare_model(reference_model, attn_impl=args.attn_impl)
-        reference = find_reference(self.method, args.method, model, reference_model, train_dataset)
-        self.reference = reference
         if self.method.mask == "learned" and args.mask_kind != "random":
-            add_mask(model, reference.model, args)
-        run = None
-        if self.train_pairs is not None:
-            read = args.process_index == 0
-            run = describe_run(
-                model, args, self.train_pairs, data=train_dataset, reference=reference, read=read
-            )
+            add_mask(model, self.reference.model, args)
+        self._reads = step_reads(self.method, args, self.reference, self._router_loss)
+        run = None if self.train_pairs is None else describe_run(
+            model, args, self.train_pairs, data=train_dataset, reference=self.reference,
+            read=args.process_index == 0,
+        )  # fmt: skip
         super().__init__(
             model,
             args,
@@ -133,9 +127,8 @@ class SePOTrainer(MaskedTrainer):
         )
         if args.selective_checkpointing:
             recompute_cheap(model)
-        fuse_and_prepare(model, args, self.accelerator)
-        if isinstance(reference_model, nn.Module):
-            fuse_and_prepare(reference_model.to(args.device), args, self.accelerator, policy=False)
+        for one in models.values():
+            compile_parts(one, args, self.accelerator)
         # accelerate would compile the model whole: for every batch anew
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
@@ -155,7 +148,10 @@ class SePOTrainer(MaskedTrainer):
         step_loss, self._pair_losses = torch.zeros((), device=self.args.device), []
         for number, part in enumerate(parts, start=1):
             with nullcontext() if number == len(parts) else self._unsynchronised(model):
-                losses = self._losses(model, next(batches), self._means)
+                batch = next(batches)
+                with self._autocast():
+                    tokens = model(batch=batch, reads=self._reads)
+                losses = self._losses(tokens, batch, self._means)
                 # DDP and FSDP average over ranks; the loss is a sum over them
                 loss = losses.sum() * (world_size / count)
                 self.accelerator.backward(loss)
@@ -257,20 +253,22 @@ class SePOTrainer(MaskedTrainer):
             mixed_precision=self.accelerator.mixed_precision,
         )
 
-    def _losses(
-        self, model: nn.Module, batch: PackedBatch, means: RunningMeans
-    ) -> Tensor:  # (P,) of one micro-batch
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
         # accelerate casts in the policy's forward alone, but the reference runs in there too
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            step = TokenStep(self.method, self.args, self.reference, self._router_loss)
-            tokens = model(batch=batch, compute=step)
-        segments = reduce_segments(tokens, batch.weights, batch.cu_rows)
-        losses = self.method.loss(segments, self.args)
+            yield
+
+    def _losses(
+        self, tokens: TokenValues, batch: PackedBatch, means: RunningMeans
+    ) -> Tensor:  # (P,) of one micro-batch
+        sums = reduce_segments(tokens, batch.weights, batch.cu_rows)
+        losses = self.method.loss(sums, self.args)
         if tokens.router_loss is not None:
             losses = losses + self._router_loss.coefficient * self._per_pair(tokens, batch)
         reward = self.method.reward
-        rewards = None if reward is None else reward(segments, self.args)
-        means.add(pair_metrics(segments, losses, rewards, tokens.router_loss), len(losses))
+        rewards = None if reward is None else reward(sums, self.args)
+        means.add(pair_metrics(sums, losses, rewards, tokens.router_loss), len(losses))
         means.add(token_metrics(tokens), len(batch.rows))
         return losses
 
@@ -281,7 +279,7 @@ class SePOTrainer(MaskedTrainer):
         return tokens.router_loss * batch.cu_rows.diff().view(-1, 2).sum(1)
 
     def _loss_count(self, pairs: PreparedPairs, indices: np.ndarray) -> int:
-        """What the step's sum of losses is divided by, the same on every rank."""
+        """Count what the step's sum of losses is divided by, the same on every rank."""
         return int(pairs.selected[indices].sum()) if self.method.per == "token" else len(indices)
 
     def _prepared(self, data: Sequence[TokenPair] | None, args: SePOConfig) -> PreparedPairs | None:
@@ -373,7 +371,9 @@ class SePOTrainer(MaskedTrainer):
         plan = self._plan(pairs, len(pairs), shuffle=False)
         with closing(self._batches(pairs, self._parts(plan))) as batches:
             for batch in batches:
-                self._losses(model, batch, means)
+                with self._autocast():
+                    tokens = model(batch=batch, reads=self._reads)
+                self._losses(tokens, batch, means)
         metrics = means.pop(self.accelerator)
         metrics["loss"] *= len(pairs) / self._loss_count(pairs, plan.pairs)
         metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}

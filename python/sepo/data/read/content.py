@@ -7,7 +7,7 @@ from typing import Any
 
 from sepo.data.read.formats import Preference
 
-REASONING = ("reasoning_content", "reasoning", "thinking")  # names of what is thought aloud
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what is thought aloud
 THOUGHT = "</think>"  # ends what templates cut from earlier turns, at inference too
 
 
@@ -74,6 +74,18 @@ def with_string(message: dict) -> dict:
     if not isinstance(content, list) or None in map(_text, content):
         return message
     return message | {"content": "".join(map(_text, content))}
+
+
+def with_reasoning(message: dict) -> dict:
+    """The message with its reasoning under both names that templates read.
+
+    Newer transformers do the same to each message, those of the lowest version that is declared do
+    not: a row would be another text to a template that reads the other name (gpt-oss).
+    """
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _text(part: Any) -> str | None:

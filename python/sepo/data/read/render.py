@@ -72,6 +72,7 @@ def _render(tokenizer: Any, p: Preference, messages: list[dict], **how: Any) -> 
     from jinja2 import TemplateError
 
     try:
+        messages = [content.with_reasoning(message) for message in messages]
         return tokenizer.apply_chat_template(
             messages, tools=p.tools, tokenize=False, **(p.template_kwargs or {}), **how
         )

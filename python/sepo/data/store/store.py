@@ -18,9 +18,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from operator import index as as_index
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -64,8 +66,12 @@ PART = re.compile(r"part-\d{5,15}-of-\d{5,}\.parquet")
 SHOWN = 8  # missing parts that a message names
 
 
-class ScoredStore:
-    """A complete store, decoded in memory: about 8 bytes a token. Hidden rows stay on the disk."""
+class ScoredStore(Sequence[ScoredPair]):
+    """A complete store, decoded in memory: about 8 bytes a token. Hidden rows stay on the disk.
+
+    A sequence of its pairs in the order of the data: length, indices from either end, slices
+    (lists of pairs), iteration, `in`.
+    """
 
     def __init__(self, path: Path, manifest: dict, parts: list[Part]):
         self.path, self.manifest = path, manifest
@@ -106,15 +112,27 @@ class ScoredStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> ScoredPair:
-        if not -len(self) <= index < len(self):
+    @overload
+    def __getitem__(self, index: int) -> ScoredPair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[ScoredPair]: ...
+
+    def __getitem__(self, index: int | slice) -> ScoredPair | list[ScoredPair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        if not -len(self) <= (index := as_index(index)) < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         part, row = divmod(index % len(self), self.manifest["pairs_per_part"])
         return self._parts[part].pair(row)
 
+    def __iter__(self) -> Iterator[ScoredPair]:
+        # Sequence's own would take an IndexError of decoding for the end
+        return (self[i] for i in range(len(self)))
+
     def pairs(self) -> Iterator[ScoredPair]:
         """All pairs in the order of the data."""
-        return (self[i] for i in range(len(self)))
+        return iter(self)
 
     def reference_head(self) -> StoredHead:
         """What turns the pairs' hidden rows into logits; only a store that keeps rows has it.

@@ -1,0 +1,180 @@
+"""Other people's heads as they are used; their versions are told, and what each needs.
+
+Liger's preference losses take whole sequences and answer with a scalar: the rows that are not
+selected carry -100, and are computed all the same.
+"""
+
+from functools import partial
+
+import torch
+
+from bench.contender import Contender, gradients, installed, missing
+
+
+def _lacks(package: str):
+    return lambda inputs: missing(package)
+
+
+def _cce(inputs) -> dict:
+    """Apple's cut cross-entropy: all rows in, labels of -100 dropped by itself."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    hidden, weight = inputs.leaves()
+    impl = {} if inputs.device == "cuda" else {"impl": "torch_compile"}
+    nll = linear_cross_entropy(hidden, weight, inputs.labels, reduction="none", **impl)  # (N,)
+    nll = nll[inputs.rows]
+    return {"logp": -nll.detach(), **gradients(nll, -inputs.upstream, hidden, weight)}
+
+
+def _cce_note(inputs) -> str:
+    return "default impl" if inputs.device == "cuda" else 'impl="torch_compile"'
+
+
+def _trl(inputs) -> dict:
+    """TRL's fused head, as its DPO trainer calls it."""
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction, _use_triton
+
+    hidden, weight = inputs.leaves()
+    labels = inputs.labels
+    mask = labels != -100
+    # as in its forward: without Triton every position is scored
+    compact = _use_triton(hidden.device)
+    logp = _ChunkedLogProbFunction.apply(
+        hidden[mask] if compact else hidden, weight, None,
+        labels[mask] if compact else labels.clamp(min=0),
+        1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",),
+    )[0]  # fmt: skip
+    logp = logp if compact else logp[mask]
+    return {"logp": logp.detach(), **gradients(logp, inputs.upstream, hidden, weight)}
+
+
+def _no_divergence(inputs) -> str | None:
+    if reason := missing("trl"):
+        return reason
+    try:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: F401
+    except ImportError as error:
+        return f"this trl has no chunked divergence ({error})"
+
+
+def _divergence(inputs) -> dict:
+    """Of its distillation trainer, of rows that the caller gathered: the KL alone."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    hidden, weight = inputs.leaves()
+    forward = inputs.case.direction == "ref||policy"
+    kl, _ = ChunkedDivergenceFunction.apply(
+        hidden[inputs.rows], weight, None, inputs.ref_hidden[inputs.rows], inputs.ref_weight, None,
+        0.0 if forward else 1.0,
+    )  # fmt: skip
+    return {"kl": kl.detach(), **gradients(kl, inputs.upstream_kl, hidden, weight)}
+
+
+def _trl_note(inputs) -> str:
+    return "" if inputs.device == "cuda" else "torch ops, every position"
+
+
+def _preference(inputs, name: str, **options) -> dict:
+    from liger_kernel import chunked_loss
+
+    hidden, weight = inputs.leaves()
+    case = inputs.case
+    pairs_first = lambda x: x.view(case.segments, case.N // case.segments, *x.shape[1:])
+    loss, _ = getattr(chunked_loss, name)(**options)(
+        weight, pairs_first(hidden), pairs_first(inputs.labels)
+    )
+    return {"loss": loss.detach(), **gradients(loss, None, hidden, weight)}
+
+
+def _no_triton(inputs) -> str | None:
+    if inputs.device != "cuda":
+        return "its Triton kernels need a GPU"
+    return missing("liger-kernel")
+
+
+def _gathered(inputs) -> dict:
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
+
+    hidden, weight = inputs.leaves()
+    mask, none = inputs.labels != -100, (None, None, -100, 0.0, 0.0, "none")
+    nll = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden[mask], weight, inputs.labels[mask], *none
+    )[0]
+    return {"logp": -nll.detach(), **gradients(nll, -inputs.upstream, hidden, weight)}
+
+
+def _no_sm90(inputs, exactly: bool = False) -> str | None:
+    if inputs.device != "cuda":
+        return "its kernels need a GPU of compute capability 9.0"
+    found = torch.cuda.get_device_capability()
+    if found != (9, 0) if exactly else found < (9, 0):
+        return f"needs compute capability 9.0, got {found}"
+
+
+def _no_hopper(inputs) -> str | None:
+    if reason := _no_sm90(inputs, exactly=True) or missing("liger-kernel"):
+        return reason
+    try:
+        from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90  # noqa: F401
+    except ImportError as error:
+        return f"liger-kernel[cutedsl]: {error}"
+
+
+def _hopper(inputs) -> dict:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    hidden, weight = inputs.leaves()
+    mask = inputs.labels != -100
+    nll = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        hidden[mask], weight, inputs.labels[mask]
+    )
+    return {"logp": -nll.detach(), **gradients(nll, -inputs.upstream, hidden, weight)}
+
+
+def _no_quack(inputs) -> str | None:
+    if reason := _no_sm90(inputs):
+        return reason
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy  # noqa: F401
+    except ImportError as error:  # it, or the compiler of its kernels
+        return f"quack-kernels: {error}"
+
+
+def _quack(inputs) -> dict:
+    """On gathered rows, the mean: it has no value a token."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    hidden, weight = inputs.leaves()
+    loss = chunked_linear_cross_entropy(hidden[inputs.rows], weight, inputs.targets)
+    return {"loss": loss.detach(), **gradients(loss, None, hidden, weight)}
+
+
+_simpo = partial(_preference, name="LigerFusedLinearSimPOLoss", compute_nll_loss=False)
+_dpo = partial(_preference, name="LigerFusedLinearDPOLoss", use_ref_model=False)
+_liger = installed("liger-kernel")
+HEAD = (
+    Contender(
+        "cce", _cce, _lacks("cut-cross-entropy"), installed("cut-cross-entropy"), note=_cce_note
+    ),
+    Contender("trl", _trl, _lacks("trl"), installed("trl"), note=_trl_note),
+    Contender(
+        "liger_simpo", _simpo, _lacks("liger-kernel"), _liger, objective="simpo",
+        note=lambda inputs: "all rows, loss without NLL",
+    ),
+    Contender(
+        "liger_dpo", _dpo, _lacks("liger-kernel"), _liger, objective="dpo",
+        note=lambda inputs: "all rows, no reference model",
+    ),
+    Contender("liger", _gathered, _no_triton, _liger, note=lambda inputs: "hidden[mask]"),
+    Contender("liger_hopper", _hopper, _no_hopper, _liger, note=lambda inputs: "hidden[mask]"),
+    Contender(
+        "quack", _quack, _no_quack, installed("quack-kernels"), objective="mean",
+        note=lambda inputs: "scalar mean of the rows",
+    ),
+)  # fmt: skip
+KL = (
+    Contender(
+        "trl_divergence", _divergence, _no_divergence, installed("trl"), objective="kl",
+        note=lambda inputs: "hidden[rows], KL without log-probabilities",
+    ),
+)  # fmt: skip

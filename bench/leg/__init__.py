@@ -1,8 +1,0 @@
-"""The GPU leg's machinery, none of which needs a GPU: bench/gpu.py is the program.
-
-ledger.py   where a process says what it is at, so that the next one leaves out what killed it
-stages.py   processes with limits, one after the other, each alone
-plan.py     which they are, in order        watched.py  compute-sanitizer, which may refuse
-wheels.py   packages that were carried here found.py    what was measured, what was not, in words
-trace.py    a profile of one step
-"""

@@ -1,0 +1,154 @@
+"""The README's tables, made of bench/results: `python -m tools.readme` writes them, --check compares.
+
+A block begins with <!-- bench:TABLE MACHINE --> and ends with <!-- /bench -->; MACHINE names a file of
+bench/results. A table tells of one run: the latest of those that measured most of its contenders.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from bench.report import RESULTS, ROOT, short
+from sepo.errors import InputError
+
+README = ROOT / "README.md"
+BLOCK = re.compile(
+    r"(<!-- bench:(?P<table>[\w-]+) (?P<machine>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL
+)
+KINDS = {"bf16": "bfloat16", "fp32": "float32"}  # as the cases' names have them
+HEAD = {  # provider: what the README calls it
+    "sepo": "**sepo**",
+    "cce": "{version} (`{impl}`), gathered rows",
+    "torch_lce": "`F.linear_cross_entropy` ({version}), gathered rows",
+    "dense_gathered": "gathered rows, log-softmax",
+    "liger_simpo": "{version} SimPO loss, all tokens",
+    "dense": "dense log-softmax, all tokens",
+}
+STEP = {
+    "TRL DPO, checkpointing": "{trl} DPO, gradient checkpointing (its default)",
+    "TRL DPO": "{trl} DPO",
+    "TRL SimPO": "{trl} SimPO",
+    "dpo, cached reference": "**sepo** DPO, cached reference ({reference:.1f} s a pair, once)",
+    "simpo": "**sepo** SimPO",
+    "sepo 30 %": "**sepo** SePO, 30 %",
+    "sepo 30 %, checkpointing": "**sepo** SePO, 30 %, gradient checkpointing",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would")
+    args = parser.parse_args(argv)
+    text = README.read_text()
+    current = rewritten(text)
+    if args.check or text == current:
+        return int(text != current)
+    README.write_text(current)
+    return 0
+
+
+def rewritten(text: str, results: Path = RESULTS) -> str:
+    """The text with every block made again. Raises InputError for a table that cannot be made."""
+
+    def block(found: re.Match) -> str:
+        name, path = found["table"], results / f"{found['machine']}.jsonl"
+        if name not in TABLES:
+            raise InputError(f"expected a table of {', '.join(TABLES)}, got {name}")
+        if not path.exists():
+            raise InputError(f"{path} is not there")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return f"{found[1]}{TABLES[name](rows)}\n{found[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def head_table(rows: list[dict], kind: str) -> str:
+    """A head, 30 % of the rows selected."""
+    found, when = _run(rows, f"head-{kind}-30", [*HEAD, "gemm"])
+    shape, gemm = found["sepo"]["shape"], found["gemm"]
+    where = gemm["note"].partition(" bare products")[2]  # " in float32", of a bfloat16 head
+    lines = [
+        f"A {KINDS[kind]} head of {_thousands(shape['V'])} words of width {shape['D']}, forward and backward, "
+        f"{shape['M']} of {shape['N']} tokens selected; {when}. GEMMs: its three bare products{where}, "
+        f"{1e3 * gemm['median']:.0f} ms.",
+        "",
+        "| | time / GEMMs | quartiles, ms | memory beyond inputs, MiB | error of logp, nats |",
+        "|---|---|---|---|---|",
+    ]
+    for name, words in HEAD.items():
+        if (row := found.get(name)) is None:
+            continue
+        impl = row["note"].replace('"', "").removeprefix("impl=")
+        named = words.format(version=row["version"], impl=impl)
+        low, high = (1e3 * x for x in row["quartiles"])
+        error = f"{row['errors']['logp']:.0e}" if "logp" in row["errors"] else "–"
+        cells = named, f"{row['times_gemm']:.2f}", f"{low:.0f}–{high:.0f}"
+        lines.append(_line(*cells, f"{row['extra_bytes'] / 2**20:.0f}", error.replace("e-0", "e-")))
+    return "\n".join(lines)
+
+
+def step_table(rows: list[dict]) -> str:
+    """A whole step of a pair, beside TRL's."""
+    found, when = _run(rows, "step", STEP)
+    one = found["sepo 30 %"]
+    of = f", {one['data']} cut to {one['max_length']} tokens" if "data" in one else ""
+    lines = [
+        f"{one['model']}, {one['pairs']} pairs a step{of}, {one['setting'][0]}; {when}. Of each pair:",
+        "",
+        "| | tokens | rows of the head | seconds | quartiles | MiB beyond weights, gradients, AdamW |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, words in STEP.items():
+        if (row := found.get(name)) is None:
+            continue
+        low, high = row["quartiles"]
+        again = ", and the reference's" if row["note"].endswith("by the reference") else ""
+        trl = row["setting"][2].rpartition(", ")[2].replace("trl", "TRL")
+        named = words.format(trl=trl, reference=row["reference_seconds"])
+        lines.append(
+            _line(
+                named, f"{_thousands(row['tokens'])}{again}", _thousands(row["rows"]),
+                f"{row['median']:.2f}", f"{low:.2f}–{high:.2f}", _thousands(row["peak_bytes"] / 2**20),
+            )
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[list[dict]], str]] = {
+    "head": partial(head_table, kind="bf16"),
+    "head-fp32": partial(head_table, kind="fp32"),
+    "step": step_table,
+}
+
+
+def _run(rows: list[dict], case: str, names) -> tuple[dict[str, dict], str]:
+    """By contender, the rows of the one run that measured most of them, the latest of such; its name."""
+    runs: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        here = row.get("case") == case and row.get("side", "here") == "here"
+        if here and row["status"] == "measured" and row["provider"] in names:
+            runs.setdefault(row["date"], {})[row["provider"]] = row
+    runs = {date: run for date, run in runs.items() if any(row["ours"] for row in run.values())}
+    if not runs:
+        raise InputError(f"no run of {case} has measured ours")
+    date, found = max(runs.items(), key=lambda item: (len(item[1]), item[0]))
+    about = next(iter(found.values()))
+    return found, f"{about['machine']}, {date[:10]}, {short(about['commit'])}"
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _thousands(number: float) -> str:
+    return f"{number:,.0f}".replace(",", " ") if number >= 1e4 else f"{number:.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
