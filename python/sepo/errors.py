@@ -9,7 +9,7 @@ from typing import NoReturn
 from sepo.terminal import StdoutError, held_warnings, release_warnings, say, standard_streams
 
 # what the extras of pyproject.toml bring, by the names that are imported; datasets is in `train`
-# too, and is asked for where it reads (sepo.data.load)
+# too, and is asked for where it reads (sepo.data.read.load)
 TRAIN = ("transformers", "accelerate", "safetensors", "pyarrow", "jinja2", "yaml", "tqdm")
 REPORT = (*TRAIN, "matplotlib")
 EXTRAS = {"train": TRAIN, "report": REPORT, "demo": (*REPORT, "gguf", "vaderSentiment")}

@@ -8,7 +8,7 @@ import tomllib
 import pytest
 from processes import ENVIRONMENT, ROOT
 
-from sepo.cli import COMMANDS
+from sepo.commands.main import COMMANDS
 from sepo.errors import EXTRAS, needs
 
 # None in sys.modules: importing the package fails, and asking for its spec finds none
