@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sepo.data.read.formats import Drop, Preference, find_format, read_row
+from sepo.data.read.formats import DroppedRow, Preference, find_format, read_row
 from sepo.data.read.load import load_rows
 from sepo.data.read.read import read_pairs
 from sepo.data.types import ScoredPair, TokenPair
@@ -67,7 +67,7 @@ def texts(source: Path) -> list[dict]:
     rows = load_rows(source)
     form = find_format(rows.column_names)
     read = (read_row(row, number, form) for number, row in enumerate(rows))
-    return [text(one) for one in read if not isinstance(one, Drop)]
+    return [text(one) for one in read if not isinstance(one, DroppedRow)]
 
 
 def text(one: Preference) -> dict:
