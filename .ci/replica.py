@@ -80,8 +80,19 @@ def bounds() -> list[str]:
     (listed,) = (n.value for n in source.body if _is_named(n, "DEPENDENCIES"))
     (torch,) = re.findall(r'^TORCH = "(.+)"', (ROOT / "build_backend.py").read_text(), re.M)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [line for name in EXTRAS for line in project["optional-dependencies"][name]]
-    return list(_lowest([torch, *extras, *ast.literal_eval(listed)]))
+    extras = project["optional-dependencies"]
+    brought = [line for name in EXTRAS for line in _requirements(name, extras)]
+    return list(dict.fromkeys(_lowest([torch, *brought, *ast.literal_eval(listed)])))
+
+
+def _requirements(name: str, extras: dict[str, list[str]]) -> Iterator[str]:
+    """Of an extra, and of the extras that it names: sepo[train]."""
+    for line in extras[name]:
+        if found := re.fullmatch(r"sepo\[(.+)\]", line):
+            for other in found[1].split(","):
+                yield from _requirements(other, extras)
+        else:
+            yield line
 
 
 def _is_named(node: ast.stmt, name: str) -> bool:

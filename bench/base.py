@@ -1,5 +1,7 @@
 """The same cases at another commit: a worktree of it with this bench/, and the two take turns.
 
+    python -m bench.base REV COMMAND...     a Python program in such a worktree, `make bench-ops` say
+
 Both sides are processes of their own, because a library is imported once; they wait for each other, so
 that no round of one runs beside a round of the other.
 """
@@ -21,6 +23,7 @@ from sepo.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ("csrc", "setup.py")  # what the extension is made of
+MEASURES = ("bench", "python/sepo/cost")  # the same on both sides, FLOP too
 
 
 @contextmanager
@@ -43,9 +46,10 @@ def worktree(commit: str) -> Iterator[Path]:
         tree = Path(folder) / "tree"
         _git("worktree", "add", "--detach", str(tree), commit)
         try:
-            shutil.rmtree(tree / "bench", ignore_errors=True)
             leave = shutil.ignore_patterns("results", "__pycache__")
-            shutil.copytree(ROOT / "bench", tree / "bench", ignore=leave)
+            for name in MEASURES:
+                shutil.rmtree(tree / name, ignore_errors=True)
+                shutil.copytree(ROOT / name, tree / name, ignore=leave)
             (ROOT / "runs").mkdir(exist_ok=True)
             (tree / "runs").symlink_to(ROOT / "runs")  # models that were unpacked there
             _build(tree, commit)
@@ -121,9 +125,8 @@ class Beside:
         self.name, self.rounds = name, rounds
         self._job, self._sides, self._commit = job, {"here": here, "base": there}, commit
         self._number, self.legend = 0, ""
-        self.gate, self.ready, self.finish = (
-            partial(self._ask, what) for what in ("gate", "ready", "finish")
-        )
+        asked = "gate", "ready", "finish"
+        self.gate, self.ready, self.finish = (partial(self._ask, what) for what in asked)
 
     def turn(self) -> None:
         """One round of each; the other one first in the next."""
@@ -149,9 +152,8 @@ def side_by_side(name: str, records: list[dict], commit: str) -> str:
 
     That is the median over the rounds of the base's time over the one beside it.
     """
-    here, there = (
-        {r["provider"]: r for r in records if r["side"] == side} for side in ("here", "base")
-    )
+    of = lambda side: {r["provider"]: r for r in records if r["side"] == side}
+    here, there = of("here"), of("base")
     times = lambda side: f"{f'{side} ms':>10}{'q1':>9}{'q3':>9}"
     lines = [f"\n{name}, beside {commit[:12]}"]
     lines.append(f"{'':34}{times('here')}{times('base')}{'base/here':>11}")
@@ -211,3 +213,14 @@ def _git(*args: str) -> str:
 
 def _last(text: str) -> str:
     return (text.strip().splitlines() or ["it said nothing"])[-1]
+
+
+def main(argv: list[str]) -> int:
+    commit = _git("rev-parse", "--verify", f"{argv[0]}^{{commit}}")
+    with worktree(commit) as tree:
+        env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tree), str(tree / "python")))}
+        return subprocess.call([sys.executable, *argv[1:]], cwd=tree, env=env)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -8,9 +8,6 @@ from typing import Any
 import torch
 
 
-def _always(inputs) -> None: ...
-
-
 def _nothing(*inputs) -> str:
     return ""
 
@@ -23,7 +20,7 @@ class Contender:
     # an operation's inputs -> dict of the values and gradients that the gate compares; a step's round
     # -> its loss, with gradients added to the shared weights: the end of a step is common to all
     run: Callable[[Any], Any] | None  # None: it can't run here
-    why_not: Callable = _always  # inputs -> None: can run here; else the reason
+    why_not: Callable = _nothing  # inputs -> the reason why it can't run here, if there is one
     version: Callable[[], str] = lambda: f"torch {torch.__version__}"
     objective: str = "weighted"  # what it differentiates, of operations.head.OBJECTIVES; a method
     ours: bool = False  # held to our limits, and a failure of the run if they are missed

@@ -33,20 +33,16 @@ def _panel(panel, case: str, rows: list[dict]) -> None:
     # whole steps are told in seconds a pair
     scale, unit = (1, "s a pair") if rows[0]["suite"] == "step" else (1e3, "ms")
     medians = [scale * row["median"] for row in rows]
-    spread = [
-        [scale * abs(row["median"] - row["quartiles"][side]) for row in rows] for side in (0, 1)
-    ]
-    colours = [
-        BASE if row.get("side") == "base" else OURS if row["ours"] else PEERS for row in rows
-    ]
-    places = range(len(rows))
-    bars = panel.barh(
-        places, medians, xerr=spread, color=colours, ecolor="black", error_kw={"lw": 0.8}
-    )
+    off = lambda row, side: scale * abs(row["median"] - row["quartiles"][side])
+    spread = [[off(row, side) for row in rows] for side in (0, 1)]
+    is_base = [row.get("side") == "base" for row in rows]
+    colours = [BASE if b else OURS if row["ours"] else PEERS for row, b in zip(rows, is_base)]  # noqa: B905
+    places, black = range(len(rows)), dict(ecolor="black", error_kw={"lw": 0.8})
+    bars = panel.barh(places, medians, xerr=spread, color=colours, **black)
     numbers = [f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in medians]
     panel.bar_label(bars, numbers, padding=4, fontsize=7)
     panel.margins(x=0.1)  # room for the label of the longest
-    labels = [row["provider"] + (" (base)" if row.get("side") == "base" else "") for row in rows]
+    labels = [row["provider"] + " (base)" * b for row, b in zip(rows, is_base)]  # noqa: B905
     panel.set_yticks(places, labels, fontsize=8)
     panel.invert_yaxis()  # as in the table
     if max(medians) > SPREAD * min(medians):

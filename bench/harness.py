@@ -79,7 +79,7 @@ class Job:
     ):
         self.case, self.device, self.rounds, self.slow_too = case, device, rounds, slow_too
         self.name, self.suite, self.legend = case.name, case.suite, case.legend
-        self.contenders = [c for c in contenders if takes_part(c, case)]
+        self.contenders = [c for c in contenders if case.takes(c)]
         self.rows: list[Row] = []
         self.about: dict = {}  # of every row in a file
 
@@ -142,10 +142,9 @@ class Job:
                 row.roof = roof.share(row.flop, row.bytes, row.median)
                 row.rate = contender.rate(inputs, row.median)
                 timed[row.provider] = row
-        if self.suite != "step":
-            for row in timed.values():
-                row.times_gemm = _ratio(row, timed.get("gemm"))
-                row.times_sepo = _ratio(row, timed.get("sepo"))
+        over = lambda row, name: row.median / timed[name].median if name in timed else None
+        for row in timed.values():
+            row.times_gemm, row.times_sepo = over(row, "gemm"), over(row, "sepo")
         self.roof, self.heading = str(roof), inputs.heading
         self.about = inputs.about | roof.rates
         del self._inputs, self._turns, self._roof, inputs
@@ -162,10 +161,8 @@ class Job:
 
     def _row(self, contender: Contender) -> Row:
         about = {k: getattr(contender, k) for k in ("ours", "attention", "group", "objective")}
-        return Row(
-            self.suite, self.name, contender.label, contender=contender.name,
-            shape=self.case.shape, **about,
-        )  # fmt: skip
+        about |= dict(contender=contender.name, shape=self.case.shape)
+        return Row(self.suite, self.name, contender.label, **about)
 
     def _gate(self, contender: Contender, row: Row, inputs) -> None:
         peer = contender.gated and not contender.ours
@@ -189,11 +186,6 @@ class Job:
     def _passed(self) -> list[tuple[Contender, Row]]:
         both = zip(self.contenders, self.rows, strict=True)
         return [(contender, row) for contender, row in both if row.status == "passed"]
-
-
-def takes_part(contender: Contender, case) -> bool:
-    name = contender.name.partition(":")[0]  # "sepo" in a case's list means all of ours
-    return name not in case.without and (not case.only or name in case.only)
 
 
 def judge(contender: Contender, row: Row, inputs) -> None:
@@ -243,10 +235,6 @@ def check(
 def _out(row: Row, reason: str) -> None:
     """It has no speed; of a saving that is left off that's no failure of ours: it is plain PyTorch."""
     row.status, row.reason = "skipped" if row.group == "savings" else "refused", reason
-
-
-def _ratio(row: Row, other: Row | None) -> float | None:
-    return row.median / other.median if other is not None and other.median else None
 
 
 def device_here() -> str:

@@ -59,7 +59,7 @@ def jobs(
     steps |= dict(wanted=providers, rounds=rounds)
     found = []
     for suite in (s for s in SUITES if s in wanted_suites and not lacking(s)):
-        for case, contenders in _steps(steps) if suite == "step" else _operations(suite, device):
+        for case, contenders in _cases(suite, device, steps):
             wanted = providers or few.get(case.name, ())
             chosen = [c for c in contenders if not wanted or _named(c.name, wanted)]
             job = Job(
@@ -83,8 +83,12 @@ def jobs(
     return sorted(chosen, key=lambda job: "large" not in job.name)
 
 
-def _operations(suite: str, device: str) -> Iterator[tuple[Any, tuple[Contender, ...]]]:
-    """Cases with all their contenders; what needs transformers is imported when asked for."""
+def _cases(suite: str, device: str, steps: dict) -> Iterator[tuple[Any, tuple[Contender, ...]]]:
+    """With all their contenders; what needs transformers is imported when asked for."""
+    if suite == "step":  # whose contenders are made with the model
+        from bench.steps.case import cases
+
+        return ((case, ()) for case in cases(**steps))
     if suite == "attention":
         from bench.contenders.attention import ATTENTION
         from bench.operations import attention
@@ -97,13 +101,6 @@ def _operations(suite: str, device: str) -> Iterator[tuple[Any, tuple[Contender,
         found = {"head": [(head, contenders.HEAD), (kl, contenders.KL)],
                  "select": [(topk, contenders.TOPK)]}[suite]  # fmt: skip
     return ((case, who) for module, who in found for case in module.cases(device))
-
-
-def _steps(setting: dict) -> list[tuple[Any, tuple]]:
-    """Their contenders are made with the model."""
-    from bench.steps.case import cases
-
-    return [(case, ()) for case in cases(**setting)]
 
 
 def _named(name: str, wanted: tuple[str, ...]) -> bool:

@@ -27,9 +27,7 @@ class Turns:
     ):
         self.calls, self.device, self.rounds = calls, device, rounds or {}
         self.seconds: dict[str, list[float]] = {name: [] for name in calls}
-        self.failed: dict[
-            str, str
-        ] = {}  # calls that raised something, which are out of it, and what
+        self.failed: dict[str, str] = {}  # calls that raised something and are out of it, and what
 
     def turn(self) -> None:
         """One round."""
@@ -119,10 +117,8 @@ class Roof:
         for call in calls.values():
             call()
         self._turns = Turns(calls, device)
+        self.turn = self._turns.turn
         self._bytes = 2 * SIZE[device]
-
-    def turn(self) -> None:
-        self._turns.turn()
 
     @property
     def flop_rate(self) -> float:  # FLOP a second

@@ -83,14 +83,19 @@ def vocabulary_logp(
     return log_softmax(output.logits[:, :-1]), output.hidden_states
 
 
-class Autocast:
-    """Of a step in plain PyTorch: none where the gate compares in float32, bfloat16 when lowered."""
+class Step:
+    """Forward and backward of a round; without autocast till it is lowered."""
 
-    def __init__(self, device: torch.device, bf16: bool):
-        self.device, self.bf16, self.on = device, bf16, False
+    def __init__(self, forward: Callable, loss: Callable, device: torch.device, bf16: bool):
+        self.forward, self.loss = forward, loss  # of a round; of what that gave
+        self.device, self.bf16, self.lowered = device, bf16, False
 
     def lower(self) -> None:
-        self.on = self.bf16
+        self.lowered = self.bf16
 
-    def __call__(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on)
+    def __call__(self, number: int) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.lowered):
+            found = self.forward(number)
+        value = self.loss(found)
+        value.backward()
+        return value.detach()

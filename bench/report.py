@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from bench.contender import missing
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 EMULATED = " alone, emulated"  # after the instruction set: the CPU has more than torch may use
@@ -102,13 +104,7 @@ def surroundings(device: str) -> dict:
 
 def versions() -> dict[str, str]:
     """Of the packages that are measured or that do the measuring, where they are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: importlib.metadata.version(name) for name in PACKAGES if not missing(name)}
 
 
 def machine(device: str) -> str:

@@ -50,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = dict(
             device=args.device, cases=tuple(args.case), providers=tuple(args.providers),
             rounds=args.rounds, model=args.model, data=args.data, pairs=args.pairs,
-            max_length=args.max_length, dtype=dtype_of_steps(args),
+            max_length=args.max_length, dtype=args.dtype,
         )  # fmt: skip
+        if args.dtype == "auto":  # told once, so that the other side of --base takes the same
+            options["dtype"] = str(precision.fast(args.device)).removeprefix("torch.")
         return measure(args, options)
     except InputError as error:
         print(f"bench: error: {error}", file=sys.stderr)
@@ -83,13 +85,6 @@ def parser() -> argparse.ArgumentParser:
     add("--float32", action="store_const", dest="dtype", const="float32")
     add("--serve", type=json.loads, help=argparse.SUPPRESS)  # base.py's other end
     return found
-
-
-def dtype_of_steps(args: argparse.Namespace) -> str:
-    """Told once, so that the other side of --base takes the same."""
-    if args.dtype != "auto":
-        return args.dtype
-    return str(precision.fast(args.device)).removeprefix("torch.")
 
 
 def measure(args: argparse.Namespace, options: dict) -> int:
@@ -136,6 +131,7 @@ def run(
 ) -> tuple[list[dict], int]:  # records of all rows, exit status
     """All gates, then all rounds; records are kept a case at a time."""
     gates, red = [], False
+    is_ours = lambda record: record["ours"] and record.get("side", "here") == "here"
     for entry in entries:
         entry.gate()
         gates.append(found := entry.records())
@@ -170,10 +166,6 @@ def run(
     due = [r for r in records if r["ours"]] or records
     failed = any(r["status"] == "refused" and is_ours(r) for r in records)  # after its gate
     return records, 0 if any(r["status"] == "measured" for r in due) and not failed else 1
-
-
-def is_ours(record: dict) -> bool:
-    return record["ours"] and record.get("side", "here") == "here"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's tables, made of bench/results: `python -m tools.readme` writes them, --check compares.
+"""Make the tables of docs/benchmarks.md from bench/results: `python -m tools.readme`; --check compares.
 
 A block begins with <!-- bench:TABLE MACHINE --> and ends with <!-- /bench -->; MACHINE names a file of
 bench/results. A table tells of one run: the latest of those that measured most of its contenders.
@@ -11,16 +11,18 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 from bench.report import RESULTS, ROOT, short
 from sepo.errors import InputError
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BLOCK = re.compile(
     r"(<!-- bench:(?P<table>[\w-]+) (?P<machine>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL
 )
+COLUMNS = 100  # of a page's text
 KINDS = {"bf16": "bfloat16", "fp32": "float32"}  # as the cases' names have them
-HEAD = {  # provider: what the README calls it
+HEAD = {  # provider: what the page calls it
     "sepo": "**sepo**",
     "cce": "{version} (`{impl}`), gathered rows",
     "torch_lce": "`F.linear_cross_entropy` ({version}), gathered rows",
@@ -45,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would")
     args = parser.parse_args(argv)
-    text = README.read_text()
+    text = PAGE.read_text()
     current = rewritten(text)
     if args.check or text == current:
         return int(text != current)
-    README.write_text(current)
+    PAGE.write_text(current)
     return 0
 
 
@@ -73,10 +75,13 @@ def head_table(rows: list[dict], kind: str) -> str:
     found, when = _run(rows, f"head-{kind}-30", [*HEAD, "gemm"])
     shape, gemm = found["sepo"]["shape"], found["gemm"]
     where = gemm["note"].partition(" bare products")[2]  # " in float32", of a bfloat16 head
+    about = (
+        f"A {KINDS[kind]} head of {_thousands(shape['V'])} words of width {shape['D']}, forward and "
+        f"backward, {shape['M']} of {shape['N']} tokens selected; {when}. GEMMs: its three bare "
+        f"products{where}, {1e3 * gemm['median']:.0f} ms."
+    )
     lines = [
-        f"A {KINDS[kind]} head of {_thousands(shape['V'])} words of width {shape['D']}, forward and backward, "
-        f"{shape['M']} of {shape['N']} tokens selected; {when}. GEMMs: its three bare products{where}, "
-        f"{1e3 * gemm['median']:.0f} ms.",
+        fill(about, COLUMNS),
         "",
         "| | time / GEMMs | quartiles, ms | memory beyond inputs, MiB | error of logp, nats |",
         "|---|---|---|---|---|",
@@ -98,8 +103,9 @@ def step_table(rows: list[dict]) -> str:
     found, when = _run(rows, "step", STEP)
     one = found["sepo 30 %"]
     of = f", {one['data']} cut to {one['max_length']} tokens" if "data" in one else ""
+    about = f"{one['model']}, {one['pairs']} pairs a step{of}, {one['setting'][0]}; {when}. Of each pair:"
     lines = [
-        f"{one['model']}, {one['pairs']} pairs a step{of}, {one['setting'][0]}; {when}. Of each pair:",
+        fill(about, COLUMNS),
         "",
         "| | tokens | rows of the head | seconds | quartiles | MiB beyond weights, gradients, AdamW |",
         "|---|---|---|---|---|---|",

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-import sepo
 from bench.contender import Contender
+from bench.contenders.ours import version
 from sepo.attention import IMPLS, PackedLayout, Terms, choose, explain
 from sepo.errors import InputError
 
@@ -57,7 +57,7 @@ def _padding(inputs, how: str) -> str:
     return f"{how}, {rows} rows instead of {len(inputs.batch.tokens)}"
 
 
-_ours = dict(version=lambda: f"sepo {sepo.__version__}", ours=True)
+_ours = dict(version=version, ours=True)
 ATTENTION = (
     Contender(
         "sepo", partial(_packed, impl="auto"), **_ours,

@@ -10,6 +10,8 @@ import sepo
 from bench.contender import Contender, gradients
 from sepo import ops
 
+version = lambda: f"sepo {sepo.__version__}"
+
 
 def _logprob(inputs, impl: str, M: int | None = None) -> dict:
     hidden, weight = inputs.leaves()
@@ -64,11 +66,11 @@ def _why_not_named(inputs, run: Callable, names: tuple[str, ...], name: str) -> 
 def _providers(op: str, run: Callable, note: Callable | None = None) -> tuple[Contender, ...]:
     if not hasattr(ops, op):
         why_not = lambda inputs: f"sepo.ops.{op} is not there yet"
-        return (Contender("sepo", run, why_not, _version, ours=True),)
+        return (Contender("sepo", run, why_not, version, ours=True),)
     names = tuple(impl.name for impl in importlib.import_module(f"sepo_kernels.{op}").IMPLS)
     if note is None:
         note = lambda inputs, impl: impl if impl != "auto" else _taken(run, inputs, names)
-    shared = dict(version=_version, ours=True)
+    shared = dict(version=version, ours=True)
     auto = Contender("sepo", partial(run, impl="auto"), note=partial(note, impl="auto"), **shared)
     return auto, *(
         Contender(
@@ -77,10 +79,6 @@ def _providers(op: str, run: Callable, note: Callable | None = None) -> tuple[Co
         )
         for name in names
     )  # fmt: skip
-
-
-def _version() -> str:
-    return f"sepo {sepo.__version__}"
 
 
 HEAD = _providers("selected_logprob", _logprob, _schedule)

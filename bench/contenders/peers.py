@@ -10,9 +10,7 @@ import torch
 
 from bench.contender import Contender, gradients, installed, missing
 
-
-def _lacks(package: str):
-    return lambda inputs: missing(package)
+_lacks = lambda package: lambda inputs: missing(package)
 
 
 def _cce(inputs) -> dict:
@@ -24,10 +22,6 @@ def _cce(inputs) -> dict:
     nll = linear_cross_entropy(hidden, weight, inputs.labels, reduction="none", **impl)  # (N,)
     nll = nll[inputs.rows]
     return {"logp": -nll.detach(), **gradients(nll, -inputs.upstream, hidden, weight)}
-
-
-def _cce_note(inputs) -> str:
-    return "default impl" if inputs.device == "cuda" else 'impl="torch_compile"'
 
 
 def _trl(inputs) -> dict:
@@ -68,10 +62,6 @@ def _divergence(inputs) -> dict:
         0.0 if forward else 1.0,
     )  # fmt: skip
     return {"kl": kl.detach(), **gradients(kl, inputs.upstream_kl, hidden, weight)}
-
-
-def _trl_note(inputs) -> str:
-    return "" if inputs.device == "cuda" else "torch ops, every position"
 
 
 def _preference(inputs, name: str, **options) -> dict:
@@ -154,9 +144,13 @@ _dpo = partial(_preference, name="LigerFusedLinearDPOLoss", use_ref_model=False)
 _liger = installed("liger-kernel")
 HEAD = (
     Contender(
-        "cce", _cce, _lacks("cut-cross-entropy"), installed("cut-cross-entropy"), note=_cce_note
+        "cce", _cce, _lacks("cut-cross-entropy"), installed("cut-cross-entropy"),
+        note=lambda i: "default impl" if i.device == "cuda" else 'impl="torch_compile"',
     ),
-    Contender("trl", _trl, _lacks("trl"), installed("trl"), note=_trl_note),
+    Contender(
+        "trl", _trl, _lacks("trl"), installed("trl"),
+        note=lambda i: "" if i.device == "cuda" else "torch ops, every position",
+    ),
     Contender(
         "liger_simpo", _simpo, _lacks("liger-kernel"), _liger, objective="simpo",
         note=lambda inputs: "all rows, loss without NLL",

@@ -36,6 +36,10 @@ class Case:
         hidden = "name", "only", "without", "long"
         return {k: str(v) if k == "dtype" else v for k, v in about.items() if k not in hidden}
 
+    def takes(self, contender: Contender) -> bool:
+        name = contender.name.partition(":")[0]  # "sepo" in a case's list means all of ours
+        return name not in self.without and (not self.only or name in self.only)
+
     def text(self, rows: list[Row], roof: str, heading: str) -> str:
         return report.table(rows, roof)
 

@@ -12,6 +12,7 @@ from bench import precision
 from bench.operations import Case, Inputs, seeded
 from bench.precision import product
 from bench.steps.pairs import drawn_pairs
+from sepo.cost.work import OURS, needed_size
 from sepo.data import all_positions, pack, truncate
 
 NAMES = ("out", "grad_query", "grad_key", "grad_value")
@@ -56,14 +57,8 @@ class AttentionInputs(Inputs):
     @property
     def flop(self) -> float:
         """Two products forward and four backward over what is seen; scores made again are not work."""
-        triangle = lambda n: n * (n + 1) // 2
-        seen = sum(
-            triangle(middle - start)
-            + triangle(prefix - start + end - middle)
-            - triangle(prefix - start)
-            for start, prefix, middle, end in self.batch.spans
-        )
-        return 6 * 2.0 * self.case.heads * self.case.width * seen
+        sizes = np.diff(self.batch.spans)  # (P, 3) tokens of prompt, chosen, rejected
+        return 6 * 2.0 * self.case.heads * self.case.width * needed_size(sizes, OURS).pairs
 
     @property
     def bytes(self) -> float:

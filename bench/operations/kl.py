@@ -107,9 +107,8 @@ def cases(device: str) -> list[KLCase]:
     name = lambda direction: direction.replace("||", "-")
     # the softmax of every row takes the same time in both directions: once is enough
     without = ((), ("softmax_both",) if device == "cpu" else ())
-    found = [
-        KLCase(f"kl-{name(d)}", d, without=w) for d, w in zip(DIRECTIONS, without, strict=True)
-    ]
+    both = zip(DIRECTIONS, without, strict=True)
+    found = [KLCase(f"kl-{name(d)}", d, without=w) for d, w in both]
     full = dict(dtype=torch.float32, without=("softmax_both",), long=True)
     found += [KLCase(f"kl-fp32-{name(d)}", d, **full) for d in DIRECTIONS]
     if device == "cuda":

@@ -10,12 +10,12 @@ import torch
 import transformers
 
 from bench import report
-from bench.contender import Contender, missing
+from bench.contender import Contender, installed, missing
 from bench.harness import Row
 from bench.steps import dense, models, ours, savings, table, trl
 from bench.steps.inputs import Steps
 from bench.steps.models import Weights
-from bench.steps.pairs import deal, default_source, texts, with_scores
+from bench.steps.pairs import deal, default_source, taken, texts, with_scores
 from sepo.trainer.step import MASK
 
 ATTENTION = {"cpu": (None,), "cuda": ("varlen", "flex", "sdpa")}
@@ -43,9 +43,7 @@ class StepCase:
     wanted: tuple[str, ...] = field(default=(), compare=False)  # names and groups; (): all
     method: str = ""  # of METHODS, beside full softmaxes of both models; else beside TRL
 
-    @property
-    def dtype(self) -> torch.dtype:  # that is timed
-        return torch.float32 if self.float32 else torch.bfloat16
+    dtype = property(lambda self: torch.float32 if self.float32 else torch.bfloat16)  # timed
 
     def inputs(self, device: str) -> Steps:
         be_quiet()
@@ -58,7 +56,7 @@ class StepCase:
             setting=self.conditions(device),
         )  # fmt: skip
         count, vocabulary = self.pairs * self.rounds, model.config.vocab_size
-        pairs, told = models.pairs(self.data, tokenizer, vocabulary, self.max_length, count)
+        pairs, told = taken(self.data, tokenizer, vocabulary, self.max_length, count)
         if self.method:
             (rounds, found), truth = self._beside_softmaxes(weights, pairs), dense.truth
         else:
@@ -71,12 +69,10 @@ class StepCase:
 
     def text(self, rows: list[Row], roof: str, heading: str) -> str:
         lines = [heading, roof, "", table.table(rows, self.method or table.SEPO)]
-        bars = ""
-        if self.method:
-            bars = table.bars(rows, *table.kl_bars(self.method))
-        elif self.name == "step":  # the project's are of four pairs of up to 512 tokens
-            bars = table.bars(rows)
-        return "\n".join([*lines, "", bars]).rstrip()
+        which = table.kl_bars(self.method) if self.method else ()
+        if self.method or self.name == "step":  # a glance, step-short, has none
+            lines += ["", table.bars(rows, *which)]
+        return "\n".join(lines).rstrip()
 
     def conditions(self, device: str) -> tuple[str, ...]:
         libraries = f"torch {torch.__version__}", f"transformers {transformers.__version__}"
@@ -84,7 +80,7 @@ class StepCase:
         return (
             f"weights float32, {cast} autocast, fused AdamW in float32",
             f"{report.machine(device)}, {torch.get_num_threads()} threads",
-            ", ".join((*libraries, trl.version())),
+            ", ".join((*libraries, missing("trl") or installed("trl")())),
         )
 
     def asks_for(self, group: str, *names: str) -> bool:

@@ -101,17 +101,11 @@ def _contender(
     policy, reference = weights.twin(), twin(weights.reference)
     if checkpointing:
         checkpoint_layers(policy)
-    autocast = plain.Autocast(policy.device, bf16)
-
-    def step(number: int) -> Tensor:
-        with autocast():
-            value = step_loss(objective, policy, reference, rounds[number])
-        value.backward()
-        return value.detach()
-
+    forward = lambda number: step_loss(objective, policy, reference, rounds[number])
+    step = plain.Step(forward, lambda value: value, policy.device, bf16)
     return Contender(
         f"dense {objective}" + (", checkpointing" if checkpointing else ""), step,
-        objective=objective, group="dense", lower=autocast.lower, keeps_bytes=num_bytes(reference),
+        objective=objective, group="dense", lower=step.lower, keeps_bytes=num_bytes(reference),
         work=lambda number: work.padded(policy, rounds[number], forwards=1),
         note=lambda inputs: "tokens and rows once more by the reference",
     )  # fmt: skip

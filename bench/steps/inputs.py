@@ -9,8 +9,8 @@ from torch import Tensor
 from bench import measure
 from bench.contender import Contender
 from bench.harness import Row
-from bench.steps import work
 from bench.steps.models import Weights
+from sepo.cost import gpu as gpus
 
 # of the loss, and of the gradient's error over its length: a cosine of 0.9999 would allow 0.014
 FLOAT32 = {"loss": 1e-4, "gradient": 1e-3, "cosine": None}
@@ -50,7 +50,6 @@ class Steps:
     about: dict = field(default_factory=dict)  # of every row in a file
     heading: str = ""  # of the table
     number: int = 0  # of the round
-    baselines = {}  # noqa: RUF012
     _truth: tuple[str, Truth | None] = ("", None)
 
     def passes(self, contender: Contender) -> Iterator[tuple[tuple[str, ...], dict]]:
@@ -101,12 +100,7 @@ class Steps:
 
     def call(self, contender: Contender) -> Callable[[], None]:
         """Gradients, clipping and AdamW, on the round's pairs."""
-
-        def step() -> None:
-            contender.run(self.number)
-            self.weights.finish()
-
-        return step
+        return lambda: (contender.run(self.number), self.weights.finish())
 
     def scaled(self, seconds: list[float]) -> list[float]:  # a pair
         return [t / len(pairs) for t, pairs in zip(seconds, self.rounds[1:], strict=False)]
@@ -123,10 +117,10 @@ class Steps:
         # weights read forward and backward; gradients written and read, both moments read and
         # written, weights read and written
         row.bytes = self.weights.static_bytes / 4 * (2 + 2 + 4 + 2) * rounds / pairs
-        if row.seconds and (peak := work.peak()):
+        if row.seconds and (gpu := gpus.here()):
             timed = len(row.seconds)
             spent = sum(t * len(p) for t, p in zip(row.seconds, done, strict=False))
-            row.mfu = sum(w.flops for w in each[:timed]) / spent / peak
+            row.mfu = sum(w.flops for w in each[:timed]) / spent / gpu.flop
 
     def forget(self) -> None:
         self.weights.optimizer.zero_grad()

@@ -4,14 +4,12 @@ import copy
 import shutil
 import tempfile
 import weakref
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from bench.steps import pairs as pairs_of
-from sepo.data.types import TokenPair
+from bench.steps.pairs import ROOT
 from sepo.demo.smollm2 import find_gguf, save_smollm2
 from sepo.errors import InputError
 
@@ -48,7 +46,7 @@ def load(
         with torch.device(device):
             config = AutoConfig.for_model("llama", **SHAPES[name])
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32), None
-    path = save_smollm2(pairs_of.ROOT / "runs" / SMOLLM2) if name == SMOLLM2 else name
+    path = save_smollm2(ROOT / "runs" / SMOLLM2) if name == SMOLLM2 else name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model.to(device), AutoTokenizer.from_pretrained(path)
 
@@ -66,15 +64,6 @@ def smollm2_here() -> str:
     except InputError:
         return "smollm2-shape"
     return SMOLLM2
-
-
-def pairs(
-    source: Path | None, tokenizer, vocab_size: int, max_length: int, count: int
-) -> tuple[list[TokenPair], str]:  # what is known of them
-    """Real ones for a model with a tokenizer, drawn ones for a shape."""
-    if tokenizer is None:
-        return pairs_of.drawn_pairs(count, vocab_size, max_length), f"{count} drawn pairs"
-    return pairs_of.real_pairs(source or pairs_of.default_source(), tokenizer, max_length)
 
 
 class Folder:

@@ -12,7 +12,6 @@ from bench.contender import Contender
 from bench.steps import work
 from bench.steps.models import Folder, Weights, checkpoint_layers, num_bytes, twin
 from bench.steps.objectives import SETTINGS, segments
-from bench.steps.pairs import with_reference
 from sepo.data.hidden import HiddenRows, StoredHead
 from sepo.data.segments import num_selected
 from sepo.data.types import ScoredPair, TokenPair
@@ -35,7 +34,9 @@ def reference_logp(
     reference = prepare_model(twin(weights.reference))
     start = time.perf_counter()
     logp = response_logp(reference, pairs, "reference", max_tokens=8192)
-    return with_reference(pairs, logp), (time.perf_counter() - start) / len(pairs)
+    seconds = (time.perf_counter() - start) / len(pairs)
+    both = [dict(chosen_ref_logp=chosen, rejected_ref_logp=rejected) for chosen, rejected in logp]
+    return [replace(pair, **two) for pair, two in zip(pairs, both, strict=True)], seconds
 
 
 def contenders(
@@ -160,12 +161,11 @@ def with_rows(reference, pairs: list[TokenPair], dtype: torch.dtype) -> list[Sco
     response_logp(reference, pairs, "reference", max_tokens=8192, hidden=rows)
     found, end = [], 0
     for pair in pairs:
-        handles = {}
+        parts = dict(id=pair.id, prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)
         for side in ("chosen", "rejected"):
             start, end = end, end + len(getattr(pair, side))
-            handles[f"{side}_ref_hidden"] = HiddenRows(rows, start, end - start)
-        tokens = dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)
-        found.append(ScoredPair(id=pair.id, **tokens, **handles))
+            parts[f"{side}_ref_hidden"] = HiddenRows(rows, start, end - start)
+        found.append(ScoredPair(**parts))
     return found
 
 

@@ -3,12 +3,11 @@
 import json
 import os
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from sepo.data.read.formats import Drop, Preference, find_format, read_row
+from sepo.data.read.formats import DroppedRow, Preference, find_format, read_row
 from sepo.data.read.load import load_rows
 from sepo.data.read.read import read_pairs
 from sepo.data.types import ScoredPair, TokenPair
@@ -53,18 +52,22 @@ def draw_lengths(rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:  #
     return np.exp(rng.normal(np.log(MEDIANS * scale), SPREADS)).astype(int)
 
 
-def real_pairs(source: Path, tokenizer, max_length: int) -> tuple[list[TokenPair], str]:
-    """Pairs, and what became of the rows."""
-    read = read_pairs(source, tokenizer, max_length=max_length)
+def taken(
+    source: Path | None, tokenizer, vocab_size: int, max_length: int, count: int
+) -> tuple[list[TokenPair], str]:  # what became of the rows
+    """Real ones for a model with a tokenizer, drawn ones for a shape."""
+    if tokenizer is None:
+        return drawn_pairs(count, vocab_size, max_length), f"{count} drawn pairs"
+    read = read_pairs(source or default_source(), tokenizer, max_length=max_length)
     return read.pairs, str(read.report)
 
 
 def texts(source: Path) -> list[dict]:
-    """The same rows as TRL wants them, with the ids that `real_pairs` gives them."""
+    """The same rows as TRL wants them, with the ids that `taken` gives them."""
     rows = load_rows(source)
     form = find_format(rows.column_names)
     read = (read_row(row, number, form) for number, row in enumerate(rows))
-    return [text(one) for one in read if not isinstance(one, Drop)]
+    return [text(one) for one in read if not isinstance(one, DroppedRow)]
 
 
 def text(one: Preference) -> dict:
@@ -100,13 +103,6 @@ def with_scores(pair: TokenPair) -> ScoredPair:
     tokens = dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)
     scores = dict(chosen_score=draw(pair.chosen), rejected_score=draw(pair.rejected))
     return ScoredPair(id=pair.id, **tokens, **scores)
-
-
-def with_reference(pairs: list[ScoredPair], logp: list[tuple]) -> list[ScoredPair]:
-    return [
-        replace(pair, chosen_ref_logp=chosen, rejected_ref_logp=rejected)
-        for pair, (chosen, rejected) in zip(pairs, logp, strict=True)
-    ]
 
 
 def deal(pairs: list, num_rounds: int, per_round: int, seed: int = 0) -> list[list]:

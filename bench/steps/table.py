@@ -50,10 +50,8 @@ def _line(row: Row, base: Row | None) -> str:
     share = lambda x: "" if x is None else f"{x:.1%}"
     work = f"{row.flop / 1e9:8.0f}{row.bytes / 1e6:7.0f}{share(row.roof):>7}{share(row.mfu):>7}"
     text = f"  {row.provider:30}{row.tokens:8.0f}{row.rows:7.0f}"
-    if row.seconds:
-        text += f"{row.median:10.3f}" + "".join(f"{x:8.3f}" for x in row.quartiles)
-    else:
-        text += f"{'':26}"
+    seconds = f"{row.median:10.3f}" + "".join(f"{x:8.3f}" for x in row.quartiles)
+    text += seconds if row.seconds else f"{'':26}"
     text += f"{times:8.2f}" if times is not None else f"{'':8}"
     text += f"{row.peak_bytes / 2**20:12.0f}{row.total_bytes / 2**30:11.2f}{work}"
     return f"{text}  {row.errors['loss']:<9.0e}{row.errors['gradient']:<9.0e}{row.note}".rstrip()
@@ -62,15 +60,18 @@ def _line(row: Row, base: Row | None) -> str:
 def bars(rows: list[Row], faster: Bars = BARS, smaller: Bars = MEMORY_BARS) -> str:
     """Each bar with what was found; nothing of those that were not measured."""
     lines = []
+    told = lambda text, found, least: lines.append(
+        f"{text}: {'reaches' if found >= least else 'misses'} {least:g}"
+    )
     for quick, slow, least in faster:
         times = ratio(quickest(rows, slow), quickest(rows, quick))
         if times is not None:
-            lines.append(_bar(f"{quick} is {times:.2f} x as fast as {slow}", times, least))
+            told(f"{quick} is {times:.2f} x as fast as {slow}", times, least)
     for name, other, least in smaller:
         small, large = quickest(rows, name), quickest(rows, other)
         if small and large:
             times = large.peak_bytes / small.peak_bytes
-            lines.append(_bar(f"{name} needs 1/{times:.2f} of the memory of {other}", times, least))
+            told(f"{name} needs 1/{times:.2f} of the memory of {other}", times, least)
     return "\n".join(lines)
 
 
@@ -88,10 +89,6 @@ def quickest(rows: list[Row], name: str) -> Row | None:
     """The contender of that name, with its quickest attention."""
     found = [row for row in rows if row.status == "measured" and row.contender == name]
     return min(found, key=lambda row: row.median, default=None)
-
-
-def _bar(text: str, found: float, least: float) -> str:
-    return f"{text}: {'reaches' if found >= least else 'misses'} {least:g}"
 
 
 def ratio(slow: Row | None, quick: Row | None) -> float | None:

@@ -3,7 +3,6 @@
 A pair comes to the collator as the token ids that everybody trains on.
 """
 
-import importlib.metadata
 import os
 import tempfile
 from collections.abc import Callable
@@ -46,10 +45,6 @@ VARIANTS = (
     Variant("TRL DPO, Liger layers, checkpointing", "dpo", checkpointing=True, liger=True),
     Variant("TRL SimPO, Liger layers", "simpo", liger=True),
 )
-
-
-def version() -> str:
-    return "trl is not installed" if missing("trl") else f"trl {importlib.metadata.version('trl')}"
 
 
 def kept(

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
-from sepo.cost import gpu
 from sepo.cost.decoder import Decoder
 from sepo.cost.work import Schedule, needed_flop, step_work
 from sepo.data.types import TokenPair
@@ -55,11 +53,3 @@ def padded(
     rows = used if used_alone else tokens - 2 * len(sizes) * unused
     flop = training(model, sizes, used, prompt_once=False, forwards=forwards)
     return Work(tokens, rows, flop)
-
-
-def peak() -> float | None:
-    """Of this machine's GPU; None for one that is not in the table."""
-    if not torch.cuda.is_available():
-        return None
-    found = gpu.of_device(torch.cuda.get_device_name())
-    return found.flop if found else None

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what a type checker and an editor see; `__getattr__` gives 
     from sepo.trainer.trainer import SePOTrainer
 
 from sepo import _moved
+from sepo.errors import needs
 
 __version__ = "0.1.0"
 __all__ = ["SePOConfig", "SePOTrainer"]
@@ -21,11 +22,12 @@ _HOME = {"SePOConfig": "sepo.trainer.config", "SePOTrainer": "sepo.trainer"}
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'sepo' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    with needs("train", f"sepo.{name}"):
+        return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME} - {"TYPE_CHECKING", "importlib", "_moved"})
+    return sorted({*globals(), *_HOME} - {"TYPE_CHECKING", "importlib", "needs", "_moved"})
 
 
 _moved.install()

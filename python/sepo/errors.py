@@ -3,9 +3,16 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import NoReturn
 
 from sepo.terminal import StdoutError, held_warnings, release_warnings, say, standard_streams
+
+# what the extras of pyproject.toml bring, by the names that are imported; datasets is in `train`
+# too, and is asked for where it reads (sepo.data.read.load)
+TRAIN = ("transformers", "accelerate", "safetensors", "pyarrow", "jinja2", "yaml", "tqdm")
+REPORT = (*TRAIN, "matplotlib")
+EXTRAS = {"train": TRAIN, "report": REPORT, "demo": (*REPORT, "gguf", "vaderSentiment")}
 
 
 class InputError(ValueError):
@@ -14,6 +21,28 @@ class InputError(ValueError):
     The command line prints the message alone and exits with code 2; any other exception is a bug
     and keeps its traceback.
     """
+
+
+class MissingPackage(InputError, ImportError):
+    """A package that one of the extras brings is not installed."""
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Turn a failed import into a MissingPackage that names the package and the extra.
+
+    The name comes from a look at what is installed, because transformers hides which import failed
+    behind its own. Where all of the extra is here, the error is another's and stays as it is.
+    """
+    try:
+        yield
+    except ImportError as error:
+        missing = next((name for name in EXTRAS[extra] if find_spec(name) is None), None)
+        if missing is None:
+            raise
+        raise MissingPackage(
+            f"{what} needs {missing}, which is not installed: pip install 'sepo[{extra}]'"
+        ) from error
 
 
 def exit_with_one_line(main: Callable[[], None]) -> NoReturn:

@@ -3,12 +3,14 @@
 Arguments are SePOConfig's, on the command line or in `--config run.yaml`; the command line wins.
 """
 
-from sepo.errors import InputError, exit_with_one_line, in_one_line
+from sepo.errors import InputError, exit_with_one_line, in_one_line, needs
 from sepo.system.settings import check_settings
 
 if __name__ == "__main__":
     with in_one_line():  # before the imports that read the environment
         check_settings()
+        with needs("train", "sepo train"):
+            import sepo.trainer  # noqa: F401
 
 import sys
 from collections.abc import Sequence

@@ -216,6 +216,7 @@ for line in sys.stdin:
 
 def test_the_other_commit_is_measured_with_this_bench(repository, monkeypatch):
     monkeypatch.setattr(base, "ROOT", repository)
+    monkeypatch.setattr(base, "MEASURES", ("bench",))
     monkeypatch.setattr(base, "_data", lambda asked: None)
     with base.beside("HEAD", ("head",), dict(data=None, device="cpu")) as (entry,):
         rows, code = run.run([entry], tell=lambda text: None)

@@ -192,7 +192,7 @@ def test_texts_joined_to_the_lengths_of_chats(tmp_path):
     )
     np.testing.assert_allclose(np.median(counts, 0), rows.WORDS_A_TOKEN * rows.MEDIANS, rtol=0.15)
     assert len({t["id"] for t in texts}) == len(texts) == 300
-    ids = [pair.id for pair in rows.real_pairs(first, make_tokenizer(), 512)[0]]
+    ids = [pair.id for pair in rows.taken(first, make_tokenizer(), V, 512, 0)[0]]
     assert set(ids) <= {t["id"] for t in texts} and len(ids) > 200
 
 

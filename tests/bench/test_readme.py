@@ -1,4 +1,4 @@
-"""The README's tables are what tools/readme.py makes of bench/results, and of one run."""
+"""The tables of docs/benchmarks.md are what tools/readme.py makes of bench/results, and of one run."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,17 @@ from tools import readme
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_is_current():
-    text = (ROOT / "README.md").read_text()
+def test_the_page_is_current():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
     tables = {found["table"] for found in readme.BLOCK.finditer(text)}
     assert {"head", "step"} <= tables <= set(readme.TABLES), "a table has no block, or no name"
     assert readme.rewritten(text) == text, "out of date: python -m tools.readme"
+
+
+def test_the_table_of_the_readme_is_of_that_page():
+    page = set((ROOT / "docs" / "benchmarks.md").read_text().splitlines())
+    table = [line for line in (ROOT / "README.md").read_text().splitlines() if line[:1] == "|"]
+    assert len(table) > 3 and not set(table) - page
 
 
 def head(provider, date, median, case="head-bf16-30", **more):
@@ -52,7 +58,7 @@ def test_a_table_tells_of_one_run(rewritten):
         "before\n<!-- bench:head cpu -->\nA bfloat16 head of 50 000 words of width 64"
     )
     assert text.endswith("<!-- /bench -->\nafter\n") and "old" not in text
-    assert "a CPU, 2026-01-02, 01234567." in text
+    assert "a CPU, 2026-01-02, 01234567." in " ".join(text.split())
     lines = [line for line in text.splitlines() if line.startswith("| **sepo**")]
     assert lines == ["| **sepo** | 2.00 | 200–200 | 1 | 2e-7 |"]
     assert "dense log-softmax" in text and "torch_compile" not in text
@@ -67,7 +73,8 @@ def test_heads_of_a_machine_that_is_slow_in_bfloat16(rewritten):
         head("gemm", "2026", 0.3, note="3 bare products in float32"),
         head("sepo", "2026", 0.4),
     ]
-    full, half = rewritten(*rows, table="head-fp32"), rewritten(*rows)
+    full = " ".join(rewritten(*rows, table="head-fp32").split())
+    half = " ".join(rewritten(*rows).split())
     assert "A float32 head of" in full and "dense log-softmax" in full
     assert (
         "; a CPU, AVX2 alone, emulated, 2026, 01234567. GEMMs: its three bare products, 300" in full

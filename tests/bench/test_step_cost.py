@@ -42,7 +42,7 @@ MODELS = {
     "qwen3": {},  # heads wider than the model, weights tied
     "smollm2": dict(REAL["smollm2-shape"], num_hidden_layers=2, vocab_size=1009),
 }
-ALL_SAVINGS = [saving.__name__ for saving in savings.SAVINGS]
+ALL_SAVINGS = [saving.name for saving in savings.SAVINGS]
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from bench.contender import missing
 from bench.steps import trl
 from bench.steps.case import be_quiet
 from bench.steps.pairs import text
-from sepo.data.read.formats import Drop, Why
+from sepo.data.read.formats import DroppedRow, DropReason
 
 pytestmark = pytest.mark.skipif(missing("trl") is not None, reason="trl is not installed")
 OPTIONS = dict(bf16=False, checkpointing=False)
@@ -91,7 +91,7 @@ def test_trl_simpo_is_nan_where_the_prompt_fills_max_length(tmp_path):
     """One such row of the batch is enough; DPOTrainer drops it without a word, we with a count."""
     tokenizer = chatml_tokenizer()
     short, full = chat("The river", "Hello"), chat("The river", "Hello", "Tell me more. " * 30)
-    assert one(full, tokenizer, max_length=64) == Drop("7", Why.NO_ROOM)
+    assert one(full, tokenizer, max_length=64) == DroppedRow("7", DropReason.NO_ROOM)
     rows = [text(short) | {"id": "short"}, text(full) | {"id": "full"}]
     model, options = tiny_model(vocab_size=len(tokenizer)), OPTIONS | {"max_length": 64}
     reference = tiny_model(vocab_size=len(tokenizer))

@@ -12,7 +12,7 @@ from tokenizers_for_tests import (
     text_ids,
 )
 
-from sepo.data.read.formats import Drop, Why
+from sepo.data.read.formats import DroppedRow, DropReason
 
 # pieces that merge across the boundary, that byte-level BPE splits, that trimming eats
 PIECES = ["\n", " ", "Hello", "The river", "é", "e\u0301", "😀", "\u3000", "a", "\u200d", "[/INST]"]
@@ -29,9 +29,9 @@ def unaltered(tokenizer, text: str) -> bool:
 def test_chatml_boundary_is_exact_for_any_text(prompt, chosen, rejected):
     tokenizer = chatml_tokenizer()
     result = one(chat(chosen, rejected, prompt), tokenizer)
-    if isinstance(result, Drop):
-        assert result.why in ((Why.SAME,) if chosen == rejected else (Why.EMPTY,))
-        assert result.why is Why.SAME or not (chosen and rejected)
+    if isinstance(result, DroppedRow):
+        assert result.why in ((DropReason.SAME,) if chosen == rejected else (DropReason.EMPTY,))
+        assert result.why is DropReason.SAME or not (chosen and rejected)
         return
     pair, head = result.pair, "assistant\n"
     for response, tokens in ((chosen, pair.chosen), (rejected, pair.rejected)):
@@ -52,8 +52,8 @@ def test_llama2_boundary_is_exact_for_any_text(prompt, chosen, rejected):
     tokenizer = llama2_tokenizer()
     result = one(chat(chosen, rejected, prompt), tokenizer)
     same = chosen.strip() == rejected.strip()
-    if isinstance(result, Drop):
-        assert result.why in (Why.SAME, Why.EMPTY)
+    if isinstance(result, DroppedRow):
+        assert result.why in (DropReason.SAME, DropReason.EMPTY)
         assert same or not (chosen.strip() and rejected.strip())
         return
     pair = result.pair
@@ -74,11 +74,16 @@ def test_plain_boundary_is_exact_for_any_text(prompt, chosen, rejected, name):
         name
     ]()
     result = one(plain(prompt, chosen, rejected), tokenizer)
-    if isinstance(result, Drop):
-        assert result.why in (Why.SAME, Why.EMPTY, Why.NO_PROMPT, Why.MERGED)
-        assert (result.why is Why.NO_PROMPT) <= (not prompt) and (result.why is Why.MERGED) <= bool(
-            prompt
+    if isinstance(result, DroppedRow):
+        assert result.why in (
+            DropReason.SAME,
+            DropReason.EMPTY,
+            DropReason.NO_PROMPT,
+            DropReason.MERGED,
         )
+        assert (result.why is DropReason.NO_PROMPT) <= (not prompt) and (
+            result.why is DropReason.MERGED
+        ) <= bool(prompt)
         return
     pair = result.pair
     start = 1 if name == "llama2" else 0

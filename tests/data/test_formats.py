@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from sepo.data.read.formats import Drop, Preference, Why, find_format, read_row
+from sepo.data.read.formats import DroppedRow, DropReason, Preference, find_format, read_row
 from sepo.errors import InputError
 
 USER = {"role": "user", "content": "Which river?"}
@@ -12,7 +12,7 @@ GOOD = {"role": "assistant", "content": "The Rhine."}
 BAD = {"role": "assistant", "content": "No idea."}
 
 
-def read(row: dict, number: int = 7, **options) -> Preference | Drop:
+def read(row: dict, number: int = 7, **options) -> Preference | DroppedRow:
     return read_row(row, number, find_format(list(row), **options), **options)
 
 
@@ -67,9 +67,11 @@ def test_hh_splits_at_the_last_assistant_mark():
 
 def test_hh_with_prompts_that_differ_is_a_drop():
     row = {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}
-    assert read(row) == Drop("7", Why.PROMPTS_DIFFER)
+    assert read(row) == DroppedRow("7", DropReason.PROMPTS_DIFFER)
     longer = row["chosen"] + "\n\nHuman: more\n\nAssistant: z"
-    assert read({"chosen": row["chosen"], "rejected": longer}) == Drop("7", Why.PROMPTS_DIFFER)
+    assert read({"chosen": row["chosen"], "rejected": longer}) == DroppedRow(
+        "7", DropReason.PROMPTS_DIFFER
+    )
 
 
 @pytest.mark.parametrize("name", ["question", "input", "instruction"])
@@ -246,7 +248,7 @@ def test_what_a_row_tells_its_template(kwargs):
     ],
 )
 def test_a_filled_column_that_would_be_lost_is_a_drop(row, column, beside):
-    assert read(row) == Drop("7", Why.UNSERVED, f"{column}, beside {beside}")
+    assert read(row) == DroppedRow("7", DropReason.UNSERVED, f"{column}, beside {beside}")
     for empty in (None, [], "", {}, "[]"):
         assert isinstance(read(row | {column: empty}), Preference)
 
@@ -262,7 +264,7 @@ def test_a_filled_column_that_would_be_lost_is_a_drop(row, column, beside):
 )
 def test_a_part_that_is_no_text_is_a_drop(part):
     turn = {"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}
-    expected = Drop("7", Why.UNSERVED, f"{part['type']}, as part of a message")
+    expected = DroppedRow("7", DropReason.UNSERVED, f"{part['type']}, as part of a message")
     assert read(CHAT | {"prompt": [turn]}) == expected
 
 
@@ -273,7 +275,7 @@ def test_a_system_column_stands_before_whole_conversations_and_once():
     row = {"conversations": [SYSTEM, USER], "chosen": GOOD, "rejected": BAD, "system": "Be brief."}
     check_messages(read(row), [SYSTEM, USER])
     other = {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD], "system": "Be long."}
-    assert read(other).why is Why.PROMPT_ELSEWHERE
+    assert read(other).why is DropReason.PROMPT_ELSEWHERE
 
 
 GREETING = {"role": "assistant", "content": "Welcome!"}
@@ -310,31 +312,34 @@ IDS = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}
 @pytest.mark.parametrize(
     "row, why",
     [
-        ({"prompt": "Q", "chosen": None, "rejected": "b"}, Why.EMPTY),
-        ({"prompt": "Q", "chosen": "a", "rejected": " \n"}, Why.EMPTY),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": []}, Why.EMPTY),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD | {"content": None}]}, Why.EMPTY),
-        ({"chosen": "\n\nAssistant:", "rejected": "\n\nAssistant: b"}, Why.EMPTY),
-        ({"chosen": None, "rejected": "\n\nAssistant: b"}, Why.EMPTY),
-        ({"chosen": [GOOD], "rejected": [BAD]}, Why.NO_PROMPT),
-        ({"question": " ", "chosen": "a", "rejected": "b"}, Why.NO_PROMPT),
-        ({"chosen": [USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, Why.PROMPTS_DIFFER),
-        (LONG, Why.PROMPTS_DIFFER),
+        ({"prompt": "Q", "chosen": None, "rejected": "b"}, DropReason.EMPTY),
+        ({"prompt": "Q", "chosen": "a", "rejected": " \n"}, DropReason.EMPTY),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": []}, DropReason.EMPTY),
+        (
+            {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD | {"content": None}]},
+            DropReason.EMPTY,
+        ),
+        ({"chosen": "\n\nAssistant:", "rejected": "\n\nAssistant: b"}, DropReason.EMPTY),
+        ({"chosen": None, "rejected": "\n\nAssistant: b"}, DropReason.EMPTY),
+        ({"chosen": [GOOD], "rejected": [BAD]}, DropReason.NO_PROMPT),
+        ({"question": " ", "chosen": "a", "rejected": "b"}, DropReason.NO_PROMPT),
+        ({"chosen": [USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, DropReason.PROMPTS_DIFFER),
+        (LONG, DropReason.PROMPTS_DIFFER),
         (
             {"prompt": "Other", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-            Why.PROMPT_ELSEWHERE,
+            DropReason.PROMPT_ELSEWHERE,
         ),
-        ({"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]}, Why.LAST_ROLE),
-        (IDS | {"chosen_ids": []}, Why.EMPTY),
-        (IDS | {"chosen_ids": None}, Why.EMPTY),
-        (IDS | {"prompt_ids": []}, Why.NO_PROMPT),
-        (IDS | {"chosen_mask": [0, 0]}, Why.ZERO_WEIGHT),
-        (IDS | {"rejected_weights": [0.0]}, Why.ZERO_WEIGHT),
+        ({"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]}, DropReason.LAST_ROLE),
+        (IDS | {"chosen_ids": []}, DropReason.EMPTY),
+        (IDS | {"chosen_ids": None}, DropReason.EMPTY),
+        (IDS | {"prompt_ids": []}, DropReason.NO_PROMPT),
+        (IDS | {"chosen_mask": [0, 0]}, DropReason.ZERO_WEIGHT),
+        (IDS | {"rejected_weights": [0.0]}, DropReason.ZERO_WEIGHT),
     ],
 )
 def test_drop(row, why):
     dropped = read(row)
-    assert isinstance(dropped, Drop) and (dropped.id, dropped.why) == ("7", why)
+    assert isinstance(dropped, DroppedRow) and (dropped.id, dropped.why) == ("7", why)
 
 
 def test_a_tool_call_is_an_answer_without_content():

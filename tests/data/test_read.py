@@ -6,9 +6,9 @@ import sys
 import pytest
 from tokenizers_for_tests import chatml_tokenizer, plain_tokenizer
 
-from sepo.data.read.formats import Why
+from sepo.data.read.formats import DropReason
 from sepo.data.read.read import REPEATED_ID, read_pairs
-from sepo.data.read.tokenise import Note
+from sepo.data.read.tokenise import RowNote
 from sepo.errors import InputError
 
 datasets = pytest.importorskip("datasets")
@@ -49,7 +49,7 @@ def test_files_of_every_kind_give_the_same(tmp_path, suffix):
     assert tokenizer.decode(data.pairs[1].rejected) == "None<|endoftext|>"
     counts = data.report.as_dict()
     assert counts["read"] == 4 and counts["kept"] == 2
-    assert counts["dropped"] == {Why.EMPTY: 1, Why.SAME: 1}
+    assert counts["dropped"] == {DropReason.EMPTY: 1, DropReason.SAME: 1}
     json.dumps(counts)
     assert "1 a response is empty (pair 2)" in str(data.report)
 
@@ -122,8 +122,8 @@ def test_messages_from_a_table_with_filled_keys(tmp_path):
 def test_cuts_are_in_the_report_and_with_the_pair(tmp_path):
     data = read_pairs(write(tmp_path / "rows.jsonl", ROWS), plain_tokenizer(), max_length=6)
     assert [len(p.rejected) for p in data.pairs] == [3, 3]
-    assert data.notes == [(Note.CUT_CHOSEN, Note.CUT_REJECTED), (Note.CUT_REJECTED,)]
-    assert data.report.as_dict()["noted"] == {Note.CUT_CHOSEN: 1, Note.CUT_REJECTED: 2}
+    assert data.notes == [(RowNote.CUT_CHOSEN, RowNote.CUT_REJECTED), (RowNote.CUT_REJECTED,)]
+    assert data.report.as_dict()["noted"] == {RowNote.CUT_CHOSEN: 1, RowNote.CUT_REJECTED: 2}
     assert "2 rejected cut at max_length (pair 0, 1)" in str(data.report)
 
 

@@ -11,7 +11,7 @@ from tokenizers_for_tests import chatml_tokenizer, plain_tokenizer
 
 from sepo.data.read.load import is_rows, load_rows
 from sepo.data.read.read import read_pairs
-from sepo.data.read.reasons import Why
+from sepo.data.read.reasons import DropReason
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
 
@@ -154,7 +154,7 @@ def test_pictures_are_counted_and_not_decoded(tmp_path):
     for source in (table, tmp_path / "rows.parquet"):
         data = read_pairs(source, plain_tokenizer())
         assert [pair.id for pair in data.pairs] == ["1", "2"]
-        assert data.report.dropped == {Why.UNSERVED: 1}
+        assert data.report.dropped == {DropReason.UNSERVED: 1}
     assert table.features["images"].feature.decode  # the caller's is as it was
 
 

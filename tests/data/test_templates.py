@@ -7,7 +7,7 @@ import pytest
 from template_table import BEGIN, END, PAGE, ROWS, TEMPLATES, outcome, table, template
 from transformers.utils import chat_template_utils
 
-from sepo.data.read.reasons import Drop, Note, Why
+from sepo.data.read.reasons import DroppedRow, DropReason, RowNote
 
 NOTHING, REASONED = (), ("\nIt is long.\n", "\nIt is short.\n")
 # template -> of a plain row: the prompt, what ends a response
@@ -48,7 +48,7 @@ PLAIN = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_training_text_of_a_plain_row(name):
     prompt, end = PLAIN[name]
-    notes = (Note.UNSEEN,) * (name == "deepseek_r1")  # at inference it begins to think
+    notes = (RowNote.UNSEEN,) * (name == "deepseek_r1")  # at inference it begins to think
     expected = (prompt, "Le Rhin." + end, "No idea." + end, notes)
     assert outcome(name, "plain") == outcome(name, "parts") == expected
 
@@ -73,18 +73,18 @@ def test_a_system_turn_is_in_the_prompt(name, system):
 def test_a_system_turn_that_inference_alone_would_see(name):
     prompt, chosen, _, notes = outcome(name, "system")
     assert prompt == PLAIN[name][0] and chosen == "Le Rhin.</s>"
-    assert notes == (Note.UNSEEN, Note.LOST_PROMPT)
+    assert notes == (RowNote.UNSEEN, RowNote.LOST_PROMPT)
 
 
 def test_a_system_turn_that_is_refused():
-    assert outcome("gemma2", "system") == Drop("0", Why.REFUSED, "no system turn")
+    assert outcome("gemma2", "system") == DroppedRow("0", DropReason.REFUSED, "no system turn")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_reasoning_in_the_content(name):
     _, *responses, notes = outcome(name, "reasoning")
     is_cut = name == "deepseek_r1"
-    assert (Note.LOST_RESPONSE in notes) == is_cut
+    assert (RowNote.LOST_RESPONSE in notes) == is_cut
     for response, thought in zip(responses, REASONED, strict=True):
         assert response.startswith("\n\n" if is_cut else f"<think>{thought}</think>\n\n")
 
@@ -100,7 +100,7 @@ def test_reasoning_in_a_field_of_its_own(name):
     if name in expected:
         assert chosen == expected[name] and notes == NOTHING
     else:
-        assert chosen.startswith("Le Rhin.") and Note.LOST_RESPONSE in notes
+        assert chosen.startswith("Le Rhin.") and RowNote.LOST_RESPONSE in notes
 
 
 def test_reasoning_reaches_a_template_that_reads_the_other_name(monkeypatch):
@@ -115,7 +115,7 @@ def test_reasoning_reaches_a_template_that_reads_the_other_name(monkeypatch):
 def test_an_earlier_turn_may_lose_its_reasoning_as_it_does_at_inference(name):
     prompt, *_, notes = outcome(name, "earlier")
     assert ("It is short." in prompt) == (name not in ("qwen3", "deepseek_r1"))
-    assert "The Rhine." in prompt and Note.LOST_PROMPT not in notes
+    assert "The Rhine." in prompt and RowNote.LOST_PROMPT not in notes
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,8 @@ def test_a_call_of_a_tool_is_the_response(name, call):
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "smollm3"])
 def test_tools_that_a_template_does_not_know(name):
     prompt, *_, notes = outcome(name, "tools")
-    assert "look_up" not in prompt and notes == (Note.LOST_PROMPT,)
-    assert outcome(name, "call").why is Why.EMPTY  # of a call nothing is left
+    assert "look_up" not in prompt and notes == (RowNote.LOST_PROMPT,)
+    assert outcome(name, "call").why is DropReason.EMPTY  # of a call nothing is left
 
 
 def test_the_page_is_as_the_script_writes_it():
@@ -177,7 +177,7 @@ def test_they_do_what_the_models_own_do(name, kind):
     own = file.read_text(encoding="utf-8")
     assert own.strip() != template(name).strip()
     expected, found = outcome(name, kind, own), outcome(name, kind)
-    if isinstance(expected, Drop):
+    if isinstance(expected, DroppedRow):
         assert (expected.why, expected.id) == (found.why, found.id)
     else:
         assert found == expected

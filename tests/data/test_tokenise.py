@@ -17,8 +17,8 @@ from tokenizers_for_tests import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sepo.data.read.formats import Drop, Preference, Why
-from sepo.data.read.tokenise import Note, Tokenised, tokenise
+from sepo.data.read.formats import DroppedRow, DropReason, Preference
+from sepo.data.read.tokenise import RowNote, Tokenised, tokenise
 from sepo.errors import InputError
 
 
@@ -38,9 +38,9 @@ def kept(preference, tokenizer, **options):
     return result.pair, result.notes
 
 
-def dropped(preference, tokenizer, **options) -> Why:
+def dropped(preference, tokenizer, **options) -> DropReason:
     result = one(preference, tokenizer, **options)
-    assert isinstance(result, Drop) and result.id == "7", result
+    assert isinstance(result, DroppedRow) and result.id == "7", result
     return result.why
 
 
@@ -73,7 +73,7 @@ def test_the_end_of_turn_belongs_to_the_response_and_what_follows_does_not():
     pair, notes = kept(chat("The river.", "The world."), tokenizer)
     assert pair.chosen[-1] == pair.rejected[-1] == tokenizer.eos_token_id
     assert np.count_nonzero(pair.chosen == tokenizer.eos_token_id) == 1
-    assert Note.NO_END not in notes
+    assert RowNote.NO_END not in notes
 
 
 def test_an_end_of_turn_inside_the_content_does_not_end_it():
@@ -105,13 +105,13 @@ def test_a_straddling_token_belongs_to_the_response():
     assert tokenizer.convert_ids_to_tokens(pair.chosen.tolist())[0] == "assistantĊHello"
     # the other response begins at the same row, with its own tokens for the same text
     assert tokenizer.decode(pair.rejected) == "assistant\nzz<|im_end|>"
-    assert Note.STRADDLE in notes
+    assert RowNote.STRADDLE in notes
 
 
 def test_no_straddling_token_is_not_noted():
     tokenizer = chatml_tokenizer()
     pair, notes = kept(chat("The", "zz"), tokenizer)
-    assert Note.STRADDLE not in notes
+    assert RowNote.STRADDLE not in notes
     assert tokenizer.decode(pair.prompt).endswith("assistant\n")
 
 
@@ -122,7 +122,7 @@ def test_a_template_that_trims_leaves_the_trimmed_response():
 
 
 def test_a_response_that_trimming_empties_is_dropped():
-    assert dropped(chat("The river.", "\u2003\n"), llama2_tokenizer()) is Why.EMPTY
+    assert dropped(chat("The river.", "\u2003\n"), llama2_tokenizer()) is DropReason.EMPTY
 
 
 def test_reasoning_where_a_plain_answer_has_an_empty_block():
@@ -144,7 +144,7 @@ def test_a_template_without_an_end_of_turn_is_noted():
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     tokenizer = with_template(chatml_tokenizer(), template)
     pair, notes = kept(chat("zz yy", "zz"), tokenizer)
-    assert tokenizer.decode(pair.chosen) == "zz yy" and Note.NO_END in notes
+    assert tokenizer.decode(pair.chosen) == "zz yy" and RowNote.NO_END in notes
 
 
 def test_an_end_of_turn_that_is_no_special_token_is_found():
@@ -154,7 +154,7 @@ def test_an_end_of_turn_that_is_no_special_token_is_found():
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\t[end]..' }}{% endfor %}"
     )
     pair, notes = kept(chat("zz", "yy"), with_template(tokenizer, template))
-    assert tokenizer.decode(pair.chosen) == "zz\t[end]" and Note.NO_END not in notes
+    assert tokenizer.decode(pair.chosen) == "zz\t[end]" and RowNote.NO_END not in notes
 
 
 @pytest.mark.parametrize(
@@ -169,16 +169,16 @@ def test_an_end_of_turn_that_is_no_special_token_is_found():
 )
 def test_a_template_that_does_not_show_the_response_once(template):
     tokenizer = with_template(chatml_tokenizer(), template)
-    assert dropped(chat("zz", "yy"), tokenizer) is Why.REWRITTEN
+    assert dropped(chat("zz", "yy"), tokenizer) is DropReason.REWRITTEN
 
 
 def test_a_conversation_that_the_template_refuses():
     row = chat("zz", "yy")
     row.prompt.insert(0, {"role": "system", "content": "Be kind."})
     result = one(row, llama2_tokenizer())
-    assert (result.why, result.detail) == (Why.REFUSED, "only user and assistant turns")
+    assert (result.why, result.detail) == (DropReason.REFUSED, "only user and assistant turns")
     assert dropped(chat("zz", {"role": "assistant", "content": None}), chatml_tokenizer()) is (
-        Why.REFUSED
+        DropReason.REFUSED
     )
 
 
@@ -232,31 +232,39 @@ def with_system(*responses) -> Preference:
 @pytest.mark.parametrize(
     ("template", "row", "expected"),
     [
-        (LAST_TURN, with_system("zz", "yy"), {Note.UNSEEN, Note.LOST_PROMPT}),
+        (LAST_TURN, with_system("zz", "yy"), {RowNote.UNSEEN, RowNote.LOST_PROMPT}),
         (LAST_TURN, chat("zz", "yy"), set()),
-        (NO_SYSTEM, with_system("zz", "yy"), {Note.LOST_PROMPT}),
-        (DATED, chat("zz", "yy"), {Note.UNSEEN}),
-        (CUTS, chat("<think>a</think>zz", "<think>b</think>yy"), {Note.UNSEEN, Note.LOST_RESPONSE}),
-        (CUTS, chat("zz", "yy"), {Note.UNSEEN}),
+        (NO_SYSTEM, with_system("zz", "yy"), {RowNote.LOST_PROMPT}),
+        (DATED, chat("zz", "yy"), {RowNote.UNSEEN}),
+        (
+            CUTS,
+            chat("<think>a</think>zz", "<think>b</think>yy"),
+            {RowNote.UNSEEN, RowNote.LOST_RESPONSE},
+        ),
+        (CUTS, chat("zz", "yy"), {RowNote.UNSEEN}),
         (THINKING, chat("<think>a</think>zz", "yy"), set()),
         (THINKING, chat("<think>\na\n</think>\n\nzz", "yy"), set()),
-        (NO_SYSTEM, chat("zz", turn("yy") | {"reasoning_content": "hm hm"}), {Note.LOST_RESPONSE}),
+        (
+            NO_SYSTEM,
+            chat("zz", turn("yy") | {"reasoning_content": "hm hm"}),
+            {RowNote.LOST_RESPONSE},
+        ),
         (
             NO_SYSTEM,
             chat("zz", turn("yy") | {"tool_calls": [{"name": "map"}]}),
-            {Note.LOST_RESPONSE},
+            {RowNote.LOST_RESPONSE},
         ),
-        (NO_SYSTEM, chat("zz", "yy", tools=[{"function": {"name": "map"}}]), {Note.LOST_PROMPT}),
+        (NO_SYSTEM, chat("zz", "yy", tools=[{"function": {"name": "map"}}]), {RowNote.LOST_PROMPT}),
         (NO_SYSTEM.replace("m.content", "m.content | tojson"), chat('"é"\n', "yy"), set()),
     ],
 )
 def test_the_text_is_compared_with_the_row_and_with_inference(template, row, expected):
     result = one(row, chatml_tokenizer(template))
-    fidelity = {Note.UNSEEN, Note.LOST_PROMPT, Note.LOST_RESPONSE}
+    fidelity = {RowNote.UNSEEN, RowNote.LOST_PROMPT, RowNote.LOST_RESPONSE}
     assert fidelity & set(result.notes) == expected
     strict = one(row, chatml_tokenizer(template), strict=True)
     if expected:
-        assert isinstance(strict, Drop) and strict.why in expected
+        assert isinstance(strict, DroppedRow) and strict.why in expected
 
 
 def test_what_the_policy_learns_begins_where_inference_leaves_off():
@@ -269,14 +277,14 @@ def test_what_the_policy_learns_begins_where_inference_leaves_off():
 
 def test_responses_that_the_template_makes_the_same():
     result = one(chat("<think>a</think>zz", "<think>b</think>zz"), chatml_tokenizer(CUTS))
-    assert result == Drop("7", Why.SAME, "the chat template leaves out what differs")
+    assert result == DroppedRow("7", DropReason.SAME, "the chat template leaves out what differs")
 
 
 def test_strict_drops_what_would_be_noted():
     tokenizer = plain_tokenizer()
     row = plain("Tell", " a b c d", " b")
     assert kept(row, tokenizer, strict=True)[1] == ()
-    assert dropped(row, tokenizer, max_length=4, strict=True) is Note.CUT_CHOSEN
+    assert dropped(row, tokenizer, max_length=4, strict=True) is RowNote.CUT_CHOSEN
 
 
 PARTS = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there."}]
@@ -307,7 +315,7 @@ def test_content_in_parts_is_text_for_every_template(template, prompt, chosen):
     pair, notes = kept(row, tokenizer)
     text = tokenizer.decode([*pair.prompt, *pair.chosen])
     assert prompt in text and text.endswith(chosen) and "'type'" not in text
-    assert not {Note.LOST_PROMPT, Note.LOST_RESPONSE} & set(notes)
+    assert not {RowNote.LOST_PROMPT, RowNote.LOST_RESPONSE} & set(notes)
 
 
 @pytest.mark.parametrize(
@@ -330,21 +338,21 @@ def test_content_in_parts_is_text_for_every_template(template, prompt, chosen):
 )
 def test_a_template_that_fails_is_a_drop_with_its_reason(program, reason):
     result = one(chat("zz", "yy"), with_template(chatml_tokenizer(), program))
-    assert result.why is Why.REFUSED and "\n" not in result.detail
+    assert result.why is DropReason.REFUSED and "\n" not in result.detail
     assert reason in result.detail or reason == "FilterArgumentError"
 
 
 def test_a_template_that_cannot_render_the_prompt_alone():
     template = NO_SYSTEM + "{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
     pair, notes = kept(chat("zz", "yy"), chatml_tokenizer(template))
-    assert Note.UNSEEN in notes and chatml_tokenizer().decode(pair.chosen) == "zz<|im_end|>"
+    assert RowNote.UNSEEN in notes and chatml_tokenizer().decode(pair.chosen) == "zz<|im_end|>"
 
 
 def test_what_a_row_tells_its_template_reaches_it():
     template = "{{ flag }}" + NO_SYSTEM
     pair, notes = kept(chat("zz", "yy", template_kwargs={"flag": "on"}), chatml_tokenizer(template))
     assert chatml_tokenizer().decode(pair.prompt).startswith("on<|im_start|>user")
-    assert not {Note.UNSEEN, Note.LOST_PROMPT} & set(notes)
+    assert not {RowNote.UNSEEN, RowNote.LOST_PROMPT} & set(notes)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +370,7 @@ def test_what_a_row_tells_its_template_reaches_it():
     ],
 )
 def test_a_response_that_begins_with_the_whole_prompt_is_noted(row, is_noted):
-    assert (Note.REPEATS in kept(row, chatml_tokenizer())[1]) == is_noted
+    assert (RowNote.REPEATS in kept(row, chatml_tokenizer())[1]) == is_noted
 
 
 def test_messages_need_a_chat_template():
@@ -395,26 +403,26 @@ def test_tokens_that_differ_before_the_boundary_are_no_prompt():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
     pair, notes = kept(plain("qab", "c", "z"), tokenizer)
     named = lambda tokens: tokenizer.convert_ids_to_tokens(tokens.tolist())
-    assert named(pair.prompt) == ["q"] and Note.STRADDLE in notes
+    assert named(pair.prompt) == ["q"] and RowNote.STRADDLE in notes
     assert named(pair.chosen) == ["a", "bc", "</s>"]
     assert named(pair.rejected) == ["ab", "z", "</s>"]
-    assert dropped(plain("ab", "c", "z"), tokenizer) is Why.MERGED  # there is a prompt
-    assert dropped(plain("", "c", "z"), tokenizer) is Why.NO_PROMPT
+    assert dropped(plain("ab", "c", "z"), tokenizer) is DropReason.MERGED  # there is a prompt
+    assert dropped(plain("", "c", "z"), tokenizer) is DropReason.NO_PROMPT
 
 
 def test_the_end_token_is_not_doubled_and_can_be_left_out():
     tokenizer = plain_tokenizer()
     pair, notes = kept(plain("Tell me", " zz<|endoftext|>", " yy"), tokenizer)
-    assert tokenizer.decode(pair.chosen) == " zz<|endoftext|>" and Note.NO_END not in notes
+    assert tokenizer.decode(pair.chosen) == " zz<|endoftext|>" and RowNote.NO_END not in notes
     pair, notes = kept(plain("Tell me", " zz", " yy"), tokenizer, append_eos=False)
-    assert tokenizer.decode(pair.chosen) == " zz" and Note.NO_END in notes
+    assert tokenizer.decode(pair.chosen) == " zz" and RowNote.NO_END in notes
 
 
 @pytest.mark.parametrize("tail", ["", "\n", " \n\n", "\t"])
 def test_an_end_token_that_blanks_follow_is_the_end(tail):
     tokenizer = plain_tokenizer()
     pair, notes = kept(plain("Tell me", f" zz<|endoftext|>{tail}", " yy"), tokenizer)
-    assert tokenizer.decode(pair.chosen) == " zz<|endoftext|>" and Note.NO_END not in notes
+    assert tokenizer.decode(pair.chosen) == " zz<|endoftext|>" and RowNote.NO_END not in notes
     row = plain("<|im_start|>user\nTell<|im_end|>\n", f"zz<|im_end|>{tail}", f"yy<|im_end|>{tail}")
     pair, _ = kept(row, chatml_tokenizer())
     assert chatml_tokenizer().decode(pair.rejected) == "yy<|im_end|>"
@@ -437,7 +445,7 @@ def test_the_tokenizers_own_bos_comes_first_and_once():
 
 
 def test_an_empty_prompt_without_bos_is_dropped():
-    assert dropped(plain("", "zz", "yy"), plain_tokenizer()) is Why.NO_PROMPT
+    assert dropped(plain("", "zz", "yy"), plain_tokenizer()) is DropReason.NO_PROMPT
 
 
 def test_an_end_token_must_exist():
@@ -453,7 +461,7 @@ def test_offsets_that_leave_out_text_are_not_believed():
     tokenizer.normalizer = normalizers.Replace("x", "")
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    assert dropped(plain("a ", "a x b", "b"), fast) is Why.OFFSETS
+    assert dropped(plain("a ", "a x b", "b"), fast) is DropReason.OFFSETS
     kept(plain("a ", "a b", "b"), fast)
 
 
@@ -464,18 +472,18 @@ def test_a_cut_response_has_no_end_token_and_is_noted():
     tokenizer = plain_tokenizer()
     row = plain("Tell", " a b c d", " a")
     whole, notes = kept(row, tokenizer)
-    assert not {Note.CUT_CHOSEN, Note.CUT_REJECTED} & set(notes)
+    assert not {RowNote.CUT_CHOSEN, RowNote.CUT_REJECTED} & set(notes)
     limit = len(whole.prompt) + len(whole.chosen)
     pair, notes = kept(row, tokenizer, max_length=limit)
-    assert pair.chosen.tolist() == whole.chosen.tolist() and Note.CUT_CHOSEN not in notes
+    assert pair.chosen.tolist() == whole.chosen.tolist() and RowNote.CUT_CHOSEN not in notes
     pair, notes = kept(row, tokenizer, max_length=limit - 1)
     assert pair.chosen.tolist() == whole.chosen.tolist()[:-1]
     assert pair.rejected[-1] == tokenizer.eos_token_id
-    assert Note.CUT_CHOSEN in notes and Note.CUT_REJECTED not in notes
+    assert RowNote.CUT_CHOSEN in notes and RowNote.CUT_REJECTED not in notes
 
 
 def test_a_prompt_that_fills_max_length_is_dropped():
-    assert dropped(ids([1, 2, 3], [4], [5]), None, max_length=3) is Why.NO_ROOM
+    assert dropped(ids([1, 2, 3], [4], [5]), None, max_length=3) is DropReason.NO_ROOM
     pair, _ = kept(ids([1, 2, 3], [4, 6], [5]), None, max_length=4)
     assert pair.chosen.tolist() == [4]
     with pytest.raises(InputError, match="expected max_length >= 2, got 1"):
@@ -483,15 +491,15 @@ def test_a_prompt_that_fills_max_length_is_dropped():
 
 
 def test_the_same_response_twice_is_dropped():
-    assert dropped(plain("Tell", " zz", " zz"), plain_tokenizer()) is Why.SAME
-    assert dropped(chat("zz", "zz"), chatml_tokenizer()) is Why.SAME
+    assert dropped(plain("Tell", " zz", " zz"), plain_tokenizer()) is DropReason.SAME
+    assert dropped(chat("zz", "zz"), chatml_tokenizer()) is DropReason.SAME
     # different strings, the same tokens
-    assert dropped(chat("zz", " zz "), llama2_tokenizer()) is Why.SAME
-    assert dropped(ids([1], [2, 3], [2, 3]), None) is Why.SAME
+    assert dropped(chat("zz", " zz "), llama2_tokenizer()) is DropReason.SAME
+    assert dropped(ids([1], [2, 3], [2, 3]), None) is DropReason.SAME
 
 
 def test_the_same_once_cut_is_dropped():
-    assert dropped(ids([1], [2, 3, 4], [2, 3, 5]), None, max_length=3) is Why.SAME_CUT
+    assert dropped(ids([1], [2, 3, 4], [2, 3, 5]), None, max_length=3) is DropReason.SAME_CUT
     kept(ids([1], [2, 3, 4], [2, 3, 5]), None, max_length=4)
 
 
@@ -501,8 +509,8 @@ def test_a_response_that_begins_with_the_other_is_kept_and_noted():
         (chat("zz zz", "zz"), chatml_tokenizer()),
         (ids([1], [2], [2, 3]), None),
     ):
-        assert Note.PREFIX in kept(row, tokenizer)[1]
-    assert Note.PREFIX not in kept(plain("Tell", " a b", " b"), plain_tokenizer())[1]
+        assert RowNote.PREFIX in kept(row, tokenizer)[1]
+    assert RowNote.PREFIX not in kept(plain("Tell", " a b", " b"), plain_tokenizer())[1]
 
 
 # --- token ids -----------------------------------------------------------------------------------
@@ -512,12 +520,12 @@ def test_token_ids_are_taken_as_they_are_and_weights_are_cut_with_them():
     row = ids([1, 2], [3, 4, 5], [6], chosen_weight=[1, 0, 2], rejected_weight=[1])
     pair, notes = kept(row, plain_tokenizer(), max_length=4)
     assert (pair.chosen.tolist(), pair.chosen_weight.tolist()) == ([3, 4], [1, 0])
-    assert pair.rejected.tolist() == [6] and notes == (Note.CUT_CHOSEN,)
+    assert pair.rejected.tolist() == [6] and notes == (RowNote.CUT_CHOSEN,)
 
 
 def test_weights_that_the_cut_leaves_without_a_token():
     row = ids([1, 2], [3, 4, 5], [6], chosen_weight=[0, 0, 2])
-    assert dropped(row, None, max_length=4) is Why.ZERO_WEIGHT
+    assert dropped(row, None, max_length=4) is DropReason.ZERO_WEIGHT
 
 
 def test_token_ids_outside_the_vocabulary():
@@ -529,5 +537,5 @@ def test_token_ids_outside_the_vocabulary():
 def test_kinds_may_be_mixed_and_keep_their_order():
     rows = [plain("Tell", " a", " b"), ids([1], [2], [3]), chat("a", "a"), plain("T", " c", " d")]
     results = tokenise(rows, chatml_tokenizer())
-    assert [type(r) for r in results] == [Tokenised, Tokenised, Drop, Tokenised]
+    assert [type(r) for r in results] == [Tokenised, Tokenised, DroppedRow, Tokenised]
     assert chatml_tokenizer().decode(results[3].pair.chosen) == " c<|im_end|>"

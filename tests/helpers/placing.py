@@ -7,7 +7,7 @@ from tokenizers_for_tests import one, plain
 from vocabularies import ALL, NASTY, TRAINED, table
 
 from sepo.data import transfer_scores, transfer_selection
-from sepo.data.read.formats import Drop
+from sepo.data.read.formats import DroppedRow
 from sepo.data.read.render import spans
 
 
@@ -15,7 +15,7 @@ def read(name, preference, **options):
     """The chosen response's ids, text and place."""
     tokenizer = ALL[name]()
     tokenised = one(preference, tokenizer, **options)
-    assert not isinstance(tokenised, Drop), tokenised
+    assert not isinstance(tokenised, DroppedRow), tokenised
     ids, span = tokenised.pair.chosen, spans(preference, tokenizer)[0]
     return ids, span, table(name).place(ids, span)
 
@@ -109,7 +109,7 @@ def check_pair(source, target, response, seed):
 
 def is_placed(name, preference):
     tokenised = one(preference, ALL[name]())
-    if isinstance(tokenised, Drop):
+    if isinstance(tokenised, DroppedRow):
         return False
     span = spans(preference, ALL[name]())[0]
     return table(name).place(tokenised.pair.chosen, span) is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers_for_tests import chatml_tokenizer
 
 from sepo.data.read.formats import find_format, read_row
-from sepo.data.read.reasons import Drop, Note, Why
+from sepo.data.read.reasons import DroppedRow, DropReason, RowNote
 from sepo.data.read.render import spans
 from sepo.data.read.tokenise import tokenise
 
@@ -48,13 +48,13 @@ TEMPLATES = {
 }
 ENDS = {"mistral_v3": "</s>", "mistral_tekken": "</s>"}
 SHORT = {
-    Note.UNSEEN: "not as at inference",
-    Note.LOST_PROMPT: "prompt changed",
-    Note.LOST_RESPONSE: "response changed",
-    Why.REFUSED: "dropped: refused",
-    Why.REWRITTEN: "dropped: not in one place",
-    Why.EMPTY: "dropped: empty",
-    Why.SAME: "dropped: the same",
+    RowNote.UNSEEN: "not as at inference",
+    RowNote.LOST_PROMPT: "prompt changed",
+    RowNote.LOST_RESPONSE: "response changed",
+    DropReason.REFUSED: "dropped: refused",
+    DropReason.REWRITTEN: "dropped: not in one place",
+    DropReason.EMPTY: "dropped: empty",
+    DropReason.SAME: "dropped: the same",
 }
 
 
@@ -135,13 +135,13 @@ def outcome(name: str, kind: str, text: str | None = None):
     tokenizer = tokenizer_of(name, text)
     one = read_row(ROWS[kind], 0, find_format(list(ROWS[kind])))
     (done,) = tokenise([one], tokenizer)
-    if isinstance(done, Drop):
+    if isinstance(done, DroppedRow):
         return done
     shown = [
         tokenizer.decode(getattr(done.pair, part)) for part in ("prompt", "chosen", "rejected")
     ]
     # a token that holds the end of the prompt is this small tokenizer's doing, not the template's
-    return (*shown, tuple(note for note in done.notes if note is not Note.STRADDLE))
+    return (*shown, tuple(note for note in done.notes if note is not RowNote.STRADDLE))
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def said(name: str, *kinds: str) -> str:
     found = {}
     for kind in kinds:
         done = outcome(name, kind)
-        for what in [done.why] if isinstance(done, Drop) else done[3]:
+        for what in [done.why] if isinstance(done, DroppedRow) else done[3]:
             found[SHORT[what]] = None
     return ", ".join(found) or "nothing"
 
@@ -160,7 +160,7 @@ def texts(name: str, kind: str) -> tuple[str, str] | None:
     """Prompt and chosen response as the template writes them; None if it does not."""
     one = read_row(ROWS[kind], 0, find_format(list(ROWS[kind])))
     sides = spans(one, tokenizer_of(name))
-    if isinstance(sides, Drop):
+    if isinstance(sides, DroppedRow):
         return None
     return sides[0].text[: sides[0].start], sides[0].text[sides[0].start :]
 

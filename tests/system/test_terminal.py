@@ -16,7 +16,7 @@ from sepo.data.read.read import Report
 from sepo.data.types import TokenPair
 from sepo.errors import InputError, exit_with_one_line
 from sepo.terminal import escaped, release_warnings, say
-from sepo.transfer.row import Coverage, LeftOut
+from sepo.transfer.row import Coverage, SkippedRow
 
 ID = "a\x1b[2J\x1b]0;owned\x07b\r\x9b31m\u202ec"  # clears the screen, sets the title, goes back
 SHOWN = r"a\x1b[2J\x1b]0;owned\x07b\r\x9b31m\u202ec"
@@ -124,7 +124,7 @@ def test_a_report_of_what_was_read(capsys):
 
 def test_what_was_not_carried(capsys):
     coverage = Coverage()
-    coverage.leave_out(LeftOut.ORACLE, ID)
+    coverage.leave_out(SkippedRow.ORACLE, ID)
     say(str(coverage))
     assert f"(pair {SHOWN})" in capsys.readouterr().out
 

@@ -109,7 +109,7 @@ def test_float16s_scaler_may_meet_infinity(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.accelerator, "scaler", object())
     assert trainer._get_grad_norm(trainer.model, infinite) is infinite
     trainer._step_loss, trainer._pair_losses = infinite, [([3], torch.tensor([torch.inf]))]
-    with pytest.raises(InputError, match=r"step 1: .*row 3 \(inf\)"):
+    with pytest.raises(InputError, match=r"step 1: .*pair 3 \(inf\)"):
         trainer._get_grad_norm(trainer.model, infinite)
 
 
@@ -156,7 +156,7 @@ def test_ranks_end_together_and_all_name_the_row(tmp_path):
     ]
     found = errors("row")
     assert len(found) == 2 and len(set(found)) == 1
-    assert re.search(r"step \d: .*got the loss of row 5 \((inf|nan)\);", found[0])
+    assert re.search(r"step \d: .*got the loss of pair 5 \((inf|nan)\);", found[0])
     assert not list((tmp_path / "row" / "out").glob("*.safetensors"))
     found = errors("held")
     assert len(found) == 2 and all(f"by process {os.getpid()} on" in line for line in found)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "datasets", "pyarrow", "numpy", "triton", "peft", "trl",
@@ -96,7 +97,7 @@ def _extension(device: str) -> str:
 def _fast_dtype(device: str) -> str:
     """What `--bf16 auto` goes by."""
     _torch()
-    from sepo_kernels.platform import bfloat16_speed, fast_dtype
+    from sepo_kernels.devices import bfloat16_speed, fast_dtype
 
     speed = bfloat16_speed(device)
     found = str(fast_dtype(device)).removeprefix("torch.")
@@ -107,7 +108,6 @@ def _fast_dtype(device: str) -> str:
 def _implementations(device: str, dtype: str) -> str:
     """What `auto` comes to for tensors on this device."""
     torch = _torch()
-    from sepo import attention
     from sepo_kernels import segment_topk, selected_logprob, selected_logprob_kl
     from sepo_kernels.registry import pick
 
@@ -119,6 +119,14 @@ def _implementations(device: str, dtype: str) -> str:
         "top-k": pick(segment_topk.IMPLS, "auto", x[0], ids),
     }
     takes = {name: impl.name + " fused" * impl.fused(dtype) for name, impl in chosen.items()}
-    terms = attention.Terms(device=x.device, dtype=dtype, width=64, value_width=64, gradient=True)
-    takes["attention"] = attention.choose("auto", terms).name
+    takes["attention"] = _attention(x)
     return ", ".join(f"{operation} {name}" for operation, name in takes.items())
+
+
+def _attention(x) -> str:
+    if find_spec("transformers") is None:  # it is a function of transformers' interface
+        return "needs transformers"
+    from sepo import attention
+
+    terms = attention.Terms(device=x.device, dtype=x.dtype, width=64, value_width=64, gradient=True)
+    return attention.choose("auto", terms).name

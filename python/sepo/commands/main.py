@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 
 import sepo
-from sepo.errors import exit_with_one_line
+from sepo.errors import EXTRAS, exit_with_one_line, needs
 from sepo.flags.parser import Parser
 from sepo.system.settings import check_settings
 
@@ -51,12 +51,14 @@ def run(argv: list[str] | None = None) -> None:
     """Run the command that `argv` names. Raises InputError for one that there is not."""
     argv = sys.argv[1:] if argv is None else argv
     check_settings()
-    if argv and argv[0] == "train":  # SePOConfig has a parser of its own
-        from sepo.train import main as train
+    named = argv[0] if argv else None
+    with needs(named if named in EXTRAS else "train", f"sepo {named}"):
+        if named == "train":  # SePOConfig has a parser of its own
+            from sepo.train import main as train
 
-        return train(argv[1:])
-    args = make_parser(argv[0] if argv else None).parse_args(argv)
-    args.run(args)
+            return train(argv[1:])
+        args = make_parser(named).parse_args(argv)
+        args.run(args)
 
 
 def make_parser(named: str | None) -> Parser:

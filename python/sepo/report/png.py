@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sepo.errors import needs
 from sepo.report.charts import Chart
 from sepo.report.figures import COLOURS, DASHES, ranges
 from sepo.system.files import Atomic
@@ -13,8 +14,9 @@ STROKES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (8, 3, 2, 3)))
 
 def write_pngs(charts: list[Chart], folder: Path, *, owner: str) -> list[Path]:
     """One file a chart, 300 dots an inch, named by its key, in a folder that is there."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
-    from matplotlib.figure import Figure
+    with needs("report", "writing PNG files"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+        from matplotlib.figure import Figure
 
     files = []
     for chart in charts:

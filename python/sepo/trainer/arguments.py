@@ -14,6 +14,7 @@ from sepo.flags.renamed import NAMES, VALUES, overridden
 from sepo.flags.values import kinds
 from sepo.trainer.config import SePOConfig, data_to_evaluate_on
 from sepo.trainer.groups import groups
+from sepo.trainer.inherited import FIELDS, Refused
 
 NEEDED = ("model_name_or_path", "dataset_name", "output_dir")
 ABOUT = (
@@ -39,7 +40,9 @@ class TrainParser(HfArgumentParser, Parser):
         )
         self.add_argument("--config", metavar="RUN.yaml", help="YAML file of the same arguments.")
         for action in self._actions:
-            if action.option_strings[0].startswith("--no_"):
+            verdict = FIELDS.get(action.dest)
+            has_no_meaning = isinstance(verdict, Refused) and verdict.values is None
+            if has_no_meaning or action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
             if len(action.choices or ()) > MANY:
                 action.metavar = "NAME"  # a wrong one is answered with all that there are

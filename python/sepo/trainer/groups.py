@@ -35,6 +35,10 @@ GROUPS = {  # title -> fields of SePOConfig; a test says which are in none
     "log and resume": ("logging_steps", "resume_from_checkpoint"),
 }  # fmt: skip
 REST = "transformers' TrainingArguments"
+HELP = {  # of transformers' fields that mean less, or more, here
+    "output_dir": "Folder of the model, its checkpoints and the log.",
+    "resume_from_checkpoint": "Folder of the checkpoint to go on from; true: the last one.",
+}
 
 
 def groups() -> list[type]:
@@ -58,4 +62,5 @@ def _copy(name: str) -> Field:
     default = {"default": of.default} if of.default is not MISSING else {}
     if of.default_factory is not MISSING:
         default = {"default_factory": of.default_factory}
-    return field(**default, metadata=of.metadata)
+    help_here = {"help": HELP[name]} if name in HELP else {}
+    return field(**default, metadata={**of.metadata, **help_here})

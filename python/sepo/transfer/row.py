@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sepo.data.align import Placed, TokenBytes, shift, transfer_scores, transfer_selection
-from sepo.data.read.formats import Drop
+from sepo.data.read.formats import DroppedRow
 from sepo.data.read.render import Span
 from sepo.data.selection import select_positions
 from sepo.data.store.part import TOKENS
@@ -19,7 +19,7 @@ Aggregate = Literal["mean", "max"]
 SIDES = TOKENS[1:]
 
 
-class LeftOut(StrEnum):
+class SkippedRow(StrEnum):
     """Why a row is not carried."""
 
     NOT_SCORED = "not in the store"
@@ -72,13 +72,13 @@ class Coverage:
                 lines.append(f"{count:8} {what}")
         return "\n".join(lines)
 
-    def leave_out(self, why: LeftOut, id: str) -> None:
+    def leave_out(self, why: SkippedRow, pair_id: str) -> None:
         """Name a row that is not carried."""
-        self.left_out.setdefault(str(why), []).append(id)
+        self.left_out.setdefault(str(why), []).append(pair_id)
 
 
 @dataclass(frozen=True)
-class Carry:
+class RowAligner:
     """Rows from the oracle's tokens to the policy's, one at a time."""
 
     oracle: TokenBytes
@@ -92,16 +92,18 @@ class Carry:
         self,
         scored: ScoredPair,  # in the oracle's tokens
         target: TokenPair,  # in the policy's
-        texts: tuple[tuple[Span, Span] | Drop, ...],  # as the oracle and as the policy reads it
+        texts: tuple[
+            tuple[Span, Span] | DroppedRow, ...
+        ],  # as the oracle and as the policy reads it
         counts: Counter[str],  # added to if the row is carried
-    ) -> ScoredPair | LeftOut:
-        if any(isinstance(text, Drop) for text in texts):
-            return LeftOut.TEMPLATES
+    ) -> ScoredPair | SkippedRow:
+        if any(isinstance(text, DroppedRow) for text in texts):
+            return SkippedRow.TEMPLATES
         fields = {name: getattr(target, name) for name in ("id", *TOKENS)}
         found = Counter()
         for side, *text in zip(SIDES, *texts, strict=True):
             placed = self._place(getattr(scored, side), getattr(target, side), *text)
-            if isinstance(placed, LeftOut):
+            if isinstance(placed, SkippedRow):
                 return placed
             found.update(
                 source_tokens=len(placed[0].bounds) - 1,
@@ -116,7 +118,7 @@ class Carry:
                 values = self._scores(score, *bounds, side, found)
             else:
                 values = self._weights(score, *bounds, side, found)
-            if isinstance(values, LeftOut):
+            if isinstance(values, SkippedRow):
                 return values
             fields[f"{side}_{'score' if self.mode == 'score' else 'weight'}"] = values
         counts.update(found)
@@ -124,7 +126,7 @@ class Carry:
 
     def _place(
         self, source: np.ndarray, target: np.ndarray, source_text: Span, target_text: Span
-    ) -> tuple[Placed, Placed] | LeftOut:
+    ) -> tuple[Placed, Placed] | SkippedRow:
         """Both tokenisations in the bytes of the policy's response."""
         if self.is_same and np.array_equal(source, target):
             # every token is its own counterpart, also one that holds no byte of the response
@@ -133,22 +135,22 @@ class Carry:
         here = self.oracle.place(source, source_text)
         there = self.policy.place(target, target_text)
         if here is None or there is None:
-            return LeftOut.ORACLE if here is None else LeftOut.POLICY
+            return SkippedRow.ORACLE if here is None else SkippedRow.POLICY
         of_oracle, of_policy = (
             t.text[t.start : t.end].encode() for t in (source_text, target_text)
         )
         by = shift(of_oracle, of_policy)
-        return LeftOut.TEMPLATES if by is None else (here.moved(by, len(of_policy)), there)
+        return SkippedRow.TEMPLATES if by is None else (here.moved(by, len(of_policy)), there)
 
     def _scores(
         self, score: np.ndarray, source: np.ndarray, target: np.ndarray, side: str, found: Counter
-    ) -> np.ndarray | LeftOut:  # (T,) float32
+    ) -> np.ndarray | SkippedRow:  # (T,) float32
         is_chosen = side == "chosen"
         aggregate = "min" if self.aggregate == "max" and not is_chosen else self.aggregate
         carried = transfer_scores(score, source, target, aggregate=aggregate)
         is_bare = np.isnan(carried)
         if is_bare.all():
-            return LeftOut.UNCOVERED
+            return SkippedRow.UNCOVERED
         # selected after all others, and no part of a response's mass
         least = min(0, np.nanmin(carried)) if is_chosen else max(0, np.nanmax(carried))
         carried[is_bare] = least
@@ -157,13 +159,13 @@ class Carry:
 
     def _weights(
         self, score: np.ndarray, source: np.ndarray, target: np.ndarray, side: str, found: Counter
-    ) -> np.ndarray | LeftOut:  # (T,) float32
+    ) -> np.ndarray | SkippedRow:  # (T,) float32
         positions = select_positions(
             score, self.fraction, "highest" if side == "chosen" else "lowest"
         )
         selected = transfer_selection(positions, source, target)
         if len(selected) == 0:
-            return LeftOut.UNSELECTED
+            return SkippedRow.UNSELECTED
         covered = transfer_selection(np.arange(len(score)), source, target)
         weight = np.zeros(len(target) - 1, np.float32)
         weight[selected] = 1

@@ -31,7 +31,7 @@ from sepo.data.store.store import (
 from sepo.data.types import ScoredPair
 from sepo.errors import InputError
 from sepo.system.lock import lock
-from sepo.transfer.row import Aggregate, Carry, Coverage, LeftOut, Mode
+from sepo.transfer.row import Aggregate, Coverage, Mode, RowAligner, SkippedRow
 
 FRACTION = 0.3
 OWNER = "transfer"  # of the lock of the store that is written
@@ -76,7 +76,7 @@ def transfer_store(
     with lock(output_dir, OWNER):
         _refuse_another(Path(output_dir), transferred)
         begun = begun_with(Path(output_dir), "tokenizer")
-        carry = Carry(
+        align_row = RowAligner(
             TokenBytes(oracle_tokenizer),
             TokenBytes(policy_tokenizer),
             is_same=store.manifest["tokenizer"]
@@ -87,7 +87,7 @@ def transfer_store(
         )
         read = lambda one: (spans(one, oracle_tokenizer), spans(one, policy_tokenizer))
         rows = tqdm(preferences, desc="align", unit="row", disable=not progress)
-        pairs, coverage = _align(store, data, rows, carry, read)
+        pairs, coverage = _align(store, data, rows, align_row, read)
         manifest = {
             "format": FORMAT,
             "sepo": sepo.__version__,
@@ -111,7 +111,7 @@ def _align(
     store: ScoredStore,
     data: PairSet,
     preferences: Iterable[Preference],
-    carry: Carry,
+    align_row: RowAligner,
     read: Callable,  # a row's texts as the oracle and as the policy reads it
 ) -> tuple[list[ScoredPair], Coverage]:
     index = {pair.id: i for i, pair in enumerate(store.pairs())}
@@ -121,19 +121,19 @@ def _align(
         target = targets.get(one.id)
         if target is None or one.id not in index:
             if target is not None:
-                coverage.leave_out(LeftOut.NOT_SCORED, one.id)
+                coverage.leave_out(SkippedRow.NOT_SCORED, one.id)
             continue
         if isinstance(one.prompt, np.ndarray):
             raise InputError(
                 f"pair {one.id}: expected text, which any tokenizer reads, got token ids"
             )
-        carried = carry(store[index.pop(one.id)], target, read(one), coverage.counts)
-        if isinstance(carried, LeftOut):
+        carried = align_row(store[index.pop(one.id)], target, read(one), coverage.counts)
+        if isinstance(carried, SkippedRow):
             coverage.leave_out(carried, one.id)
         else:
             pairs.append(carried)
     for id in index:
-        coverage.leave_out(LeftOut.NOT_READ, id)
+        coverage.leave_out(SkippedRow.NOT_READ, id)
     coverage.rows = len(pairs)
     if not pairs:
         why = "; ".join(f"{len(ids)} {why}" for why, ids in coverage.left_out.items())

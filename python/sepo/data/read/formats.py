@@ -12,7 +12,7 @@ import numpy as np
 
 from sepo.data.read import cells
 from sepo.data.read import sepo_csv as official
-from sepo.data.read.reasons import Drop, Why
+from sepo.data.read.reasons import DroppedRow, DropReason
 from sepo.errors import InputError
 
 
@@ -40,7 +40,7 @@ class Format:
 
     name: str
     columns: tuple[str, ...]  # the columns it is known by
-    read: Callable[[dict, str], Preference | Drop]  # (row, id) -> value
+    read: Callable[[dict, str], Preference | DroppedRow]  # (row, id) -> value
     serves: frozenset[str]  # columns that it reads beside those, if they are filled
 
 
@@ -86,7 +86,7 @@ def read_row(
     form: Format,
     *,
     fields: Mapping[str, str] | None = None,
-) -> Preference | Drop:
+) -> Preference | DroppedRow:
     """One row as a Preference, or why it cannot be one.
 
     The id is the column `id` if it is there and filled, else the row's number. Raises InputError
@@ -97,19 +97,19 @@ def read_row(
     moved = {field: row.get(column) for field, column in fields.items()}
     row = {name: cell for name, cell in row.items() if name not in fields.values()} | moved
     own = row.get("id")
-    id = str(number) if own is None or own == "" else str(own)
+    pair_id = str(number) if own is None or own == "" else str(own)
     for name in CONVERSATIONS & row.keys():
-        row[name] = cells.unquoted(row[name], id, name)
-    one = form.read(row, id)
-    if isinstance(one, Drop):
+        row[name] = cells.unquoted(row[name], pair_id, name)
+    one = form.read(row, pair_id)
+    if isinstance(one, DroppedRow):
         return one
     # no template writes plain text, so nothing beside it reaches the model
     served = PLAIN if isinstance(one.prompt, str) else form.serves
     for column in BESIDE:
         if column in row and column not in served and cells.is_filled(row[column]):
-            return Drop(one.id, Why.UNSERVED, f"{column}, beside {_written(one)}")
+            return DroppedRow(one.id, DropReason.UNSERVED, f"{column}, beside {_written(one)}")
     if isinstance(one.prompt, list) and (media := _media(one)):
-        return Drop(one.id, Why.UNSERVED, f"{media}, as part of a message")
+        return DroppedRow(one.id, DropReason.UNSERVED, f"{media}, as part of a message")
     return one
 
 
@@ -149,90 +149,96 @@ BESIDE = (
 TRANSCRIPT_MARK = "\n\nAssistant:"
 
 
-def _read_ids(row: dict, id: str) -> Preference | Drop:
+def _read_ids(row: dict, pair_id: str) -> Preference | DroppedRow:
     """prompt_ids, chosen_ids, rejected_ids, each side with a mask or weights if the user has any."""
     ids = {
-        name: cells.token_ids(row[f"{name}_ids"], id, f"{name}_ids") for name in ("prompt", *SIDES)
+        name: cells.token_ids(row[f"{name}_ids"], pair_id, f"{name}_ids")
+        for name in ("prompt", *SIDES)
     }
     if any(len(ids[side]) == 0 for side in SIDES):
-        return Drop(id, Why.EMPTY)
+        return DroppedRow(pair_id, DropReason.EMPTY)
     if len(ids["prompt"]) == 0:
-        return Drop(id, Why.NO_PROMPT)
-    weights = {side: cells.weight(row, id, side, len(ids[side])) for side in SIDES}
+        return DroppedRow(pair_id, DropReason.NO_PROMPT)
+    weights = {side: cells.weight(row, pair_id, side, len(ids[side])) for side in SIDES}
     if any(weight is not None and not weight.any() for weight in weights.values()):
-        return Drop(id, Why.ZERO_WEIGHT)
+        return DroppedRow(pair_id, DropReason.ZERO_WEIGHT)
     return Preference(
-        id=id, **ids, chosen_weight=weights["chosen"], rejected_weight=weights["rejected"]
+        id=pair_id, **ids, chosen_weight=weights["chosen"], rejected_weight=weights["rejected"]
     )
 
 
-def _read_sharegpt(row: dict, id: str) -> Preference | Drop:
+def _read_sharegpt(row: dict, pair_id: str) -> Preference | DroppedRow:
     """conversations [{from, value}], chosen and rejected {from, value}; system, tools if present."""
-    turns = cells.messages(row["conversations"], id, "conversations")
-    return _conversations(row, id, _with_system(row, id, turns))
+    turns = cells.messages(row["conversations"], pair_id, "conversations")
+    return _conversations(row, pair_id, _with_system(row, pair_id, turns))
 
 
-def _read_question(row: dict, id: str) -> Preference | Drop:
+def _read_question(row: dict, pair_id: str) -> Preference | DroppedRow:
     """system, history, question (or instruction and input), chosen, rejected: one turn each."""
     field = next(name for name in ("question", "instruction", "input") if name in row)
-    question = cells.string(row[field], id, field)
-    if field == "instruction" and (extra := cells.string(row.get("input"), id, "input")):
+    question = cells.string(row[field], pair_id, field)
+    if field == "instruction" and (extra := cells.string(row.get("input"), pair_id, "input")):
         question = f"{question}\n{extra}"
     if not question.strip():
-        return Drop(id, Why.NO_PROMPT)
-    asked = [*cells.history(row, id), {"role": "user", "content": question}]
-    return _conversations(row, id, cells.system_turn(row, id) + asked)
+        return DroppedRow(pair_id, DropReason.NO_PROMPT)
+    asked = [*cells.history(row, pair_id), {"role": "user", "content": question}]
+    return _conversations(row, pair_id, cells.system_turn(row, pair_id) + asked)
 
 
-def _read_preference(row: dict, id: str) -> Preference | Drop:
+def _read_preference(row: dict, pair_id: str) -> Preference | DroppedRow:
     """prompt, chosen, rejected: strings, message lists, or a string and whole conversations."""
     prompt = row["prompt"]
     if isinstance(prompt, list | dict):
-        turns = cells.messages(prompt, id, "prompt")
-        return _conversations(row, id, _with_system(row, id, turns))
-    prompt = cells.string(prompt, id, "prompt")
+        turns = cells.messages(prompt, pair_id, "prompt")
+        return _conversations(row, pair_id, _with_system(row, pair_id, turns))
+    prompt = cells.string(prompt, pair_id, "prompt")
     # strings stay plain text, unless something beside them has a role
     if "system" in row or any(isinstance(row[side], list | dict) for side in SIDES):
         turns = [{"role": "user", "content": prompt}] if prompt.strip() else []
-        return _conversations(row, id, cells.system_turn(row, id) + turns)
-    chosen, rejected = (cells.string(row[side], id, side) for side in SIDES)
-    return _texts(id, prompt, chosen, rejected)
+        return _conversations(row, pair_id, cells.system_turn(row, pair_id) + turns)
+    chosen, rejected = (cells.string(row[side], pair_id, side) for side in SIDES)
+    return _texts(pair_id, prompt, chosen, rejected)
 
 
-def _read_implicit(row: dict, id: str) -> Preference | Drop:
+def _read_implicit(row: dict, pair_id: str) -> Preference | DroppedRow:
     """chosen and rejected hold the prompt too: as messages, or as hh-rlhf's transcripts."""
     if any(isinstance(row[side], list | dict) for side in SIDES):
-        return _conversations(row, id, cells.system_turn(row, id))
+        return _conversations(row, pair_id, cells.system_turn(row, pair_id))
     parts = []
     for side in SIDES:
-        text = cells.string(row[side], id, side)
+        text = cells.string(row[side], pair_id, side)
         if not text.strip():
-            return Drop(id, Why.EMPTY)
+            return DroppedRow(pair_id, DropReason.EMPTY)
         # the last mark: the earlier ones are turns of the prompt. Where two responses begin alike,
         # their common prefix reaches into both, so it says nothing about the prompt.
         head, mark, response = text.rpartition(TRANSCRIPT_MARK)
         if not mark:
             raise InputError(
-                f"pair {id}: expected {side}, without a prompt column, to be a list of messages or "
-                f"a transcript with {TRANSCRIPT_MARK!r}, got {cells.short(text)}; add a column prompt"
+                f"pair {pair_id}: expected {side}, without a prompt column, to be a list of messages "
+                f"or a transcript with {TRANSCRIPT_MARK!r}, got {cells.short(text)}; add a column "
+                "prompt"
             )
         parts.append((head + mark, response))
     (prompt, chosen), (other, rejected) = parts
-    return Drop(id, Why.PROMPTS_DIFFER) if prompt != other else _texts(id, prompt, chosen, rejected)
+    return (
+        DroppedRow(pair_id, DropReason.PROMPTS_DIFFER)
+        if prompt != other
+        else _texts(pair_id, prompt, chosen, rejected)
+    )
 
 
-def _read_official(row: dict, id: str) -> Preference | Drop:
+def _read_official(row: dict, pair_id: str) -> Preference | DroppedRow:
     """The CSV of SePO's released code: a user's message, two texts with their end tokens, indices."""
     fields = ("prompt", *(f"{side}_response" for side in SIDES))
-    prompt, chosen, rejected = (official.read_text(row[field], id, field) for field in fields)
+    prompt, chosen, rejected = (official.read_text(row[field], pair_id, field) for field in fields)
     if not prompt.strip():
-        return Drop(id, Why.NO_PROMPT)
-    texts = _texts(id, prompt, chosen, rejected)
-    if isinstance(texts, Drop):
+        return DroppedRow(pair_id, DropReason.NO_PROMPT)
+    texts = _texts(pair_id, prompt, chosen, rejected)
+    if isinstance(texts, DroppedRow):
         return texts
-    selected = tuple(official.read_selected(row, id, side) for side in SIDES)
+    selected = tuple(official.read_selected(row, pair_id, side) for side in SIDES)
     if any(len(one.before) == 0 for one in selected):
-        return Drop(id, Why.ZERO_WEIGHT)
+        return DroppedRow(pair_id, DropReason.ZERO_WEIGHT)
     return replace(texts, prompt=[{"role": "user", "content": prompt}], selected=selected)
 
 
@@ -255,54 +261,54 @@ FIELDS = {name for form in FORMATS for name in form.columns} | WEIGHTS | CHAT | 
 # --- what the readers share ----------------------------------------------------------------------
 
 
-def _texts(id: str, prompt: str, chosen: str, rejected: str) -> Preference | Drop:
+def _texts(pair_id: str, prompt: str, chosen: str, rejected: str) -> Preference | DroppedRow:
     if not chosen.strip() or not rejected.strip():
-        return Drop(id, Why.EMPTY)
-    return Preference(id=id, prompt=prompt, chosen=chosen, rejected=rejected)
+        return DroppedRow(pair_id, DropReason.EMPTY)
+    return Preference(id=pair_id, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
-def _conversations(row: dict, id: str, shared: list[dict]) -> Preference | Drop:
+def _conversations(row: dict, pair_id: str, shared: list[dict]) -> Preference | DroppedRow:
     """The turns that both sides share are the prompt; each response is one assistant message."""
     whole = []
     for side in SIDES:
         turns = row[side]
         if isinstance(turns, str) or turns is None:
             turns = [{"role": "assistant", "content": turns}]
-        turns = cells.messages(turns, id, side)
+        turns = cells.messages(turns, pair_id, side)
         if not turns:
-            return Drop(id, Why.EMPTY)
+            return DroppedRow(pair_id, DropReason.EMPTY)
         repeats = bool(shared) and _is_among(shared, turns[:-1])  # the side repeats the prompt
         if turns[0]["role"] in ("system", "user"):
             if turns[0]["role"] == "user":
-                turns = _with_system(row, id, turns)
+                turns = _with_system(row, pair_id, turns)
             if not repeats and not _is_among(shared, turns):
-                return Drop(id, Why.PROMPT_ELSEWHERE)
+                return DroppedRow(pair_id, DropReason.PROMPT_ELSEWHERE)
         elif not repeats:
             turns = shared + turns
         whole.append(turns)
     for turns in whole:
         if turns[-1]["role"] != "assistant":
-            return Drop(id, Why.LAST_ROLE, f"got {turns[-1]['role']}")
+            return DroppedRow(pair_id, DropReason.LAST_ROLE, f"got {turns[-1]['role']}")
         if _is_blank(turns[-1]):
-            return Drop(id, Why.EMPTY)
+            return DroppedRow(pair_id, DropReason.EMPTY)
     chosen, rejected = whole
     if chosen[:-1] != rejected[:-1]:
-        return Drop(id, Why.PROMPTS_DIFFER)
+        return DroppedRow(pair_id, DropReason.PROMPTS_DIFFER)
     if not chosen[:-1]:
-        return Drop(id, Why.NO_PROMPT)
+        return DroppedRow(pair_id, DropReason.NO_PROMPT)
     return Preference(
-        id=id,
+        id=pair_id,
         prompt=chosen[:-1],
         chosen=chosen[-1],
         rejected=rejected[-1],
-        tools=cells.tools(row, id),
-        template_kwargs=cells.template_kwargs(row, id),
+        tools=cells.tools(row, pair_id),
+        template_kwargs=cells.template_kwargs(row, pair_id),
     )
 
 
-def _with_system(row: dict, id: str, turns: list[dict]) -> list[dict]:
+def _with_system(row: dict, pair_id: str, turns: list[dict]) -> list[dict]:
     """The turns after what the column `system` says, once."""
-    system = cells.system_turn(row, id)
+    system = cells.system_turn(row, pair_id)
     is_there = bool(turns) and turns[0]["role"] == "system"
     return turns if is_there and _texts_of(turns[:1]) == _texts_of(system) else system + turns
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sepo.data.read.formats import Format, Preference, find_format, read_row
 from sepo.data.read.load import load_rows, source_name
-from sepo.data.read.reasons import Drop
+from sepo.data.read.reasons import DroppedRow
 from sepo.data.read.rows import Rows
 from sepo.data.read.tokenise import tokenise
 from sepo.data.types import TokenPair
@@ -55,7 +55,7 @@ class Report:
                 lines.append(f"{count:12} {what}{detail} (pair {ids})")
         return "\n".join(lines)
 
-    def drop(self, drop: Drop) -> None:
+    def drop(self, drop: DroppedRow) -> None:
         """Count a row that was dropped."""
         self._count(self.dropped, drop.why, drop.id)
         if drop.detail:
@@ -116,13 +116,13 @@ def read_pairs(
         for one, own_id in islice(named, BATCH):
             if one.id != own_id:
                 report.note(REPEATED_ID, own_id)
-            if isinstance(one, Drop):
+            if isinstance(one, DroppedRow):
                 report.drop(one)
             else:
                 batch.append(one)
         how = dict(max_length=max_length, append_eos=append_eos, strict=strict)
         for done in tokenise(batch, tokenizer, **how):
-            if isinstance(done, Drop):
+            if isinstance(done, DroppedRow):
                 report.drop(done)
                 continue
             result.pairs.append(done.pair)
@@ -145,7 +145,7 @@ def named_rows(
     *,
     first: int = 0,  # number of the first row
     fields: Mapping[str, str] | None = None,
-) -> Iterator[tuple[Preference | Drop, str]]:
+) -> Iterator[tuple[Preference | DroppedRow, str]]:
     """Each row read, under an id that no other has, and the id that the data gave it.
 
     Raises InputError as `read_row` does, with the file that the row is in.

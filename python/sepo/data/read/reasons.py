@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Why(StrEnum):
+class DropReason(StrEnum):
     """Why a row was dropped."""
 
     EMPTY = "a response is empty"
@@ -24,7 +24,7 @@ class Why(StrEnum):
     SAME_CUT = "the two responses are the same once cut"
 
 
-class Note(StrEnum):
+class RowNote(StrEnum):
     """What happened to a row that was kept."""
 
     UNSEEN = "the training text does not begin with the prompt as inference renders it"
@@ -39,9 +39,9 @@ class Note(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Drop:
+class DroppedRow:
     """A row that cannot be used, and why."""
 
     id: str
-    why: Why | Note  # a note where notes are not tolerated
+    why: DropReason | RowNote  # a note where notes are not tolerated
     detail: str = ""

@@ -7,7 +7,7 @@ from typing import Any
 
 from sepo.data.read import content
 from sepo.data.read.formats import Preference
-from sepo.data.read.reasons import Drop, Note, Why
+from sepo.data.read.reasons import DroppedRow, DropReason, RowNote
 from sepo.errors import InputError
 
 
@@ -19,13 +19,13 @@ class Span:
     start: int
     end: int
     is_chat: bool
-    notes: tuple[Note, ...] = ()  # what the text is not, that the row or inference says it is
+    notes: tuple[RowNote, ...] = ()  # what the text is not, that the row or inference says it is
 
 
 def spans(
     preference: Preference,  # messages or strings
     tokenizer: Any,  # of transformers, with a chat template for messages
-) -> tuple[Span, Span] | Drop:
+) -> tuple[Span, Span] | DroppedRow:
     """The whole text of the chosen and of the rejected side, or why there is none.
 
     Messages are rendered by the chat template, prompt and response in one; plain text is the
@@ -34,7 +34,7 @@ def spans(
     side. Raises InputError for messages without a chat template.
     """
     if preference.chosen == preference.rejected:
-        return Drop(preference.id, Why.SAME)
+        return DroppedRow(preference.id, DropReason.SAME)
     if isinstance(preference.prompt, str):
         return _plain_spans(preference.prompt, preference)
     if tokenizer.chat_template is None:
@@ -47,11 +47,11 @@ def spans(
     try:
         return _chat_spans(preference, render)
     except _Refused as refused:
-        return Drop(preference.id, Why.REFUSED, str(refused))
+        return DroppedRow(preference.id, DropReason.REFUSED, str(refused))
 
 
-def _plain_spans(prompt: str, p: Preference, notes: tuple[Note, ...] = ()) -> tuple[Span, Span]:
-    notes += (Note.REPEATS,) * content.repeats_prompt(p)
+def _plain_spans(prompt: str, p: Preference, notes: tuple[RowNote, ...] = ()) -> tuple[Span, Span]:
+    notes += (RowNote.REPEATS,) * content.repeats_prompt(p)
     chosen, rejected = (
         Span(prompt + response, len(prompt), len(prompt + response), is_chat=False, notes=notes)
         for response in (p.chosen, p.rejected)
@@ -83,7 +83,7 @@ def _render(tokenizer: Any, p: Preference, messages: list[dict], **how: Any) -> 
         raise _Refused(kind + reason) from error
 
 
-def _chat_spans(p: Preference, render: Render) -> tuple[Span, Span] | Drop:
+def _chat_spans(p: Preference, render: Render) -> tuple[Span, Span] | DroppedRow:
     p = _with_strings(p, render)
     if isinstance(p.chosen, str):
         opening = render(p.prompt, add_generation_prompt=True)
@@ -101,24 +101,24 @@ def _chat_spans(p: Preference, render: Render) -> tuple[Span, Span] | Drop:
             for text, answer in zip(texts, (p.chosen, p.rejected), strict=True)
         ]
     if None in places:
-        return Drop(p.id, Why.REWRITTEN)
+        return DroppedRow(p.id, DropReason.REWRITTEN)
     if any(start == end for start, end in places):
-        return Drop(p.id, Why.EMPTY, "nothing is left of it in the chat template")
-    sides, repeats = [], (Note.REPEATS,) * content.repeats_prompt(p)
+        return DroppedRow(p.id, DropReason.EMPTY, "nothing is left of it in the chat template")
+    sides, repeats = [], (RowNote.REPEATS,) * content.repeats_prompt(p)
     for text, answer, (start, end) in zip(texts, (p.chosen, p.rejected), places, strict=True):
         notes = _lost_prompt(p, text[:start])
         if opening is None or not text.startswith(opening):
-            notes = (Note.UNSEEN, *notes)
+            notes = (RowNote.UNSEEN, *notes)
         if not content.is_shown(answer, text[start:]):
-            notes += (Note.LOST_RESPONSE,)
+            notes += (RowNote.LOST_RESPONSE,)
         sides.append(Span(text, start, end, is_chat=True, notes=notes + repeats))
     return tuple(sides)
 
 
-def _lost_prompt(p: Preference, text: str) -> tuple[Note, ...]:
+def _lost_prompt(p: Preference, text: str) -> tuple[RowNote, ...]:
     whole = all(content.is_shown(turn, text, is_earlier=True) for turn in p.prompt)
     whole = whole and all(map(partial(content.shows, text), content.tool_names(p.tools)))
-    return () if whole else (Note.LOST_PROMPT,)
+    return () if whole else (RowNote.LOST_PROMPT,)
 
 
 def _with_strings(p: Preference, render: Render) -> Preference:

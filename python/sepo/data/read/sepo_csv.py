@@ -48,38 +48,38 @@ class Selected:
         return weight
 
 
-def read_selected(row: dict, id: str, side: str) -> Selected:
+def read_selected(row: dict, pair_id: str, side: str) -> Selected:
     """The columns of one side. Raises InputError for cells that are no lists, or do not fit."""
     args, ids = (f"{side}_{KIND[side]}_{what}" for what in ("args", "ids"))
     whole = f"{side}_responses_ids"
     found = Selected(
-        before=_list(row[args], id, args),
-        ids=_list(row[ids], id, ids),
-        response=_list(row[whole], id, whole) if row.get(whole) else None,
+        before=_list(row[args], pair_id, args),
+        ids=_list(row[ids], pair_id, ids),
+        response=_list(row[whole], pair_id, whole) if row.get(whole) else None,
     )
     if len(found.before) != len(found.ids):
         raise InputError(
-            f"pair {id}: expected {ids} to hold {len(found.before)} numbers, one for each of "
+            f"pair {pair_id}: expected {ids} to hold {len(found.before)} numbers, one for each of "
             f"{args}, got {len(found.ids)}"
         )
     if found.response is not None and (found.before >= len(found.response) - 1).any():
         raise InputError(
-            f"pair {id}: expected {args} below {len(found.response) - 1}, the last place before "
+            f"pair {pair_id}: expected {args} below {len(found.response) - 1}, the last place before "
             f"the end of {whole}, got {found.before.max()}"
         )
     return found
 
 
-def read_text(value: Any, id: str, field: str) -> str:
+def read_text(value: Any, pair_id: str, field: str) -> str:
     """A cell's text. The code writes its file with an escape character, and never undoes it."""
-    text = cells.string(value, id, field)
+    text = cells.string(value, pair_id, field)
     halved = text.replace("\\\\", "\\")
     is_doubled = halved.count("\\") * 2 == text.count("\\")
     return halved if is_doubled else text
 
 
-def _list(value: Any, id: str, field: str) -> np.ndarray:  # (K,) int32
+def _list(value: Any, pair_id: str, field: str) -> np.ndarray:  # (K,) int32
     """Numbers joined by commas, in brackets or without."""
     if isinstance(value, str):
         value = f"[{value.strip(' []')}]"
-    return cells.token_ids(value, id, field)
+    return cells.token_ids(value, pair_id, field)

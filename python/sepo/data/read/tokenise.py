@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sepo.data.read.formats import Preference
-from sepo.data.read.reasons import Drop, Note, Why
+from sepo.data.read.reasons import DroppedRow, DropReason, RowNote
 from sepo.data.read.render import Span, spans
 from sepo.data.read.sepo_csv import Selected
 from sepo.data.types import TokenPair
@@ -25,7 +25,7 @@ class Tokenised:
     """A pair and what a reader of the report should know about it."""
 
     pair: TokenPair
-    notes: tuple[Note, ...]
+    notes: tuple[RowNote, ...]
 
 
 def tokenise(
@@ -35,7 +35,7 @@ def tokenise(
     max_length: int | None = None,  # tokens of the prompt and one response; None: no limit
     append_eos: bool = True,  # plain text only: a chat template brings its own end-of-turn token
     strict: bool = False,  # drop what would be kept with a note
-) -> list[Tokenised | Drop]:
+) -> list[Tokenised | DroppedRow]:
     """Tokenise a batch of rows; one result a row, in order.
 
     Messages: the chat template renders prompt and response in one; the response runs up to and
@@ -47,7 +47,8 @@ def tokenise(
     A token that holds characters of both prompt and response belongs to the response. The prompt
     is what both responses have in common up to there. A response cut by `max_length` has no end
     token. What a template makes of a row is compared with the row, and with what inference
-    renders; `Note` says what can be found. Raises InputError if the tokenizer cannot do what a row needs.
+    renders; `RowNote` says what can be found. Raises InputError if the tokenizer cannot do what a
+    row needs.
     """
     if max_length is not None and max_length < 2:
         raise InputError(f"expected max_length >= 2, got {max_length}")
@@ -63,9 +64,9 @@ def tokenise(
         for span in pair
     ]
     encoded = iter(_encode(tokenizer, texts))
-    results: list[Tokenised | Drop] = []
+    results: list[Tokenised | DroppedRow] = []
     for preference, pair in zip(preferences, sides, strict=True):
-        if isinstance(pair, Drop):
+        if isinstance(pair, DroppedRow):
             results.append(pair)
             continue
         if pair is None:
@@ -74,11 +75,11 @@ def tokenise(
             cut = [_cut_out(span, next(encoded), rules, append_eos) for span in pair]
             whole, notes = _pair_of_text(preference.id, *cut, has_prompt=pair[0].start > 0)
             notes = [*dict.fromkeys(note for span in pair for note in span.notes), *notes]
-            if preference.selected is not None and not isinstance(whole, Drop):
+            if preference.selected is not None and not isinstance(whole, DroppedRow):
                 whole = _with_selected(whole, preference.selected)
-        done = whole if isinstance(whole, Drop) else _finish(whole, notes, max_length)
+        done = whole if isinstance(whole, DroppedRow) else _finish(whole, notes, max_length)
         if strict and isinstance(done, Tokenised) and done.notes:
-            done = Drop(preference.id, done.notes[0])
+            done = DroppedRow(preference.id, done.notes[0])
         results.append(done)
     return results
 
@@ -148,13 +149,13 @@ def _encode(
 
 def _refuse_half_characters(texts: list[tuple[str, str]]) -> None:
     """JSON can write half of a character (\\ud83d), which no text can hold."""
-    for id, text in texts:
+    for pair_id, text in texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             half = ascii(text[error.start])
             raise InputError(
-                f"pair {id}: expected text, got half of a character, {half}"
+                f"pair {pair_id}: expected text, got half of a character, {half}"
             ) from error
 
 
@@ -252,10 +253,10 @@ def _covers(text: str, starts: np.ndarray, ends: np.ndarray) -> bool:  # (N,), (
 
 
 def _pair_of_text(
-    id: str, chosen: _Side | None, rejected: _Side | None, *, has_prompt: bool
-) -> tuple[TokenPair | Drop, list[Note]]:
+    pair_id: str, chosen: _Side | None, rejected: _Side | None, *, has_prompt: bool
+) -> tuple[TokenPair | DroppedRow, list[RowNote]]:
     if chosen is None or rejected is None:
-        return Drop(id, Why.OFFSETS), []
+        return DroppedRow(pair_id, DropReason.OFFSETS), []
     # Where a token straddles the boundary, the tokens before it may differ as well: what is not
     # common to both sides is no prompt.
     limit = min(chosen.start, rejected.start)
@@ -263,29 +264,31 @@ def _pair_of_text(
     start = int(differ[0]) if len(differ) else limit
     sides = (chosen, rejected)
     if start == 0:
-        return Drop(id, Why.MERGED if has_prompt else Why.NO_PROMPT), []
+        return DroppedRow(pair_id, DropReason.MERGED if has_prompt else DropReason.NO_PROMPT), []
     if any(side.body <= side.start for side in sides):
-        return Drop(id, Why.EMPTY, "no token is left of it"), []
+        return DroppedRow(pair_id, DropReason.EMPTY, "no token is left of it"), []
     notes = []
     if any(side.straddles or side.start > start for side in sides):
-        notes.append(Note.STRADDLE)
+        notes.append(RowNote.STRADDLE)
     if any(len(side.ids) == side.body for side in sides):
-        notes.append(Note.NO_END)
+        notes.append(RowNote.NO_END)
     if _is_prefix(*(side.ids[start : side.body] for side in sides)):
-        notes.append(Note.PREFIX)
+        notes.append(RowNote.PREFIX)
     prompt = chosen.ids[:start]
-    pair = TokenPair(id=id, prompt=prompt, chosen=chosen.ids[start:], rejected=rejected.ids[start:])
+    pair = TokenPair(
+        id=pair_id, prompt=prompt, chosen=chosen.ids[start:], rejected=rejected.ids[start:]
+    )
     return pair, notes
 
 
-def _with_selected(pair: TokenPair, selected: Sequence[Selected]) -> TokenPair | Drop:
+def _with_selected(pair: TokenPair, selected: Sequence[Selected]) -> TokenPair | DroppedRow:
     weights = {}
     for side, one in zip(("chosen", "rejected"), selected, strict=True):
         weight = one.weight(getattr(pair, side))
         if isinstance(weight, str):
-            return Drop(pair.id, Why.OTHER_IDS, f"pair {pair.id}, {side} {weight}")
+            return DroppedRow(pair.id, DropReason.OTHER_IDS, f"pair {pair.id}, {side} {weight}")
         if not weight.any():
-            return Drop(pair.id, Why.ZERO_WEIGHT)
+            return DroppedRow(pair.id, DropReason.ZERO_WEIGHT)
         weights[f"{side}_weight"] = weight
     return replace(pair, **weights)
 
@@ -294,7 +297,7 @@ def _has_ids(preference: Preference) -> bool:
     return isinstance(preference.prompt, np.ndarray)
 
 
-def _pair_of_ids(p: Preference, tokenizer: Any) -> tuple[TokenPair, list[Note]]:
+def _pair_of_ids(p: Preference, tokenizer: Any) -> tuple[TokenPair, list[RowNote]]:
     highest = max(int(ids.max()) for ids in (p.prompt, p.chosen, p.rejected))
     if tokenizer is not None and highest >= len(tokenizer):
         raise InputError(
@@ -309,25 +312,27 @@ def _pair_of_ids(p: Preference, tokenizer: Any) -> tuple[TokenPair, list[Note]]:
         chosen_weight=p.chosen_weight,
         rejected_weight=p.rejected_weight,
     )
-    notes = [Note.PREFIX] if _is_prefix(p.chosen, p.rejected) else []
+    notes = [RowNote.PREFIX] if _is_prefix(p.chosen, p.rejected) else []
     begins = [_begins(side, p.prompt) for side in (p.chosen, p.rejected)]
     if all(begins) or (any(begins) and len(p.prompt) > 2):
-        notes.insert(0, Note.REPEATS)
+        notes.insert(0, RowNote.REPEATS)
     return pair, notes
 
 
-def _finish(pair: TokenPair, notes: list[Note], max_length: int | None) -> Tokenised | Drop:
+def _finish(
+    pair: TokenPair, notes: list[RowNote], max_length: int | None
+) -> Tokenised | DroppedRow:
     """Cut the responses to max_length and refuse what cannot be learnt from."""
     if np.array_equal(pair.chosen, pair.rejected):
-        lost = "the chat template leaves out what differs" if Note.LOST_RESPONSE in notes else ""
-        return Drop(pair.id, Why.SAME, lost)
+        lost = "the chat template leaves out what differs" if RowNote.LOST_RESPONSE in notes else ""
+        return DroppedRow(pair.id, DropReason.SAME, lost)
     if max_length is None:
         return Tokenised(pair, tuple(notes))
     room = max_length - len(pair.prompt)
     if room <= 0:
-        return Drop(pair.id, Why.NO_ROOM)
+        return DroppedRow(pair.id, DropReason.NO_ROOM)
     notes = list(notes)
-    for side, note in (("chosen", Note.CUT_CHOSEN), ("rejected", Note.CUT_REJECTED)):
+    for side, note in (("chosen", RowNote.CUT_CHOSEN), ("rejected", RowNote.CUT_REJECTED)):
         if len(getattr(pair, side)) > room:
             notes.append(note)
             weight = getattr(pair, f"{side}_weight")
@@ -336,10 +341,10 @@ def _finish(pair: TokenPair, notes: list[Note], max_length: int | None) -> Token
                 kept[f"{side}_weight"] = weight[:room]
             pair = replace(pair, **kept)
     if np.array_equal(pair.chosen, pair.rejected):
-        return Drop(pair.id, Why.SAME_CUT)
+        return DroppedRow(pair.id, DropReason.SAME_CUT)
     for weight in (pair.chosen_weight, pair.rejected_weight):
         if weight is not None and not weight.any():
-            return Drop(pair.id, Why.ZERO_WEIGHT, "after the cut at max_length")
+            return DroppedRow(pair.id, DropReason.ZERO_WEIGHT, "after the cut at max_length")
     return Tokenised(pair, tuple(notes))
 
 
