@@ -8,6 +8,7 @@ the other tokenizer's end-of-turn token and nothing else.
 """
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,7 +66,7 @@ def transfer_selection(
     return np.unique(of_target[is_selected[of_source]]).astype(np.int32)
 
 
-def _overlaps(source: np.ndarray, target: np.ndarray):
+def _overlaps(source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Source token, target token and bytes of every stretch that two tokens share, ascending."""
     edges = np.union1d(source, target)
     start, num_bytes = edges[:-1], np.diff(edges)
@@ -201,7 +202,9 @@ class _Tokens:
         return at + np.append(0, np.cumsum(lengths))
 
 
-def _find(tokens: _Tokens, text: bytes, start: int, end: int, *, is_whole: bool):
+def _find(
+    tokens: _Tokens, text: bytes, start: int, end: int, *, is_whole: bool
+) -> np.ndarray | None:
     """Bounds (T + 1,) in `text` of the tokens of text[start:end]; None if they don't spell it.
 
     is_whole: they must reach the end of it but for blanks, as an end-of-turn token follows.
@@ -217,7 +220,7 @@ def _find(tokens: _Tokens, text: bytes, start: int, end: int, *, is_whole: bool)
     return None
 
 
-def _places(text: bytes, start: int, size: int):
+def _places(text: bytes, start: int, size: int) -> Iterator[int]:
     """Where the first token may begin, the usual place first."""
     yield start
     yield from range(start - 1, max(-1, start - size), -1)  # it holds the end of the prompt
@@ -243,7 +246,7 @@ def shift(source: bytes, target: bytes) -> int | None:
     return None
 
 
-def _alphabet(backend: Any):
+def _alphabet(backend: Any) -> Callable[[str], bytes]:
     """What turns a piece of a fast tokenizer into bytes."""
     said = repr((backend.decoder, backend.pre_tokenizer, backend.normalizer))
     if "ByteLevel" in said:

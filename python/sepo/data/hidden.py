@@ -13,7 +13,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,14 +33,16 @@ class HiddenFile:
     """The rows of one part, (T_part, D_ref) bfloat16, opened when something first reads them."""
 
     def __init__(self, path: Path):
-        self.path, self._rows = path, None
+        self.path = path
+        self._rows: Any = None  # a slice of safetensors
 
     def __getitem__(self, where: slice) -> Tensor:
         if self._rows is None:
             self._rows = _open(self.path).get_slice(ROWS)
         return self._rows[where]
 
-    def __reduce__(self):  # a mapping does not travel to another process, a path does
+    # a mapping does not travel to another process, a path does
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
         return HiddenFile, (self.path,)
 
 
@@ -169,7 +171,7 @@ def _check_of_head(tensors: dict[str, Tensor], about: dict) -> int:
     return check
 
 
-def _number(value) -> float | None:
+def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
@@ -181,7 +183,7 @@ def _save(file: Path, tensors: dict[str, Tensor], about: dict) -> None:
         raise OSError(str(error)) from error
 
 
-def _open(file: Path):
+def _open(file: Path) -> Any:
     try:
         if file.exists() and not file.is_file():  # a pipe would be waited for, for ever
             raise OSError("it is no file")
@@ -192,5 +194,5 @@ def _open(file: Path):
         raise InputError(f"{file}: cannot be read ({error}); delete it and score again") from error
 
 
-def _about(file: Path, opened) -> dict:
+def _about(file: Path, opened: Any) -> dict:
     return parse_about(file, (opened.metadata() or {}).get("sepo", "{}"))

@@ -3,6 +3,8 @@
 The packer owns the shift: it says which row predicts which target, and nothing after it does.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -53,7 +55,7 @@ def pack(
         _check_vocabulary([*tokens, *targets], vocab_size)
 
     _, prefix_end, rejected_start, pair_end = zip(*spans, strict=True) if spans else [()] * 4
-    int32 = dict(dtype=torch.int32)
+    int32: dict[str, Any] = dict(dtype=torch.int32)
     return PackedBatch(
         tokens=_flat(tokens, torch.int64),
         position_ids=_flat(position_ids, torch.int64),

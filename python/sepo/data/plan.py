@@ -134,7 +134,8 @@ def _pack(
 ) -> tuple[np.ndarray, np.ndarray]:  # bin of each pair (n,), rank of each bin (bins,)
     """Pairs to ranks by cost, then best fit in each; or best fit first, where that takes fewer."""
     rank_of = _deal(cost, world_size)
-    bin_of, counts = np.empty(len(tokens), np.int64), []
+    counts: list[int] = []
+    bin_of = np.empty(len(tokens), np.int64)
     for rank in range(world_size):
         mine = np.flatnonzero(rank_of == rank)
         found = best_fit_decreasing(tokens[mine].tolist(), budget)

@@ -34,7 +34,7 @@ class TokenPair:
         return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
 
-def _same(a, b) -> bool:
+def _same(a: object, b: object) -> bool:
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return np.array_equal(a, b)
     if isinstance(a, HiddenRows) and isinstance(b, HiddenRows):

@@ -137,7 +137,7 @@ CONVERSATIONS = {"prompt", "conversations", *SIDES}
 WEIGHTS = {f"{side}_{kind}" for side in SIDES for kind in ("mask", "weights")}
 MEDIA = {f"{kind}{s}" for kind in ("image", "video", "audio") for s in ("", "s")}
 CHAT = frozenset({"system", "tools", "chat_template_kwargs"})
-PLAIN = frozenset()
+PLAIN: frozenset[str] = frozenset()
 # what has a meaning in some format, and no row may lose in silence
 BESIDE = (
     *sorted(MEDIA),

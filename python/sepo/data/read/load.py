@@ -206,7 +206,9 @@ def _of_split(
     return joined([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
-def _call(source: str | Path, function: Callable | str, *args: Any, quiet=False, **options: Any):
+def _call(
+    source: str | Path, function: Callable | str, *args: Any, quiet: bool = False, **options: Any
+) -> Any:
     """What a function, or one of the datasets library, makes of the source; its errors in one line."""
     datasets = _datasets(source)
     # a bar is for a download, not for a file that is there already

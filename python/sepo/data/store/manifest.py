@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sepo.errors import InputError
 
@@ -53,7 +54,7 @@ def read_manifest(path: Path) -> dict | None:
     return manifest
 
 
-def begun_with(path: Path, entry: str):
+def begun_with(path: Path, entry: str) -> Any:
     """What the manifest of a store that is gone on with has there; None if there is none yet."""
     return (read_manifest(path) or {}).get(entry)
 
@@ -107,7 +108,7 @@ def about_part(manifest: dict, part: int) -> dict:
     return {"run": run_of(manifest), "part": part, "pairs": [pairs.start, pairs.stop]}
 
 
-def hash_json(value) -> str:
+def hash_json(value: Any) -> str:
     """SHA-256 of a value that JSON can hold."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -117,19 +118,19 @@ def _optional(is_good: Callable) -> Callable:
     return lambda value: value is None or is_good(value)
 
 
-def _is_text(value) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_count(value) -> bool:
+def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < MOST
 
 
-def _is_list_of_text(value) -> bool:
+def _is_list_of_text(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-def _is_plain(value) -> bool:
+def _is_plain(value: object) -> bool:
     """A dict that every reader of JSON understands: no number in it is NaN or infinite."""
     try:
         return isinstance(value, dict) and bool(json.dumps(value, allow_nan=False))

@@ -2,7 +2,9 @@
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -94,7 +96,7 @@ class Part:
         return [] if self.hidden is None else self._row_checks
 
     def pair(self, row: int) -> ScoredPair:
-        fields = dict.fromkeys(self.columns)
+        fields: dict[str, Any] = dict.fromkeys(self.columns)
         for name, (values, offsets, there) in self.columns.items():
             if there[row]:
                 fields[name] = values[offsets[row] : offsets[row + 1]].copy()
@@ -171,7 +173,7 @@ def _about(file: Path, schema: pa.Schema) -> dict:
     return parse_about(file, (schema.metadata or {}).get(b"sepo", b"{}"))
 
 
-def _read(file: Path, read):
+def _read(file: Path, read: Callable[[Path], Any]) -> Any:
     try:
         if not file.is_file():  # a pipe would be waited for, for ever
             raise FileNotFoundError("it is not there, or no file")

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from operator import index as as_index
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class ScoredStore(Sequence[ScoredPair]):
         self._parts = parts
 
     @classmethod
-    def open(cls, path: str | os.PathLike, tokenizer=None) -> "ScoredStore":
+    def open(cls, path: str | os.PathLike, tokenizer: Any = None) -> "ScoredStore":
         """Read and check a store.
 
         Raises InputError for a directory that is no store, another format version, a manifest whose
@@ -277,7 +277,7 @@ def verify_store(path: str | os.PathLike) -> ScoredStore:
     return store
 
 
-def tokenizer_hash(tokenizer, *, like: str | None = None) -> str:
+def tokenizer_hash(tokenizer: Any, *, like: str | None = None) -> str:
     """SHA-256 of what turns text into ids and what the ids mean.
 
     Vocabulary, merges, normaliser, pre-tokeniser, added tokens, the bos, eos and unk tokens and
@@ -298,7 +298,7 @@ def tokenizer_hash(tokenizer, *, like: str | None = None) -> str:
     return hash_json([*known, text_prefix(tokenizer)])
 
 
-def template_hash(tokenizer) -> str:
+def template_hash(tokenizer: Any) -> str:
     """SHA-256 of the chat template, "none" without one."""
     template = getattr(tokenizer, "chat_template", None)
     return "none" if template is None else hash_json(template)
@@ -375,7 +375,7 @@ def _check_same_run(path: Path, present: dict, wanted: dict) -> None:
             )
 
 
-def _check_tokenizer(path: Path, manifest: dict, tokenizer) -> None:
+def _check_tokenizer(path: Path, manifest: dict, tokenizer: Any) -> None:
     stored = manifest["tokenizer"]
     given = tokenizer_hash(tokenizer, like=stored)
     if given != stored:
