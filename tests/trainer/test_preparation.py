@@ -64,7 +64,8 @@ def test_once_a_model_that_scores(tmp_path, counts):
         tiny_model(seed=seed).save_pretrained(tmp_path / str(seed))
     score_dataset(
         make_pairs(), tmp_path / "store", reference=load_model(str(tmp_path / "0")),
-        oracle=load_model(str(tmp_path / "1")), tokenizer=TOKENIZER, pairs_per_part=4, progress=False,
+        oracle=load_model(str(tmp_path / "1")), tokenizer=TOKENIZER, pairs_per_part=4,
+        progress=False,
     )  # fmt: skip
     assert [len(seen) for seen in counts.values()] == [2, 2]
 

@@ -1,7 +1,7 @@
 """Where a method's masks come from: drawn with the pairs, learned, or the reference's activations.
 
-Each is a `sepo.model.reads.TokenMasks`: `read` looks at the reference before the policy runs, `weigh` makes
-the masks of what it saw.
+Each is a `sepo.model.reads.TokenMasks`: `read` looks at the reference before the policy runs, `weigh`
+makes the masks of what it saw.
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def ahead(jobs: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
-    """Yield what each job returns, in order, made by one thread and at most one before it is asked for.
+    """Yield what each job returns, in order; a thread makes at most one before it is asked for.
 
     A job's error is raised where its result is asked for. Close the generator, or exhaust it, and
     the thread is gone; a job that runs is waited for.

@@ -155,7 +155,7 @@ def _on_disk(folder: ModelFolder, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _transforms(model: nn.Module) -> list:
-    """Rename as transformers renames a checkpoint's tensors (GPT-NeoX stores its head as embed_out)."""
+    """Rename tensors as transformers does on loading (GPT-NeoX stores its head as embed_out)."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:  # not a public name; without it such a checkpoint is loaded

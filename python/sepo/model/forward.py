@@ -76,7 +76,7 @@ class Head(NamedTuple):
 
 
 def head(model: PreTrainedModel) -> Head:
-    """Read what the model does after its trunk. Raises InputError for a head that isn't one matrix."""
+    """Read what follows the model's trunk. Raises InputError for a head that isn't one matrix."""
     model = base_of(model)
     module = model.get_output_embeddings()
     if reason := _why_not_head(model, module):

@@ -25,8 +25,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A model in eval mode, from safetensors, adapters merged; its first batch prepares it.
 
-    It is prepared where it is by then, so move it first; `prepare_model` does it sooner, as training
-    and scoring do before they read any data. Raises InputError if it can't be loaded whole, as
+    It is prepared where it is by then, so move it first. Training and scoring prepare a model
+    themselves, before anything expensive. Raises InputError if it can't be loaded whole, as
     `find_folder` and `read_model` do.
     """
     attention.check_name(attn_impl)  # before minutes of reading

@@ -82,9 +82,9 @@ def resolve_reference(
     | anything | nothing | the policy has adapters | LiveReference of it without them |
     | logp | nothing | `data` carries log-probabilities | None: they come with the pairs |
 
-    Raises InputError for a method that is left without, for cached rows where layers are needed, for
-    a model that shares weights with the policy or that ZeRO-3 would shard, for a head that
-    does not fit the policy's, and for adapters that change the policy before its first step.
+    Raises InputError for a method that is left without, for cached rows where layers are needed,
+    for a model that shares weights with the policy or that ZeRO-3 would shard, for a head that does
+    not fit the policy's, and for adapters that change the policy before its first step.
     """
     if needed is None:
         return None

@@ -101,7 +101,7 @@ def choose_fused(
 
 
 def why_not_liger(model: PreTrainedModel, device: torch.device) -> str | None:
-    """Say what keeps Liger's layer kernels from computing this model's layers there, if anything does."""
+    """Say what keeps Liger's kernels from computing this model's layers there, if anything does."""
     if not runs_triton(device):
         return f"its kernels need a GPU, got a {device.type.upper()}"
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
