@@ -1,6 +1,6 @@
 """The same cases at another commit: a worktree of it with this bench/, and the two take turns.
 
-    python -m bench.base REV COMMAND...     a Python program in such a worktree, `make bench-ops` say
+    python -m bench.base REV COMMAND...     a Python program in such a worktree: make bench-ops
 
 Both sides are processes of their own, because a library is imported once; they wait for each other, so
 that no round of one runs beside a round of the other.

@@ -17,8 +17,8 @@ class Contender:
     """Of an operation or of a whole step; the last six fields are a step's."""
 
     name: str
-    # an operation's inputs -> dict of the values and gradients that the gate compares; a step's round
-    # -> its loss, with gradients added to the shared weights: the end of a step is common to all
+    # an operation's inputs -> dict of the values and gradients that the gate compares; a step's
+    # round -> its loss, with gradients added to the shared weights: all have one end of a step
     run: Callable[[Any], Any] | None  # None: it can't run here
     why_not: Callable = _nothing  # inputs -> the reason why it can't run here, if there is one
     version: Callable[[], str] = lambda: f"torch {torch.__version__}"

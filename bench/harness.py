@@ -66,7 +66,7 @@ class Row:
 
 
 class Job:
-    """A case as the run takes it: `gate`, and after the gates of all cases `ready`, `turn`, `finish`."""
+    """A case as the run takes it: `gate`, and after all cases' gates `ready`, `turn`, `finish`."""
 
     def __init__(
         self,

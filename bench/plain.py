@@ -1,7 +1,7 @@
 """The straightforward computation: what a trainer without fused operations writes.
 
-It is a contender, the yardstick of precision, and the truth of whole steps. `product` is torch's own
-for the contender; the yardstick takes one that is nowhere slow.
+It is a contender, the yardstick of precision, and the truth of whole steps. `product` is torch's
+own for the contender; the yardstick takes one that is nowhere slow.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def padded(
     pairs: list[Any],  # with tokens of prompt, chosen, rejected
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:  # tokens and attention mask, (2P, L) int64
-    """Each response after its prompt, filled up to the longest of all; chosen, rejected, chosen, ..."""
+    """Each response after its prompt, filled up to the longest; chosen, rejected, chosen, ..."""
     sequences = [np.concatenate([p.prompt, y]) for p in pairs for y in (p.chosen, p.rejected)]
     longest = max(map(len, sequences))
     ids = np.stack([np.pad(x, (0, longest - len(x))) for x in sequences]).astype(np.int64)

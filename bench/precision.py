@@ -1,4 +1,4 @@
-"""In which dtype a device multiplies fastest, how far a result is from the truth, and how far it may be."""
+"""In which dtype a device multiplies fastest; how far a result is from the truth, and may be."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What PyTorch alone offers: the bound, the straightforward way, its own fused head, selection in a loop."""
+"""PyTorch alone: the bound, the straightforward way, its own fused head, selection in a loop."""
 
 import torch
 import torch.nn.functional as F

@@ -127,7 +127,7 @@ class HeadInputs(Inputs):
 
     @cached_property
     def operands(self) -> tuple[Tensor, ...]:  # (M, D) and (V, D) of all models
-        """Of the bare products: in the dtype that the machine multiplies fastest, converted once."""
+        """Of the bare products: in the dtype that is multiplied fastest, converted once."""
         dtype = precision.quick(self.case.dtype, self.device)
         return tuple(x.to(dtype) for hidden, w in self.sides for x in (hidden[self.rows], w))
 

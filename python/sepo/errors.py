@@ -76,7 +76,7 @@ def in_one_line() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What another library's exception says: all of a short text, else its first line."""
+    """Say what another library's exception says: all of a short text, else its first line."""
     text = " ".join(str(error).split())
     if len(text) > 300:
         return str(error).strip().splitlines()[0]
@@ -85,7 +85,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def in_their_words(flag: str = "") -> Iterator[None]:
-    """What transformers and accelerate say of arguments is the caller's to mend."""
+    """Turn what transformers and accelerate say of arguments into an InputError."""
     try:
         yield
     except (ValueError, ImportError, OSError) as error:

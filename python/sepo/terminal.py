@@ -1,4 +1,4 @@
-"""What a command prints: text of the data neither steers the terminal nor breaks on its encoding."""
+"""Print so that text of the data neither steers the terminal nor breaks on its encoding."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ def write(text: str, *, out: TextIO | None = None) -> None:
 
 
 class StdoutError(Exception):
-    """What was printed could not be written: by a full disk, say, under `sepo ... >file`."""
+    """Say that what was printed could not be written: a full disk, under `sepo ... >file`."""
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def train(args: SePOConfig) -> None:
 
 
 def find_policy(args: SePOConfig) -> ModelFolder:
-    """What the policy's folder holds, printed. Raises InputError for what can't be trained."""
+    """Find and print what the policy's folder holds. Raises InputError for what can't be trained."""
     path = args.model_name_or_path
     policy = find_folder(path, trust_remote_code=args.trust_remote_code)
     flag = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit"

@@ -81,3 +81,8 @@ def test_pages_are_plain(page):
     read = prose.read(page.read_text())
     assert read.mean <= prose.MEAN and read.share <= prose.SHARE, read.long
     assert read.wide == []
+
+
+@pytest.mark.parametrize("package", ["python/sepo", "sepo_kernels"])
+def test_docstrings_begin_with_a_verb(package):
+    assert [text for text in prose.docstrings(ROOT / package) if text.startswith("What")] == []

@@ -95,7 +95,7 @@ def _extension(device: str) -> str:
 
 
 def _fast_dtype(device: str) -> str:
-    """What `--bf16 auto` goes by."""
+    """Name the dtype that `--bf16 auto` takes, and why."""
     _torch()
     from sepo_kernels.devices import bfloat16_speed, fast_dtype
 
@@ -106,7 +106,7 @@ def _fast_dtype(device: str) -> str:
 
 
 def _implementations(device: str, dtype: str) -> str:
-    """What `auto` comes to for tensors on this device."""
+    """Name the implementations that `auto` takes for tensors on this device."""
     torch = _torch()
     from sepo_kernels import segment_topk, selected_logprob, selected_logprob_kl
     from sepo_kernels.registry import pick

@@ -1,4 +1,4 @@
-"""What a run costs, modelled: FLOP, bytes and hours by formula, of a model that need not be here.
+"""Model what a run costs: FLOP, bytes and hours by formula, of a model that need not be here.
 
 command.py  `sepo plan`, and which of these answers it
 planner.py  hours of each stage of a recipe    batches.py  how full and even micro-batches are

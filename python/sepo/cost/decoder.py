@@ -1,4 +1,4 @@
-"""What a decoder computes a token, taken from its modules: no weight has to exist."""
+"""Count what a decoder computes a token, from its modules: no weight has to exist."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -50,7 +50,7 @@ def from_means(
 
 
 def drawn_at_random(lengths: Lengths, fraction: float) -> np.ndarray:  # (P, 3)
-    """What is read where as many tokens are drawn: up to the last one's expected place."""
+    """Expect what is read where as many tokens are drawn: up to the last one's place."""
     prompt, *responses = lengths.whole.T
     keep = lambda tokens, k: tokens - (tokens - k) / (k + 1)
     counts = [np.maximum(1, np.floor(fraction * tokens)) for tokens in responses]

@@ -25,7 +25,7 @@ CUT_SHARE = 260 / 372  # of a response that is read at 30 %: SePO's, with prompt
 
 @dataclass(frozen=True)
 class Keys:
-    """What a plan has to know beside a recipe. Lengths are means, in tokens."""
+    """Hold what a plan has to know beside a recipe. Lengths are means, in tokens."""
 
     gpu: str = "A100"
     gpus: int = 4
@@ -96,7 +96,7 @@ class Setting:
         return scaled(work, data.scale * epochs)
 
     def read(self, method: str, data: Lengths, fraction: float) -> tuple[np.ndarray, float]:
-        """What the trunk reads, (pairs, 3): prompt, chosen, rejected; and the head's rows of all."""
+        """Give what the trunk reads, (pairs, 3): prompt, chosen, rejected; and the head's rows."""
         positions = METHODS[method].positions
         if positions == "selected":
             return data.cut, data.selected(fraction)

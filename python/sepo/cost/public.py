@@ -36,7 +36,7 @@ class PublicRun:
         return hours(self._work(), gpu)
 
     def share_of_the_rate(self, gpu: GPU) -> float:
-        """What the model needs at the GPU's full rate, over the time that was taken."""
+        """Divide the time that the model needs at the GPU's full rate by the time that was taken."""
         return hours_at_full_rate(self._work(), gpu) / self.hours
 
     def _work(self) -> Work:

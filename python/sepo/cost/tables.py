@@ -104,7 +104,7 @@ def _table_1() -> list[str]:
 
 
 def _split() -> list[str]:
-    """What the hours are made of, each on top of those before it."""
+    """Say what the hours are made of, each on top of those before it."""
     lines = [
         f"What {SPLIT}'s hours are made of, each line on top of the one before",
         f"{'':42}{'DPO':>8}{'SePO':>8}{'SePO/DPO':>10}{'of the rate':>13}  (SePO's)",

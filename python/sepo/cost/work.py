@@ -81,7 +81,7 @@ Work = dict[tuple[str, str], Amount]
 
 
 class Size(NamedTuple):
-    """What goes through the trunk."""
+    """Count what goes through the trunk."""
 
     tokens: float
     pairs: float  # of a query and a key that it may see

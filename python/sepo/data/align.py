@@ -247,7 +247,7 @@ def shift(source: bytes, target: bytes) -> int | None:
 
 
 def _alphabet(backend: Any) -> Callable[[str], bytes]:
-    """What turns a piece of a fast tokenizer into bytes."""
+    """Return the function that turns a piece of a fast tokenizer into bytes."""
     said = repr((backend.decoder, backend.pre_tokenizer, backend.normalizer))
     if "ByteLevel" in said:
         return _spell_byte_level

@@ -1,4 +1,4 @@
-"""What a pair costs the trunk: its tokens, and an attention that is quadratic in them."""
+"""Count what a pair costs the trunk: its tokens, and an attention that is quadratic in them."""
 
 from typing import Any
 

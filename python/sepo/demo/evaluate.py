@@ -1,4 +1,4 @@
-"""What the demo reports of a policy: sentiment, distance from the reference, pair accuracy.
+"""Measure what the demo reports of a policy: sentiment, distance from the reference, pair accuracy.
 
 Nothing here uses the packed training path, so an error there cannot flatter its own result.
 """

@@ -1,4 +1,4 @@
-"""What a user is told of bfloat16 on a machine that is slow at it."""
+"""Tell the user of bfloat16 on a machine that is slow at it."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""What a flag asks of packages that need not be installed, and of names that only they know."""
+"""Check what a flag asks of optional packages, and of names that only they know."""
 
 import torch
 from accelerate.utils import DynamoBackend

@@ -21,7 +21,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return ", ".join([*short, *long[:1]]) + " " + value
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        """What a value is, not the flag's name once more."""
+        """Show what a value is, not the flag's name once more."""
         if action.const is True:
             return "true|false"
         names = {int: "N", float: "X"}

@@ -66,7 +66,7 @@ def rows_of(args: Any) -> dict:
 
 
 def tokens_of(args: Any) -> dict:
-    """What becomes of a row's text: arguments of `read_pairs`."""
+    """Collect the arguments of `read_pairs` that say what becomes of a row's text."""
     return {name: getattr(args, name) for name in ("max_length", "append_eos", "strict")}
 
 

@@ -51,7 +51,7 @@ def _check_finite(name: str, value) -> None:
 
 @cache
 def kinds(cls: type) -> dict[str, set[type]]:
-    """What each field of a dataclass, or of those it comes from, takes: int, list, an Enum, ..."""
+    """List what each field of a dataclass, or of its bases, takes: int, list, an Enum, ..."""
     found = {field.name: set() for field in fields(cls) if field.init}
     for base in cls.__mro__[:-1]:
         for name, hint in get_type_hints(base).items():

@@ -53,8 +53,8 @@ def prepare_model(
     """Make `model(batch=PackedBatch)` answer, and refuse a model that it can't serve.
 
     The answer is token_logprob, or with `reads=` (`sepo.model.reads`) the TokenValues that a loss
-    wants. It goes through the module's own forward, so wrapping it in DDP or FSDP2 afterwards is enough.
-    Any other call is the model's own, with the attention that it had; under activation
+    wants. It goes through the module's own forward, so wrapping it in DDP or FSDP2 afterwards is
+    enough. Any other call is the model's own, with the attention that it had; under activation
     checkpointing no such call belongs between a batch's forward and its backward, which runs the
     layers once more.
     Prepare a model where it will run: there its attention is chosen and compared with the model

@@ -1,4 +1,4 @@
-"""What the head's operations ask of their arguments: ValueErrors, expected then got.
+"""Check the arguments of the head's operations: ValueErrors, expected then got.
 
 Shapes, dtypes and devices are checked at the public edge, under torch.compile too. Index values
 are checked inside the operators, and on the CPU only: a GPU would wait for the answer.

@@ -12,7 +12,7 @@ _ABSENT = object()
 
 
 class Patch:
-    """What was put in the place of what. `undo()`, or the end of a `with` block, puts it back."""
+    """Remember what was put in the place of what. `undo()`, or the end of a `with` block, puts it back."""
 
     def __init__(self) -> None:
         self._replaced: list[tuple[Any, str, Any, Any]] = []  # owner, name, before, after

@@ -23,7 +23,7 @@ _MARK = "returns_label_logprob"
 
 
 class LabelLogprob(NamedTuple):
-    """What a patched model returns for `selected_labels`; sequence b is segment b."""
+    """Hold what a patched model returns for `selected_labels`; sequence b is segment b."""
 
     logp: Tensor  # (M,) float32 nats, of every label that is not -100, in order
     cu_rows: Tensor  # (B + 1,) int32, from 0 to M

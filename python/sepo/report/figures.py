@@ -63,7 +63,7 @@ def style(series: Series) -> str:
 
 
 def ranges(chart: Chart) -> tuple[tuple[float, float], tuple[float, float]]:
-    """What the axes show: the chart's own choice, or the data with a little room."""
+    """Find what the axes show: the chart's own choice, or the data with a little room."""
     x_range, y_range = chart.x_range, chart.y_range
     if x_range is None:
         x_range = _extent([x for s in chart.series for x in s.x], 0)

@@ -1,4 +1,4 @@
-"""What a scored store holds, in numbers: shares in [0, 1], scores in nats, lengths in tokens."""
+"""Summarise a scored store: shares in [0, 1], scores in nats, lengths in tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -199,7 +199,7 @@ def _summary(scores: np.ndarray) -> dict | None:  # (tokens,) float32
 
 
 def _made(manifest: dict) -> dict:
-    """What the manifest says of its making, without hashes."""
+    """Repeat what the manifest says of its making, without hashes."""
     made = {role: manifest.get(f"{role}_name") for role in MODELS}
     made |= {f"{role}_dtype": manifest.get(f"{role}_dtype") for role in MODELS}
     made |= {key: manifest.get(key) for key in ("tokenizer_name", "sepo", "max_length", "keep")}

@@ -23,7 +23,7 @@ def crc32_of_tensor(values: Tensor, start: int = 0) -> int:
 
 
 def parse_about(file: Path, text: str | bytes) -> dict:
-    """What a file says of itself. Raises InputError for what is no JSON object."""
+    """Read what a file says of itself. Raises InputError for what is no JSON object."""
     try:
         about = json.loads(text)
     except (ValueError, RecursionError) as error:

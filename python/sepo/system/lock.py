@@ -51,7 +51,7 @@ def lock(folder: str | os.PathLike, name: str = "sepo") -> Iterator[None]:
 
 
 def contents(folder: str | os.PathLike) -> list[Path]:
-    """What lies in a folder but its locks, which a kill leaves as files."""
+    """List what lies in a folder but its locks, which a kill leaves as files."""
     return [p for p in Path(folder).iterdir() if not (p.name[0] == "." and p.suffix == ".lock")]
 
 

@@ -48,7 +48,7 @@ class TrainParser(HfArgumentParser, Parser):
                 action.metavar = "NAME"  # a wrong one is answered with all that there are
 
     def given(self, argv: list[str]) -> dict:
-        """What the command line says, without defaults. Raises InputError for an unknown flag."""
+        """Read what the command line says, without defaults. Raises InputError for an unknown flag."""
         names = dict.fromkeys([action.dest for action in self._actions], _NOT_GIVEN)
         found, rest = self.parse_known_args(argv, argparse.Namespace(**names))
         if rest:

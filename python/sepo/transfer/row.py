@@ -47,7 +47,7 @@ COUNTS = {  # what is counted of the rows that are carried -> how a report calls
 
 @dataclass
 class Coverage:
-    """What was carried, what was not, and why."""
+    """Count what was carried, what was not, and why."""
 
     rows: int = 0  # carried
     left_out: dict[str, list[str]] = field(default_factory=dict)  # why -> ids

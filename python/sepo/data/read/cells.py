@@ -120,7 +120,7 @@ def tools(row: dict, pair_id: str) -> list | None:
 
 
 def template_kwargs(row: dict, pair_id: str) -> dict | None:
-    """What the row tells its chat template, under the name that TRL gives the column."""
+    """Read what the row tells its chat template, under the name that TRL gives the column."""
     field = "chat_template_kwargs"
     kwargs = _json_cell(row, pair_id, field)
     if kwargs and not isinstance(kwargs, dict):

@@ -1,4 +1,4 @@
-"""What a message says, and whether a text says it too."""
+"""Find what a message says, and whether a text says it too."""
 
 import json
 from collections.abc import Iterator

@@ -36,7 +36,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What a set of columns means."""
+    """Say what a set of columns means."""
 
     name: str
     columns: tuple[str, ...]  # the columns it is known by

@@ -209,7 +209,7 @@ def _of_split(
 def _call(
     source: str | Path, function: Callable | str, *args: Any, quiet: bool = False, **options: Any
 ) -> Any:
-    """What a function, or one of the datasets library, makes of the source; its errors in one line."""
+    """Call a reader, the datasets library's or another; its errors become one line."""
     datasets = _datasets(source)
     # a bar is for a download, not for a file that is there already
     quiet = quiet and not datasets.are_progress_bars_disabled()

@@ -25,7 +25,7 @@ class DropReason(StrEnum):
 
 
 class RowNote(StrEnum):
-    """What happened to a row that was kept."""
+    """Say what happened to a row that was kept."""
 
     UNSEEN = "the training text does not begin with the prompt as inference renders it"
     LOST_PROMPT = "the chat template leaves out or changes something of the prompt"

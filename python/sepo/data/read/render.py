@@ -160,7 +160,7 @@ def _directly_after(
 
 
 def _frame(p: Preference, render: Render) -> tuple[str, str] | None:
-    """What the template writes before and after the content of a last assistant message.
+    """Find what the template writes before and after the content of a last assistant message.
 
     Learned from a message that cannot be confused with anything, so that it holds whatever the
     template does to the content itself (trims it, puts reasoning before it).

@@ -222,7 +222,7 @@ def table(data: Any, name: str) -> Rows:  # a datasets.Dataset, or an IterableDa
 
 
 def _strip(type: Any) -> Callable[[Any], Any] | None:
-    """What takes off the None that a table of this Arrow type has filled; None if it fills none.
+    """Return what takes off the None that a table of this Arrow type fills; None if none.
 
     The type says so: JSON that a cell holds keeps its own null.
     """

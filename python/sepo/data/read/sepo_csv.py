@@ -22,7 +22,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """What a row says of one response. The code counts predictions: entry p selects token p + 1."""
+    """Hold what a row says of one response. The code counts predictions: entry p selects token p + 1."""
 
     before: np.ndarray  # (K,) int32 index of the token before each selected one, best first
     ids: np.ndarray  # (K,) int32 ids of these tokens, not of the selected ones

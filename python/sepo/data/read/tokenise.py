@@ -89,7 +89,7 @@ def tokenise(
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """What a tokenizer says about its special tokens."""
+    """Collect what a tokenizer says about its special tokens."""
 
     prefix: list[int]  # before any plain text
     eos: int | None  # after a plain text response

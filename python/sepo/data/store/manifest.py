@@ -55,7 +55,7 @@ def read_manifest(path: Path) -> dict | None:
 
 
 def begun_with(path: Path, entry: str) -> Any:
-    """What the manifest of a store that is gone on with has there; None if there is none yet."""
+    """Read an entry of the manifest of a store that is continued; None if there is none yet."""
     return (read_manifest(path) or {}).get(entry)
 
 
@@ -69,12 +69,12 @@ def check_entries(file: Path, manifest: dict) -> None:
 
 
 def sealed(manifest: dict) -> dict:
-    """What is written of a dict: with a checksum."""
+    """Add a checksum to what is written of a dict."""
     return manifest | {"check": hash_json(manifest)}
 
 
 def unsealed(written: dict) -> dict:
-    """What `sealed` was given; older versions wrote no checksum. Raises ValueError for another."""
+    """Undo `sealed`; older versions wrote no checksum. Raises ValueError for another."""
     if not isinstance(written, dict):
         raise ValueError(f"expected a JSON object, got {type(written).__name__}")
     value = {key: entry for key, entry in written.items() if key != "check"}
@@ -103,7 +103,7 @@ def pairs_of(manifest: dict, part: int) -> range:
 
 
 def about_part(manifest: dict, part: int) -> dict:
-    """What the files of a part say of themselves, beside their contents."""
+    """Describe a part for its own files, beside their contents."""
     pairs = pairs_of(manifest, part)
     return {"run": run_of(manifest), "part": part, "pairs": [pairs.start, pairs.stop]}
 

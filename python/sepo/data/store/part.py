@@ -45,7 +45,7 @@ def write_part(file: Path, pairs: list[ScoredPair], about: dict) -> None:
 
 
 def read_about(file: Path) -> dict:
-    """What a part says of itself; its checksum is not compared."""
+    """Read what a part says of itself; its checksum is not compared."""
     return _about(file, _read(file, pq.read_schema))
 
 

@@ -135,7 +135,7 @@ class ScoredStore(Sequence[ScoredPair]):
         return iter(self)
 
     def reference_head(self) -> StoredHead:
-        """What turns the pairs' hidden rows into logits; only a store that keeps rows has it.
+        """Return the head that turns hidden rows into logits; only a store that keeps rows has it.
 
         Raises InputError for one that is not as it was written.
         """
