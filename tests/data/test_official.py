@@ -126,7 +126,7 @@ def test_another_tokenizer_is_one_line_with_row_expected_and_got(tmp_path, whole
     message = str(error.value)
     assert "3 its token ids are those of another tokenizer" in message and "\n" not in message
     first = int(min(map(int, rows[0]["chosen_selected_args"].split(",")))) if not whole else 0
-    assert f"[row 0, chosen token {first}: expected " in message and ", got " in message
+    assert f"[pair 0, chosen token {first}: expected " in message and ", got " in message
 
 
 def test_one_wrong_token_drops_its_row_and_is_reported(tmp_path):
@@ -139,7 +139,7 @@ def test_one_wrong_token_drops_its_row_and_is_reported(tmp_path):
     data = read_pairs(write(tmp_path / "rows.csv", rows), tokenizer)
     assert [pair.id for pair in data.pairs] == ["0", "2"]
     assert data.report.dropped == {Why.OTHER_IDS: 1}
-    assert f"[row 1, rejected token {at}: expected 7, got {right}]" in str(data.report)
+    assert f"[pair 1, rejected token {at}: expected 7, got {right}]" in str(data.report)
 
 
 def test_a_response_that_shares_a_token_with_the_prompt_is_dropped(tmp_path):
@@ -157,7 +157,7 @@ def test_a_position_beyond_the_text():
     row = {k: v for k, v in row.items() if not k.endswith("responses_ids")}
     row |= {"chosen_selected_args": "500", "chosen_selected_ids": "9"}
     data = datasets.Dataset.from_list([row])
-    with pytest.raises(InputError, match=r"\[row 0, chosen token 500: expected 9, got the end\]"):
+    with pytest.raises(InputError, match=r"\[pair 0, chosen token 500: expected 9, got the end\]"):
         read_pairs(data, chatml_tokenizer())
 
 
