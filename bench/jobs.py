@@ -91,9 +91,9 @@ def _cases(suite: str, device: str, steps: dict) -> Iterator[tuple[Any, tuple[Co
         return ((case, ()) for case in cases(**steps))
     if suite == "attention":
         from bench.contenders.attention import ATTENTION
-        from bench.operations import attention
+        from bench.operations import attention, block_mask
 
-        found = [(attention, ATTENTION)]
+        found = [(attention, ATTENTION), (block_mask, (block_mask.MASK,))]
     else:
         from bench import contenders
         from bench.operations import head, kl, topk

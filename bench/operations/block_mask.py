@@ -9,30 +9,28 @@ import torch
 
 import sepo
 from bench.contender import Contender
+from bench.operations import Case, Inputs
 from bench.steps.pairs import drawn_pairs
 from sepo.attention import flex
 
 
 @dataclass(frozen=True)
-class MaskCase:
+class MaskCase(Case):
     suite: ClassVar[str] = "attention"
     name: str
     tokens: int
     max_length: int = 1024  # tokens of a prompt and one response
     dtype: torch.dtype = torch.bfloat16  # of the roof beside it
-    only: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    long: bool = False
 
     def inputs(self, device: str) -> "MaskInputs":
-        return MaskInputs(self)
+        return MaskInputs(self, device)
 
 
-class MaskInputs:
+class MaskInputs(Inputs):
     gradient_bytes, flop = 0, 0.0
 
-    def __init__(self, case: MaskCase):
-        self.case = case
+    def __init__(self, case: MaskCase, device: str):
+        self.case, self.device = case, device
 
     @cached_property
     def spans(self) -> tuple[tuple[int, int, int, int], ...]:
