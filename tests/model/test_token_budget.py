@@ -31,6 +31,7 @@ GIB = 2**30
 H100, H200, RTX_4090 = int(79.1 * GIB), int(139.8 * GIB), int(23.5 * GIB)  # as torch tells them
 LLAMA_1B = Sizes(2048, 2048, 512, 8192, 16, 128256)
 LLAMA_8B = Sizes(4096, 4096, 1024, 14336, 32, 128256)
+TINYLLAMA = Sizes(2048, 2048, 256, 5632, 22, 32000)
 
 
 def whole(parameters: float, sizes: Sizes, **more) -> int:
@@ -50,6 +51,9 @@ LORA_8B = held_bytes(int(2 * 8.03e9), trained=42_000_000, weight_bytes=4, state_
         (H100, whole(1.24e9, LLAMA_1B), LLAMA_1B, "cheap", 47104),
         (H100, whole(1.24e9, LLAMA_1B), LLAMA_1B, "inputs", 65536),
         (H200, whole(1.24e9, LLAMA_1B), LLAMA_1B, "all", 65536),
+        # 22 layers of 78 KiB a token: 32 768 would take 96 % of the memory, beside the logits
+        (H100, whole(1.1e9, TINYLLAMA), TINYLLAMA, "all", 30720),
+        (H100, whole(1.1e9, TINYLLAMA), TINYLLAMA, "cheap", 46080),
         (H100, LORA_8B, LLAMA_8B, "all", 10240),
         (H100, LORA_8B, LLAMA_8B, "inputs", 65536),
         (H100, whole(8.03e9, LLAMA_8B), LLAMA_8B, "inputs", 2048),  # does not fit at all
