@@ -99,13 +99,19 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def _gemm_seconds(a: torch.Tensor) -> float:
-    a @ a  # compiles its kernel
-    best = float("inf")  # the least of a few: neighbours only ever slow a GEMM down
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return best
+    """Return the CPU time of a GEMM on one thread: on a busy machine several wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a @ a  # compiles its kernel
+        best = float("inf")  # the least of a few: neighbours only ever slow a GEMM down
+        for _ in range(5):
+            start = time.thread_time()
+            a @ a
+            best = min(best, time.thread_time() - start)
+        return best
+    finally:
+        torch.set_num_threads(threads)
 
 
 def why_not_triton(x: torch.Tensor) -> str | None:

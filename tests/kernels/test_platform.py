@@ -1,5 +1,6 @@
 """Which dtype a machine multiplies fast."""
 
+import os
 import subprocess
 import sys
 
@@ -23,20 +24,44 @@ def test_the_old_name_is_the_same_module():
     assert sepo_kernels.platform is devices and fast_dtype is devices.fast_dtype
 
 
-def test_a_cpu_without_bfloat16_products_is_found_out():
+def measured(**environment) -> tuple[float, str]:
     code = (
         "from sepo_kernels import devices; print(devices.bfloat16_speed('cpu'), "
         "devices.fast_dtype('cpu'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=ENVIRONMENT | AVX2_ALONE,
+        env=ENVIRONMENT | AVX2_ALONE | environment,
         capture_output=True,
         text=True,
         check=True,
     )
     speed, dtype = done.stdout.split()
-    assert 0 < float(speed) < 0.5 and dtype == "torch.float32"
+    return float(speed), dtype
+
+
+def test_a_cpu_without_bfloat16_products_is_found_out():
+    speed, dtype = measured()
+    assert 0 < speed < 0.5 and dtype == "torch.float32"
+
+
+def test_neighbours_do_not_change_what_is_fast():
+    """Threads that wait for each other took all of the time, and the ratio was 0.008 to 1.3."""
+    spin = [sys.executable, "-c", "import time\nwhile time.process_time() < 60: pass"]
+    neighbours = [subprocess.Popen(spin) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        found = [measured(OMP_NUM_THREADS="2") for _ in range(3)]
+    finally:
+        for process in neighbours:
+            process.kill()
+            process.wait()
+    assert all(0 < speed < 0.5 and dtype == "torch.float32" for speed, dtype in found), found
+
+
+def test_the_threads_are_as_before():
+    threads = torch.get_num_threads()
+    devices._gemm_seconds(torch.ones(8, 8))
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(
