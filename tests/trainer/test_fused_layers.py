@@ -1,6 +1,7 @@
 """--fused_layers: what auto comes to, what it is worth in kernels, and that nothing else changes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -9,8 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from test_trainer import make_trainer
 from tiny import random_scored_pairs, tiny_model
+from torch._inductor import config as inductor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sepo import SePOConfig
@@ -245,6 +249,53 @@ def test_kernels_a_layer(monkeypatch, arch, liger, forward, backward):
     assert back.total() <= backward, back
     assert not any("select_backward" in name for name in back)
     assert there["mm.default"] == 7 and back["mm.default"] == 14
+
+
+# beside what the compiler made: products, attention, and what stays between the parts
+EAGER = {
+    "aten::mm", "aten::add", "aten::add_", "aten::copy_", "sepo::native_packed_attention",
+    "sepo::native_packed_attention_backward",
+}  # fmt: skip
+
+
+def launches(call) -> tuple[object, int]:
+    """What it returns, and how many kernels ran; a first micro-batch's gradients are not added."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        result = call()
+    names = Counter(event.name for event in found.events())
+    ran = sum(n for name, n in names.items() if name in EAGER or "cpp_fused" in name)
+    return result, ran - names["torch::autograd::AccumulateGrad"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of Dynamo
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # of inductor
+def test_kernels_a_layer_of_compiled_parts(monkeypatch):
+    """As inductor's C++ has them, 48 and 88 without: a GPU's are fused by the same rules."""
+    if extension.why_not("native_packed_attention", CPU) is not None:
+        pytest.skip("other attentions are several operators on a CPU")
+    if shutil.which("g++") is None:
+        pytest.skip("inductor needs a compiler")
+    monkeypatch.setattr(inductor.cpp, "enable_kernel_profile", True)
+    batch = pack([make_segments(pair, "all") for pair in random_scored_pairs(3)])
+    counts = []
+    for number in (1, 2):
+        torch.compiler.reset()
+        model = tiny_model("llama", num_hidden_layers=number, head_dim=32, hidden_size=128)
+        prepare_model(model).train()
+        layers.compile_layers(model, TorchDynamoPlugin(backend="inductor"))
+
+        def forward(model=model):
+            with torch.autocast("cpu", torch.bfloat16):
+                return model(batch=batch).sum()
+
+        forward().backward()  # compiles
+        loss, there = launches(forward)
+        counts.append((there, launches(loss.backward)[1]))
+    torch.compiler.reset()
+    there, back = (two - one for one, two in zip(*counts, strict=True))
+    assert there <= 24 and back <= 34, (there, back)
+    assert there > 8 and back > 15  # products and attention alone
 
 
 @pytest.mark.slow
