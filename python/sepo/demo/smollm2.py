@@ -77,7 +77,7 @@ def find_gguf() -> Path:
 def load_model(gguf: Path) -> PreTrainedModel:
     """The dequantised weights in float32, without a trace of the quantised file they came from."""
     with needs("demo", "reading a GGUF file"):
-        import gguf  # noqa: F401  transformers reads it with this package
+        importlib.import_module("gguf")  # with which transformers reads the file
     model, found = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )
