@@ -47,6 +47,20 @@ def test_an_interrupted_save_leaves_nothing(tiny_package, monkeypatch, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_turn_ends_as_it_should_whatever_the_importer_says(monkeypatch):
+    """That of transformers 5.17 takes <|im_start|> for the end."""
+
+    def other(*args, **options):
+        found = imported(*args, **options)
+        found.eos_token = "<|im_start|>"
+        return found
+
+    imported = smollm2.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(smollm2.AutoTokenizer, "from_pretrained", other)
+    tokenizer = smollm2.load_tokenizer(smollm2.find_gguf())
+    assert tokenizer.eos_token_id == 2 and tokenizer.pad_token_id == 2
+
+
 def test_the_real_tokenizer_splits_digits_and_keeps_text():
     tokenizer = smollm2.load_tokenizer(smollm2.find_gguf())
     ids = tokenizer("2024  7\n\n1", add_special_tokens=False)["input_ids"]

@@ -61,7 +61,8 @@ def test_every_product_of_a_model_gets_rounded_operands(arch):
     names = [name for name, _, _ in recorder.calls]
     linear = sum(isinstance(m, torch.nn.Linear) for m in model.modules()) - 1  # the head apart
     assert sum(name in ("mm", "addmm") for name in names) == linear
-    assert names.count("bmm") == 2 * 2 * 2 * 2  # products, layers, pairs, responses
+    # products, layers, pairs, responses; and the angles, which older transformers multiply for
+    assert names.count("bmm") - 2 * 2 * 2 * 2 in (0, 1)
     assert names.count("selected_logprob_fwd") == 1
     for name, args, _ in recorder.calls:
         if name in ("mm", "bmm", "addmm", "selected_logprob_fwd"):

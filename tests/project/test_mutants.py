@@ -173,7 +173,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_test_catches(name, tmp_path):
+def test_a_test_catches(name, tmp_path, request):
     file, old, new, tests = MUTANTS[name]
     if tests == "tests/data/test_rows.py":
         pytest.importorskip("datasets")  # as these tests do
@@ -184,8 +184,10 @@ def test_a_test_catches(name, tmp_path):
     assert source.count(old) == 1, f"{file} no longer holds once: {old}"
     (tmp_path / file).write_text(source.replace(old, new))
     paths = [tmp_path / folder.relative_to(ROOT) for folder in FOLDERS]
+    # on the lowest versions warnings are not errors
+    warnings = [f"-W{how}" for how in request.config.getoption("pythonwarnings") or ()]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", tests],
+        [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *warnings, tests],
         cwd=tmp_path,
         env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,

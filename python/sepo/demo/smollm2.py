@@ -104,6 +104,8 @@ def load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
+    # the importer of transformers 5.17 takes the first token for the last one too
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     ids = tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
     if ids != SAMPLE_IDS or tokenizer.decode(ids) != SAMPLE:
         raise InputError(f"expected the tokens {SAMPLE_IDS} of {SAMPLE!r}, got {ids}")
