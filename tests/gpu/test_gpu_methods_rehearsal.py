@@ -3,7 +3,7 @@
 import pytest
 from gpu import method_checks as checks
 
-from sepo.trainer import step as tokens
+from sepo.masks import kinds
 
 
 @pytest.mark.parametrize("case", checks.CASES)
@@ -18,6 +18,6 @@ def test_a_mask_of_other_tokens_is_noticed(case, monkeypatch):
         lambda *of: (lambda hidden, kept: (hidden, kept.roll(1, dims=1)))(*read(*of))
     )
     for name in ("layer_states", "layer_activations"):
-        monkeypatch.setattr(tokens, name, late(getattr(tokens, name)))
+        monkeypatch.setattr(kinds, name, late(getattr(kinds, name)))
     with pytest.raises(AssertionError, match="error"):
         checks.agrees(case, "cpu")

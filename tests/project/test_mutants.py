@@ -43,7 +43,7 @@ MUTANTS = {
         "tests/trainer/test_pipeline.py",
     ),
     "needs_input_grad ignored": (
-        "python/sepo/ops/selected_logprob.py",
+        "python/sepo/ops/_selected_logprob.py",
         "need = ctx.needs_input_grad[:3]",
         "need = (True, True, False)",
         f"{OPERATION}::test_only_what_needs_a_gradient_gets_one",
@@ -56,8 +56,8 @@ MUTANTS = {
     ),
     "an output part unwritten": (
         LOGPROB,
-        "slope.copy_(p)",
-        "slope[:, :-1].copy_(p[:, :-1])",
+        "dlogits.copy_(p)",
+        "dlogits[:, :-1].copy_(p[:, :-1])",
         OPERATION,
     ),
     "a rejected token hidden from itself": (
