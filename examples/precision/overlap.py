@@ -13,6 +13,7 @@ from sepo.data.selection import random_positions, select_positions
 from sepo.data.types import TokenPair
 from sepo.demo import evaluate
 from sepo.model.load import load_model
+from sepo.model.prepare import prepare_model
 from sepo.score.logp import response_logp
 
 MAX_TOKENS = 1024  # of a batch
@@ -125,7 +126,7 @@ def logp(path: Path, arithmetic: str, pairs: list[TokenPair]) -> Responses:
     if arithmetic == "bfloat16 logits":
         return _transformers_logp(path, pairs, torch.bfloat16)
     dtype = getattr(torch, arithmetic, torch.float32)  # of weights and arithmetic alike
-    model = load_model(str(path), dtype=dtype)
+    model = prepare_model(load_model(str(path), dtype=dtype))  # before anything is emulated
     if arithmetic == "bfloat16 weights":
         with torch.no_grad():
             for parameter in model.parameters():

@@ -31,6 +31,7 @@ from sepo.demo.run import ORACLE, POLICY, continue_openings, read_lines, score, 
 from sepo.demo.smollm2 import save_smollm2
 from sepo.errors import InputError
 from sepo.model.load import load_model, load_tokenizer
+from sepo.model.prepare import prepare_model
 from sepo.score.score import score_dataset
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.trainer import SePOTrainer
@@ -148,7 +149,7 @@ def train_oracles(
         **ORACLE,
     )
     trainer = SePOTrainer(
-        load_model(str(reference)),
+        prepare_model(load_model(str(reference))),
         config,
         train_dataset=cached,
         processing_class=tokenizer,
@@ -239,7 +240,7 @@ def policy(args, key: dict, pairs, oracle, reference: Path, tokenizer, openings)
 def scored(place: Path, precision: str, pairs, oracle, reference, tokenizer) -> ScoredStore:
     """The pairs' scores, with both models in `precision`; made once, resumed after a kill."""
     store = place / f"scored-{precision}"
-    load = lambda path: load_model(str(path), dtype=getattr(torch, precision))
+    load = lambda path: prepare_model(load_model(str(path), dtype=getattr(torch, precision)))
     score_dataset(
         pairs,
         store,

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def visible(module: ModuleType) -> dict:
-    return {name: getattr(module, name) for name in dir(module) if not name.startswith("_")}
+    """None for a name that is loaded late: its package need not be installed."""
+    return {name: vars(module).get(name) for name in dir(module) if not name.startswith("_")}
 
 
 def modules_in(module: ModuleType) -> set[str]:
