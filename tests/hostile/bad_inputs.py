@@ -9,7 +9,8 @@ from pathlib import Path
 from types import NoneType
 
 from sepo.flags.values import kinds
-from sepo.trainer.config import CHOICES, NOT_NEGATIVE, POSITIVE, SEEDS, SePOConfig
+from sepo.trainer.checks import NOT_NEGATIVE, POSITIVE, SEEDS
+from sepo.trainer.config import CHOICES, SePOConfig
 from sepo.trainer.inherited import FIELDS, Refused
 
 

@@ -442,7 +442,7 @@ def chosen_nll(model, row):
     ],
 )
 def test_quantised_weights_are_not_trained(tmp_path, flags, message, monkeypatch):
-    monkeypatch.setattr("sepo.trainer.config._has_gpu", lambda args: True)
+    monkeypatch.setattr("sepo.trainer.checks._has_gpu", lambda args: True)
     monkeypatch.setattr("sepo.train.quantization_config", lambda args: None)
     make_run(tmp_path)
     edit_json(

@@ -150,7 +150,7 @@ def test_an_adapter_on_the_head_is_refused(tmp_path, more, arch, message):
 )
 def test_a_missing_package_is_named(monkeypatch, flags, package):
     monkeypatch.setattr(adapters, "find_spec", lambda name: None if name == package else name)
-    monkeypatch.setattr("sepo.trainer.config._has_gpu", lambda args: True)
+    monkeypatch.setattr("sepo.trainer.checks._has_gpu", lambda args: True)
     config = SePOConfig(output_dir="-", use_cpu=True, use_peft=True, **flags)
     with pytest.raises(InputError, match=f"needs {package}, which is not installed"):
         adapters.lora_config(config), adapters.quantization_config(config)
@@ -176,7 +176,7 @@ def test_quantised_weights_are_not_trained_on_a_cpu():
 
 def test_flags_become_a_quantisation(monkeypatch):
     """As on a machine with a GPU and bitsandbytes: computed in the precision of the run."""
-    monkeypatch.setattr("sepo.trainer.config._has_gpu", lambda args: True)
+    monkeypatch.setattr("sepo.trainer.checks._has_gpu", lambda args: True)
     monkeypatch.setattr(adapters, "find_spec", lambda name: name)
     monkeypatch.setattr("transformers.BitsAndBytesConfig.post_init", lambda self: None)
     base = dict(output_dir="-", use_cpu=True, use_peft=True)

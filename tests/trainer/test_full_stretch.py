@@ -279,7 +279,7 @@ def test_ligers_losses_are_off(monkeypatch):
 
 def liger_config(monkeypatch, kernels: dict | None = None) -> SePOConfig:
     """As on a machine with a GPU."""
-    monkeypatch.setattr("sepo.trainer.config._has_gpu", lambda args: True)
+    monkeypatch.setattr("sepo.trainer.checks._has_gpu", lambda args: True)
     return SePOConfig(
         output_dir="-", use_cpu=True, use_liger_kernel=True, liger_kernel_config=kernels
     )
