@@ -78,6 +78,8 @@ def load_model(gguf: Path) -> PreTrainedModel:
     """The dequantised weights in float32, without a trace of the quantised file they came from."""
     with needs("demo", "reading a GGUF file"):
         importlib.import_module("gguf")  # with which transformers reads the file
+    model: PreTrainedModel
+    found: dict[str, list]
     model, found = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )

@@ -185,6 +185,8 @@ def read_model(
         if quantization_config is not None:
             raise InputError(f"{folder.path} is an adapter, expected plain weights to quantise")
         return _merged(read_model(folder.base, dtype=dtype), folder)
+    model: PreTrainedModel
+    found: dict[str, list]
     try:
         with _without_report():
             model, found = AutoModelForCausalLM.from_pretrained(
