@@ -100,7 +100,7 @@ def test_flop_of_every_saving_are_what_torch_counts(arch, saving):
 STEPS = {  # of the trainer: method, what it is given, the schedule
     "sepo": ("sepo", {}, {}),
     "checkpointing": ("sepo", dict(checkpointing=True), dict(checkpointing=True)),
-    "cheap again": ("sepo", dict(recompute="cheap"), dict(recompute_cheap=True)),
+    "cheap again": ("sepo", dict(selective=True), dict(recompute_cheap=True)),
     "logits again": ("sepo", dict(head_budget=64 * V), dict(head_again=True)),
     "dpo, cached": ("dpo", dict(reference="cached"), dict(reference="cached")),
     "dpo, live": ("dpo", dict(reference="live"), dict(reference="live")),
