@@ -36,7 +36,7 @@ from sepo.trainer.adapters import add_adapters, check_adapters
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.fused import compile_parts, place_and_prepare, settle_layers
 from sepo.trainer.identity import describe_run
-from sepo.trainer.layers import disable_dropout, recompute_cheap
+from sepo.trainer.layers import checkpoint_selectively, disable_dropout
 from sepo.trainer.mask import MaskedTrainer, add_mask
 from sepo.trainer.methods import METHODS, idle_settings, reduce_segments
 from sepo.trainer.metrics import RunningMeans, Throughput, pair_metrics, token_metrics
@@ -126,7 +126,7 @@ class SePOTrainer(MaskedTrainer):
             partial(self._batches, self.train_pairs),
         )
         if args.selective_checkpointing:
-            recompute_cheap(model)
+            checkpoint_selectively(model)
         for one in models.values():
             compile_parts(one, args, self.accelerator)
         # accelerate would compile the model whole: for every batch anew
