@@ -17,13 +17,13 @@ from tokenizers_for_tests import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sepo.data.read.formats import DroppedRow, DropReason, Preference
+from sepo.data.read.formats import DroppedRow, DropReason, Messages, TokenIds
 from sepo.data.read.tokenise import RowNote, Tokenised, tokenise
 from sepo.errors import InputError
 
 
-def ids(prompt, chosen, rejected, **weights) -> Preference:
-    return Preference(
+def ids(prompt, chosen, rejected, **weights) -> TokenIds:
+    return TokenIds(
         id="7",
         prompt=np.array(prompt, np.int32),
         chosen=np.array(chosen, np.int32),
@@ -223,7 +223,7 @@ DATED = (  # the date at inference, another one in training
 SYSTEM = {"role": "system", "content": "Be kind to me."}
 
 
-def with_system(*responses) -> Preference:
+def with_system(*responses) -> Messages:
     row = chat(*responses)
     row.prompt.insert(0, SYSTEM)
     return row

@@ -62,6 +62,12 @@ class Reads:
             raise InputError(no_reference(self.method, self.needed))
         return self.reference.logp(batch, budget=self.budget)
 
+    def whole_reference(self) -> Reference:
+        """The one whose distribution the KL divergence is to."""
+        if self.reference is None:
+            raise InputError(no_reference(self.method, self.needed or "hidden"))
+        return self.reference
+
 
 def no_reference(method: str, needed: Needed) -> str:
     ways = {
@@ -92,23 +98,31 @@ def forward_of(cls: type[PreTrainedModel]) -> Callable:
             return type(self).forward(self, *args, **kwargs)
         if reads is None:
             return token_logprob(self, batch)
-        routers = None if reads.router_loss is None else []
-        options = dict(budget=reads.budget, routers=routers)
+        routers: list[Tensor] | None = None if reads.router_loss is None else []
         if reads.direction is None:
-            logp = token_logprob(self, batch, **options)
+            logp = token_logprob(self, batch, budget=reads.budget, routers=routers)
             values = TokenValues(logp, reads.ref_logp(batch))
         else:
             ref_hidden = of_layers = None
+            reference = reads.whole_reference()
             if reads.masks is not None:
-                ref_hidden, of_layers = reads.masks.read(reads.reference, batch)
-            options |= dict(ref_hidden=ref_hidden, direction=reads.direction)
-            values = TokenValues(*token_logprob_kl(self, batch, reads.reference, **options))
+                ref_hidden, of_layers = reads.masks.read(reference, batch)
+            both = token_logprob_kl(
+                self,
+                batch,
+                reference,
+                ref_hidden=ref_hidden,
+                direction=reads.direction,
+                budget=reads.budget,
+                routers=routers,
+            )
+            values = TokenValues(*both)
             # masks last: backward takes what came last first, and has let go of the layers that
             # they read before it is in the trunk
             if reads.masks is not None:
                 reward_mask, kl_mask = reads.masks.weigh(self, batch, of_layers)
                 values = values._replace(reward_mask=reward_mask, kl_mask=kl_mask)
-        if routers is not None:
+        if reads.router_loss is not None and routers is not None:
             values = values._replace(router_loss=reads.router_loss(routers, batch))
         return values
 
