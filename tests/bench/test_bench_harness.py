@@ -7,7 +7,7 @@ import pytest
 import torch
 from bench_jobs import finished
 
-from bench import jobs, measure, plain, report
+from bench import jobs, measure, plain, precision, report
 from bench.contender import Contender, gradients
 from bench.harness import Job
 from bench.operations import attention, head, kl, topk
@@ -74,6 +74,17 @@ def test_ours_is_held_to_its_own_limit():
     peer, ours = run_case(case, providers, rounds=1)
     assert peer.status == "measured"
     assert ours.status == "refused" and "limit 1.00e-04" in ours.reason
+
+
+@pytest.mark.parametrize("row", [0, 3, 6])  # of the first, the middle and the last block
+def test_an_error_of_any_block_is_seen(monkeypatch, row):
+    monkeypatch.setattr(precision, "BLOCK", 3)
+    true = torch.arange(-7.0, 0.0)[:, None].double()
+    for spoilt, expected in ((torch.nan, torch.nan), (9.0, 9 - true[row].item())):
+        got = true.float()
+        got[row] = spoilt
+        found = precision.absolute_error(got, true), precision.relative_error(got, true)
+        assert found == pytest.approx((expected, expected / 7), nan_ok=True)
 
 
 @pytest.mark.parametrize("objective", head.OBJECTIVES)
