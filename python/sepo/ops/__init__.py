@@ -11,6 +11,7 @@ from sepo.losses import (
     tdpo_loss,
 )
 from sepo.ops import _flops  # noqa: F401  registers the FLOP formulas
+from sepo.ops._k_targets import sampled_first
 from sepo.ops._labels import LabelRows, labels_from_rows, logprob_from_labels, rows_from_labels
 from sepo.ops._segment_reduce import segment_mean, segment_sum
 from sepo.ops._segment_topk import SegmentTopk, segment_topk
@@ -35,6 +36,7 @@ __all__ = [
     "logprob_from_labels",
     "rows_from_labels",
     "rrhf_loss",
+    "sampled_first",
     "segment_mean",
     "segment_sum",
     "segment_topk",

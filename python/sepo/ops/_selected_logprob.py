@@ -22,6 +22,13 @@ from sepo.ops._checks import (
     check_scale_values,
     check_softcap,
 )
+from sepo.ops._k_targets import (
+    check_k_targets,
+    explain_over_vocabulary,
+    fields_over_targets,
+    k_logprob,
+)
+from sepo.ops._target_logits import plan_targets
 from sepo_kernels import devices, schedules
 from sepo_kernels.devices import accumulator
 from sepo_kernels.gemm import dtype_note
@@ -35,18 +42,26 @@ def selected_logprob(
     hidden: Tensor,  # (N, D) after the final norm
     weight: Tensor,  # (V, D), same dtype as hidden
     rows: Tensor,  # (M,) int32 or int64, 0 <= rows < N, may repeat
-    targets: Tensor,  # (M,) int64, 0 <= targets < V
+    targets: Tensor,  # (M,) int64, 0 <= targets < V; or (M, K), -1: absent
     *,
+    over: str = "vocabulary",  # or "targets": p among the K targets of a row alone
     bias: Tensor | None = None,  # (V,), same dtype as hidden
     scale: Scale = 1.0,  # multiplies the logits before the bias: a number, or (M,), one a row
     softcap: float | None = None,  # logits = softcap * tanh(logits / softcap), as in Gemma 2
     budget: int | None = None,  # bytes of logits or probabilities alive at once; None: see below
     impl: str = "auto",
-) -> Tensor:  # (M,) float32 nats, or float64 for float64 inputs
+) -> Tensor:  # of the targets' shape, float32 nats, or float64 for float64 inputs
     """Return log p(targets[m] | hidden[rows[m]]), the lp_t of SePO eq. 11, and no (N, V) tensor.
 
     There is no shift inside: rows[m] must be the state that predicts targets[m]. Index values
     are checked on the CPU; on a GPU that would wait, and what made them has checked them.
+
+    A row may have K targets: for distillation from a teacher's top K, or a cached reference's. All
+    of them take the GEMMs of one. A target of -1 is absent: it gets 0 and no gradient, but a row
+    needs one that is present. An id that occurs twice in a row has two results, whose gradients
+    add. With over="targets" p is the softmax over the row's present targets alone, each column
+    counted, in 2 M K D FLOP without any GEMM of the head. That replays a sampler that kept only
+    some ids (top-k, top-p): see `sampled_first`.
 
     `explain_selected_logprob` tells how the work is scheduled: by `budget` and by which inputs need
     a gradient. The result is the same up to the rounding of chunk sums, and bit for bit where
@@ -60,27 +75,36 @@ def selected_logprob(
         hidden: (N, D) floating point with contiguous rows, the states after the final norm.
         weight: (V, D) with contiguous rows, the head, in the dtype of hidden.
         rows: (M,) int32 or int64, 0 <= rows < N, may repeat: the states that predict.
-        targets: (M,) int64, 0 <= targets < V: the token ids that they predict.
+        targets: (M,) int64, 0 <= targets < V: the token ids that they predict; or (M, K), with -1
+            where a row has fewer.
+        over: "vocabulary", or "targets": what p sums to 1 over; the latter with targets (M, K).
         bias: (V,) of the head, in the dtype of hidden.
         scale: multiplies the logits before the bias. A number, or (M,) float32 (float64 for
             float64 inputs) positive numbers, one a row: 1 / temperature of each sample. It has no
             gradient.
         softcap: logits = softcap * tanh(logits / softcap), as in Gemma 2; None: not.
-        budget: bytes of logits or probabilities alive at once; None: by device, see above.
+        budget: bytes of logits, probabilities or gathered rows of the head alive at once; None: by
+            device, see above.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
 
     Returns:
-        Tensor: (M,) float32, or float64 for float64 inputs, natural logarithms; differentiable in
-        hidden, weight and bias.
+        Tensor: (M,) or (M, K), as the targets, float32, or float64 for float64 inputs, natural
+        logarithms; differentiable in hidden, weight and bias.
 
     Raises:
         ValueError: for shapes, strides, dtypes or devices that do not fit, for indices or scales on
-            the CPU out of range, for a scale that requires a gradient, for a budget that holds not
-            even one row or is more than the GPU's memory, and for an `impl` that is unknown or
-            cannot run.
+            the CPU out of range and for a row of nothing but -1, for a scale that requires a
+            gradient, for a budget that holds not even one row or is more than the GPU's memory, and
+            for an `impl` that is unknown or cannot run.
         torch.OutOfMemoryError: in one line, where the memory that is left does not suffice.
         NotImplementedError: for an input with a tangent (jvp): there is no forward mode.
     """
+    if targets.ndim == 2 or over != "vocabulary":
+        options: dict[str, Any] = dict(scale=scale, softcap=softcap, budget=budget, impl=impl)
+        one_target = lambda hidden, weight, bias, targets: selected_logprob(
+            hidden, weight, rows, targets, bias=bias, **options
+        )
+        return k_logprob(one_target, hidden, weight, bias, rows, targets, over=over, **options)
     _check(hidden, weight, rows, targets, bias, scale, softcap)
     check_reverse_mode("selected_logprob", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
@@ -99,10 +123,12 @@ class Explanation(NamedTuple):
 
     Attributes:
         impl: the implementation's name.
-        schedule: "save", "partial", "recompute", "frozen_head" or "no_grad".
+        schedule: "save", "partial", "recompute", "frozen_head" or "no_grad"; "targets" where p is
+            over the targets alone.
         fwd_chunk: rows at once in the forward.
         bwd_chunk: rows at once in the backward, 0 where it makes no logits.
-        peak_bytes: of all (rows, V) buffers alive at once, the larger of both directions.
+        peak_bytes: of all (rows, V) buffers alive at once, the larger of both directions; or of
+            gathered rows of the head, where those of K targets are more.
         gemms: matrix products of 2 M D V FLOP, both directions together.
         saved: rows of which the forward keeps (V,) numbers for the backward.
         budget: bytes.
@@ -110,7 +136,7 @@ class Explanation(NamedTuple):
     """
 
     impl: str
-    schedule: str  # "save" | "partial" | "recompute" | "frozen_head" | "no_grad"
+    schedule: str  # "save" | "partial" | "recompute" | "frozen_head" | "no_grad" | "targets"
     fwd_chunk: int  # rows
     bwd_chunk: int  # rows, 0 where the backward makes no logits
     peak_bytes: int  # of all (rows, V) buffers alive at once, the larger of both directions
@@ -129,8 +155,9 @@ def explain_selected_logprob(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     rows: Tensor,  # (M,) int32 or int64
-    targets: Tensor,  # (M,) int64
+    targets: Tensor,  # (M,) or (M, K) int64
     *,
+    over: str = "vocabulary",  # or "targets"
     bias: Tensor | None = None,  # (V,)
     scale: Scale = 1.0,  # a number, or (M,)
     softcap: float | None = None,
@@ -145,7 +172,8 @@ def explain_selected_logprob(
         hidden: (N, D) floating point, the states after the final norm.
         weight: (V, D), the head, in the dtype of hidden.
         rows: (M,) int32 or int64, the states that predict.
-        targets: (M,) int64, the token ids that they predict.
+        targets: (M,) or (M, K) int64, the token ids that they predict.
+        over: "vocabulary", or "targets": what p sums to 1 over.
         bias: (V,) of the head, in the dtype of hidden.
         scale: multiplies the logits before the bias; a number, or (M,), one a row.
         softcap: of the logits; None: not.
@@ -158,6 +186,18 @@ def explain_selected_logprob(
     Raises:
         ValueError: as `selected_logprob`, but for index values, which are not read.
     """
+    if targets.ndim == 2 or over != "vocabulary":
+        check_k_targets(hidden, weight, bias, rows, targets, over, scale, softcap)
+        plan = plan_targets(budget, hidden, weight, targets, impl)
+        if over == "targets":
+            source = source_of(plan.budget, budget, hidden.device)
+            need = needs_grad(hidden, weight, bias)
+            return Explanation(**fields_over_targets(plan, any(need), source))
+        one_target = explain_selected_logprob(
+            hidden, weight, rows, targets[:, 0], bias=bias, scale=scale, softcap=softcap,
+            budget=budget, impl=impl,
+        )  # fmt: skip
+        return explain_over_vocabulary(one_target, plan)
     _check(hidden, weight, rows, targets, bias, scale, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
     layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
