@@ -82,7 +82,8 @@ def assert_equal(found, expected):
         )
 
 
-WITHOUT_REFERENCE = ["dpo", "sepo", "sepo-rand", "sft", "simpo"]  # or with one in the pairs
+# or with one in the pairs
+WITHOUT_REFERENCE = ["confpo", "dpo", "selective-dpo", "sepo", "sepo-rand", "sft", "simpo"]
 
 
 @pytest.mark.parametrize("method", WITHOUT_REFERENCE)
@@ -105,6 +106,9 @@ def dense_loss_sum(*args):
 STEPS = {
     **{method: {} for method in METHODS},
     "ipo sum": dict(ipo_reduce="sum"),
+    "selective-dpo few": dict(selection_quantile=0.9),
+    "selective-dpo recomputed": dict(head_budget=8 * V * 8),
+    "confpo recomputed": dict(head_budget=8 * V * 8),
     "rrhf mean": dict(sft_reduce="mean", sft_weight=0.25),
     "tdpo1 recomputed": dict(head_budget=8 * V * 8),
     "sparsepo paper": dict(form="paper"),
