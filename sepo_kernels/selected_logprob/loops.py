@@ -14,7 +14,7 @@ float32.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,11 +41,31 @@ class LogitKernels(NamedTuple):
         writes dlogits / row_scale a second time, given what forward returned
     fused(dtype) -> bool: the logits never leave the cache: no scratch, dlogits is stored with the
         rows as its fast dimension, and is zero at the targets
+    numbers: how many `forward` returns of each row
+    fused_sums: how many a fused one keeps of each row and group of columns
     """
 
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, ...]]
     recompute: Callable[..., Tensor]
     fused: Callable[[torch.dtype], bool]
+    numbers: int = 3
+    fused_sums: int = 1
+
+
+class Forward(Protocol):
+    """What `fwd` asks of an implementation: of LogitKernels, or of another with more numbers a row.
+
+    Beside logp, lse and row_scale, which come first.
+    """
+
+    @property
+    def forward(self) -> Callable[..., tuple[Tensor, ...]]: ...
+    @property
+    def fused(self) -> Callable[[torch.dtype], bool]: ...
+    @property
+    def numbers(self) -> int: ...
+    @property
+    def fused_sums(self) -> int: ...
 
 
 def implementation(name: str, kernels: LogitKernels, why_not: Callable[..., str | None]) -> Impl:
@@ -53,10 +73,12 @@ def implementation(name: str, kernels: LogitKernels, why_not: Callable[..., str 
     return Impl(name, partial(fwd, kernels), partial(bwd, kernels), why_not, kernels.fused)
 
 
-def layout_of(hidden: Tensor, weight: Tensor, softcap: float | None, fused: bool) -> HeadLayout:
+def layout_of(
+    hidden: Tensor, weight: Tensor, softcap: float | None, fused: bool, fused_sums: int = 1
+) -> HeadLayout:
     V, D = weight.shape
     gpu = devices.multiprocessors(hidden.device)
-    return HeadLayout(V, hidden.dtype, softcap is not None, fused, gpu, D)
+    return HeadLayout(V, hidden.dtype, softcap is not None, fused, gpu, D, fused_sums)
 
 
 def new_block(
@@ -75,7 +97,7 @@ def new_block(
 
 
 def fwd(
-    kernels: LogitKernels,
+    kernels: Forward,
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
@@ -87,13 +109,12 @@ def fwd(
     budget: int,  # bytes
     *,
     scales: Tensor | None = None,  # (M,) in the place of scale
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, lse, row_scale (M,), saved: see new_saved
+) -> tuple[Tensor, ...]:  # logp, lse, row_scale (M,), ..., saved: see new_saved
     dtype, acc, fused = hidden.dtype, accumulator(hidden.dtype), kernels.fused(hidden.dtype)
     M = rows.shape[0]
     scale = scale if scales is None else scales
-    logp = hidden.new_empty((M,), dtype=acc)
-    lse, row_scale = torch.empty_like(logp), torch.empty_like(logp)
-    layout = layout_of(hidden, weight, softcap, fused)
+    results = [hidden.new_empty((M,), dtype=acc) for _ in range(kernels.numbers)]
+    layout = layout_of(hidden, weight, softcap, fused, kernels.fused_sums)
     num_saved = schedules.saved_rows(M, layout, budget, schedule)
     saved = new_saved(hidden, schedule, M, num_saved, layout)
     step = schedules.chunk_rows(M, layout, budget, schedule, backward=False)
@@ -104,12 +125,14 @@ def fwd(
         shared = dlogits is not None and dtype == acc and not fused
         logits = dlogits if shared else _first(wide, part)
         x = hidden.index_select(0, rows[part])
-        logp[part], lse[part], row_scale[part] = kernels.forward(
+        values = kernels.forward(
             x, weight, bias, targets[part], of_part(scale, part), softcap, dlogits, logits
         )
+        for whole, chunk in zip(results, values, strict=True):
+            whole[part] = chunk
         if schedule == schedules.FROZEN_HEAD and dlogits is not None:
             gemm(dlogits, weight, out=saved[part])
-    return logp, lse, row_scale, saved
+    return *results, saved
 
 
 def bwd(

@@ -38,7 +38,7 @@ def forward(
     gemm.logits(z, x, weight)
     gemm.logits(ref_z, ref_x, ref_weight)
     logp, ref_logp, kl = (z.new_empty(targets.shape) for _ in range(3))
-    for part in _tiles(z):
+    for part in row_tiles(z):
         tiles = None if blocks is None else (blocks[0][part], blocks[1][part])
         some = of_part(scale, part)
         a, derivative = _cap(z[part], bias, some, softcap, blocks is not None)
@@ -68,13 +68,13 @@ def combine(
     out: Tensor,  # (chunk, columns), written
 ) -> None:
     negative, grad_kl = -grad_logp[:, None], grad_kl[:, None]
-    for part in _tiles(out):
+    for part in row_tiles(out):
         total = first[part].to(negative.dtype) * negative[part]
         total += second[part].to(negative.dtype) * grad_kl[part]
         out[part] = total
 
 
-def _tiles(block: Tensor) -> Iterator[slice]:
+def row_tiles(block: Tensor) -> Iterator[slice]:
     """Cut the rows of `block` (chunk, V) into slices of TILE_BYTES in float32."""
     step = max(1, TILE_BYTES[block.device.type] // (4 * block.shape[1]))
     for start in range(0, block.shape[0], step):

@@ -5,13 +5,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sepo_kernels import selected_logprob, selected_logprob_kl, target_logits
+from sepo_kernels import selected_logprob, selected_logprob_kl, selected_stats, target_logits
 
 KERNELS = {
     f"{op}_{direction}": {impl.name: getattr(impl, direction) for impl in module.IMPLS}
     for op, module in (
         ("selected_logprob", selected_logprob),
         ("selected_logprob_kl", selected_logprob_kl),
+        ("selected_stats", selected_stats),
         ("target_logits", target_logits),
     )
     for direction in ("fwd", "bwd")

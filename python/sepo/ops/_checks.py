@@ -12,6 +12,22 @@ from sepo_kernels.devices import accumulator
 from sepo_kernels.scales import Scale
 
 
+def check_one_head(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    rows: Tensor,  # (M,)
+    targets: Tensor,  # (M,)
+    bias: Tensor | None,  # (V,)
+    scale: Scale,  # a number, or (M,)
+    softcap: float | None,
+) -> None:
+    check_head(hidden, weight, bias)
+    check_indices(rows, targets)
+    check_one_device(hidden, weight, rows, targets, bias)
+    check_scale(scale, rows, hidden)
+    check_softcap(softcap)
+
+
 def check_head(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)

@@ -1,6 +1,6 @@
 """selected_logprob: log-probabilities of chosen tokens straight from hidden states.
 
-Reading order: the public functions, their checks, the autograd Function, the operator boundary.
+Reading order: the public functions, the autograd Function, the operator boundary.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from sepo.ops._checks import (
     as_int32,
-    check_head,
     check_index_values,
-    check_indices,
-    check_one_device,
+    check_one_head,
     check_reverse_mode,
-    check_scale,
     check_scale_values,
-    check_softcap,
 )
 from sepo.ops._k_targets import (
     check_k_targets,
@@ -105,7 +101,7 @@ def selected_logprob(
             hidden, weight, rows, targets, bias=bias, **options
         )
         return k_logprob(one_target, hidden, weight, bias, rows, targets, over=over, **options)
-    _check(hidden, weight, rows, targets, bias, scale, softcap)
+    check_one_head(hidden, weight, rows, targets, bias, scale, softcap)
     check_reverse_mode("selected_logprob", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
     layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
@@ -198,7 +194,7 @@ def explain_selected_logprob(
             budget=budget, impl=impl,
         )  # fmt: skip
         return explain_over_vocabulary(one_target, plan)
-    _check(hidden, weight, rows, targets, bias, scale, softcap)
+    check_one_head(hidden, weight, rows, targets, bias, scale, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
     layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
     need = needs_grad(hidden, weight, bias)
@@ -296,22 +292,6 @@ def out_of_memory(budget: int) -> Iterator[None]:
             f"expected {budget} bytes for logits or probabilities (budget=, --head_budget) and the "
             f"gradients beside them, got: {str(error).splitlines()[0]}"
         ) from None
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    scale: Scale,
-    softcap: float | None,
-) -> None:
-    check_head(hidden, weight, bias)
-    check_indices(rows, targets)
-    check_one_device(hidden, weight, rows, targets, bias)
-    check_scale(scale, rows, hidden)
-    check_softcap(softcap)
 
 
 class _SelectedLogprob(torch.autograd.Function):
