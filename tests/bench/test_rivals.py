@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_jobs import finished
-from test_bench_harness import TINY
+from bench_jobs import TINY, finished
 from tiny import V, tiny_model
 
 from bench import contenders, ledger, measure, run

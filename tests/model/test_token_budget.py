@@ -5,10 +5,10 @@ import logging
 
 import pytest
 import torch
-from test_fused_layers import launch_nothing
-from test_identity import make as make_run
-from test_trainer import make_trainer
+from continued_runs import make as make_run
+from launches import launch_nothing
 from tiny import random_scored_pairs, tiny_model
+from tiny_trainer import make_trainer
 
 from sepo import SePOConfig
 from sepo.data import pack

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from distributed_runs import MODELS, RUN, assert_same_weights
 from processes import ROOT, free_port, run, run_jobs, start
 from safetensors.torch import load_file
 from tiny import random_scored_pairs, tiny_model
@@ -25,38 +26,6 @@ def launch_environment(name: str) -> dict:
     environment = prepare_multi_gpu_env(_validate_launch_command(parsed)[0])
     ours = ("ACCELERATE_", "FSDP_")
     return {name: value for name, value in environment.items() if name.startswith(ours)}
-
-
-RUN = dict(
-    pairs=11,
-    eval_pairs=1,  # one rank has none
-    eval_strategy="epoch",
-    pairs_per_step=5,  # 5, 5 and 1: in the last step one rank has no pair
-    num_train_epochs=2,
-    warmup_steps=0,
-    learning_rate=0.05,
-    optim="sgd",  # AdamW divides rounding by rounding where a gradient is nearly zero
-    max_grad_norm=0.5,  # less than the gradients' norms: it always cuts
-    save_strategy="no",
-    logging_steps=1,
-)
-MODELS = {"tied": {}, "untied": dict(tie_word_embeddings=False)}
-
-
-def assert_same_weights(found, expected, start):
-    """Every weight moved, and to the same place but for the last bit of the largest."""
-    found, expected, start = (load_file(p / "model.safetensors") for p in (found, expected, start))
-    assert found.keys() >= expected.keys()
-    for name in found.keys() - expected.keys():  # DeepSpeed saves a tied weight twice
-        assert torch.equal(found[name], found["model.embed_tokens.weight"]), name
-    for name, weight in expected.items():
-        rounding = torch.finfo(weight.dtype).eps * weight.abs().max().item()
-        moved = (weight - start[name]).abs().max().item()
-        assert moved > 1000 * rounding, name
-        # of what moved little 1e-4 may be less than the distance of two float32 numbers there
-        unit = torch.finfo(weight.dtype).eps * 2.0 ** weight.abs().max().log2().floor().item()
-        atol = max(min(rounding, 1e-4 * moved), unit)
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=atol, msg=name)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_pipeline import (
+from method_losses import (
     arguments,
     assert_equal,
     dense_loss_sum,
@@ -14,8 +14,8 @@ from test_pipeline import (
     scored_pairs,
     without_cache,
 )
-from test_trainer import PAIRS, bare, make_trainer, weights
 from tiny import random_scored_pairs
+from tiny_trainer import PAIRS, bare, make_trainer, weights
 
 from sepo.data import ScoredPair, TokenPair
 from sepo.trainer.methods import METHODS

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import TorchDynamoPlugin
-from test_trainer import make_trainer
+from launches import launch_nothing
 from tiny import random_scored_pairs, tiny_model
+from tiny_trainer import make_trainer
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -189,16 +190,6 @@ class Kernels(TorchDispatchMode):
         if name not in NONE and all(a is None or a.is_write for a in aliases):
             self.count[name] += 1
         return func(*args, **(kwargs or {}))
-
-
-def launch_nothing(monkeypatch) -> Counter:
-    """Filled with the names of Triton's kernels, where they would be launched."""
-    from triton.runtime.jit import JITFunction
-
-    launched = Counter()
-    launch = lambda kernel, *args, **options: launched.update([kernel.__name__])
-    monkeypatch.setattr(JITFunction, "run", launch)
-    return launched
 
 
 def of_a_layer(monkeypatch, arch: str, *, liger: bool) -> tuple[Counter, Counter]:

@@ -9,7 +9,7 @@ the responses, where it may differ, and the user's weights leave it out of the l
 import numpy as np
 import pytest
 import torch
-from test_losses import (
+from golden_losses import (
     CASES,
     GOLDEN,
     IDS,

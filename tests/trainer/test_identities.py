@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_pipeline import (
+from method_losses import (
     F64,
     arguments,
     mask_for,

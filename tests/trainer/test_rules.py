@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from dense import dense_losses
-from test_pipeline import arguments
-from test_trainer import LONGEST, PAIRS, bare, make_trainer, weights
+from method_losses import arguments
 from tiny import random_scored_pairs, tiny_model
+from tiny_trainer import LONGEST, PAIRS, bare, make_trainer, weights
 
 from sepo import SePOConfig
 from sepo.data import pack

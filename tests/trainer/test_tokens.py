@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from scoring_for_tests import TOKENIZER, make_pairs
-from test_trainer import PAIRS, bare, make_trainer, weights
 from tiny import V, tiny_model
+from tiny_trainer import PAIRS, bare, make_trainer, weights
 
 from sepo import SePOConfig, SePOTrainer
 from sepo.data.hidden import StoredHead
