@@ -21,13 +21,13 @@ from tokenizers_for_tests import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sepo.data.read.formats import DroppedRow, DropReason, Preference
+from sepo.data.read.formats import DroppedRow, DropReason, TokenIds
 from sepo.data.read.tokenise import RowNote, Tokenised, tokenise
 from sepo.errors import InputError
 
 
-def ids(prompt, chosen, rejected, **weights) -> Preference:
-    return Preference(
+def ids(prompt, chosen, rejected, **weights) -> TokenIds:
+    return TokenIds(
         id="7",
         prompt=np.array(prompt, np.int32),
         chosen=np.array(chosen, np.int32),

@@ -15,7 +15,7 @@ from tokenizers_for_tests import (
     with_template,
 )
 
-from sepo.data.read.formats import DroppedRow, DropReason, Preference
+from sepo.data.read.formats import DroppedRow, DropReason, Messages
 from sepo.data.read.tokenise import RowNote
 
 LAST_TURN = (  # the system text stands in the last turn, if that is the user's
@@ -40,7 +40,7 @@ DATED = (  # the date at inference, another one in training
 SYSTEM = {"role": "system", "content": "Be kind to me."}
 
 
-def with_system(*responses) -> Preference:
+def with_system(*responses) -> Messages:
     row = chat(*responses)
     row.prompt.insert(0, SYSTEM)
     return row

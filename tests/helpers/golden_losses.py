@@ -18,6 +18,7 @@ from sepo.losses import (
     sparsepo_loss,
     tdpo_loss,
 )
+from sepo.masks import AboveQuantile, below_mean_probability
 from sepo.ops import segment_mean, segment_sum, selected_logprob, selected_logprob_kl
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures" / "fixture_g.json").read_text())
@@ -97,6 +98,24 @@ def mean(read, z, positions=ALL):
     return segment_mean(tokens.logp, tokens.cu_rows)
 
 
+def kept_mean(read, z, keep):
+    """Of the tokens that a rule keeps: sums of one and of the other, divided."""
+    tokens = read(z)
+    kept = keep(tokens).double()
+    return segment_sum(kept * tokens.logp, tokens.cu_rows) / segment_sum(kept, tokens.cu_rows)
+
+
+def confident(read, z, **options):
+    below = lambda tokens: below_mean_probability(tokens.logp.detach(), tokens.cu_rows)
+    return simpo_loss(kept_mean(read, z, below), **options)
+
+
+def selective(read, z, quantile):
+    tokens = read(z)
+    keep = AboveQuantile(quantile).keep(tokens.logp.detach(), tokens.ref_logp, tokens.cu_rows)
+    return dpo_loss(ratio(read, z, mask=keep.double()), beta=0.1)
+
+
 def rrhf(read, z, *, swapped=False, reduce=segment_sum, **options):
     tokens = read(z)
     means, totals = (f(tokens.logp, tokens.cu_rows) for f in (segment_mean, reduce))
@@ -148,6 +167,10 @@ CASES = {
     "sepo_k0.5_gamma2_lambda0.5": lambda f, z: sepo_loss(
         mean(f, z, SELECTED), gamma=2.0, margin=0.5
     ),
+    "confpo_beta2.0_ratio0.5": lambda f, z: confident(f, z, beta=2.0, margin=1.0),
+    "confpo_beta1.5_gamma1.6": lambda f, z: confident(f, z, beta=1.5, margin=1.6),
+    "selective_dpo_beta0.1_q0.6": lambda f, z: selective(f, z, 0.6),
+    "selective_dpo_beta0.1_q0.3": lambda f, z: selective(f, z, 0.3),
 }
 
 

@@ -16,7 +16,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sepo.data.read.formats import DroppedRow, DropReason, Preference
+from sepo.data.read.formats import DroppedRow, DropReason, Messages, PlainText
 from sepo.data.read.tokenise import Tokenised, tokenise
 
 CORPUS = [
@@ -131,17 +131,17 @@ def plain_tokenizer() -> PreTrainedTokenizerFast:
 # --- rows for them, and what they make of text
 
 
-def chat(chosen, rejected, *prompt, **options) -> Preference:
+def chat(chosen, rejected, *prompt, **options) -> Messages:
     turns = [{"role": "user", "content": text} for text in prompt or ("Tell me",)]
-    return Preference(id="7", prompt=turns, chosen=turn(chosen), rejected=turn(rejected), **options)
+    return Messages(id="7", prompt=turns, chosen=turn(chosen), rejected=turn(rejected), **options)
 
 
 def turn(content) -> dict:
     return content if isinstance(content, dict) else {"role": "assistant", "content": content}
 
 
-def plain(prompt, chosen, rejected) -> Preference:
-    return Preference(id="7", prompt=prompt, chosen=chosen, rejected=rejected)
+def plain(prompt, chosen, rejected) -> PlainText:
+    return PlainText(id="7", prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def one(preference, tokenizer, **options):

@@ -75,6 +75,7 @@ def data_of_odd_text() -> Iterator[Case]:
         "more.csv": "prompt,chosen,rejected\na,b,c,d\n", "fewer.csv": "prompt,chosen,rejected\na,b\n",
         "semicolon.csv": "prompt;chosen;rejected\na;b;c\n", "cr.csv": "prompt,chosen,rejected\r",
         "nul.csv": "prompt,chosen,rejected\na,\x00,\x00\n",
+        "key_twice.jsonl": '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}\n',
     }.items():  # fmt: skip
         data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
         write = lambda home, tmp, name=name, data=data: (tmp / name).write_bytes(data)

@@ -132,8 +132,9 @@ def test_a_method_names_every_flag_that_its_loss_reads(name):
     for read in (method.loss, method.reward):
         if read is not None:
             read(segments, Spy())
-    if method.direction is not None:
-        method.direction(Spy())
+    for made in (method.direction, method.rule):
+        if made is not None:
+            made(Spy())
     assert set(method.settings) == asked | OF_A_MASK.get(method.mask, set())
 
 

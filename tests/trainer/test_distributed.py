@@ -40,6 +40,8 @@ def runs(tmp_path_factory):
     (path / "step").mkdir()
     jobs.append(dict(argv=["--output_dir", str(path / "step")], ranks=2, step=True))
     jobs += masked_jobs(path / "masked")
+    for method in RULES:
+        jobs += rule_jobs(path / method, method)
     run_jobs(path, jobs)
     return path
 
@@ -88,6 +90,34 @@ def masked_jobs(path):
     ]
 
 
+RULES = ("confpo", "selective-dpo")
+
+
+def rule_jobs(path, method):
+    """Each rank chooses in its own micro-batches, and in the last step one has none."""
+    arguments = make_run(path, **(RUN | dict(method=method, eval_pairs=0, eval_strategy="no")))
+    if method == "selective-dpo":  # by a live reference, of rows without scores
+        tiny_model(seed=1).save_pretrained(path / "reference")
+        rows = [
+            {
+                f"{name}_ids": getattr(pair, name).tolist()
+                for name in ("prompt", "chosen", "rejected")
+            }
+            for pair in random_scored_pairs(RUN["pairs"])
+        ]
+        (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments += ["--dataset_name", str(path / "rows.jsonl")]
+        arguments += ["--reference", str(path / "reference")]
+    out = lambda name: ["--output_dir", str(path / name)]
+    sharded = launch_environment("fsdp2") | {"SEPO_TESTS_SHARD_ON_A_CPU": "1"}
+    return [
+        dict(argv=[*arguments, *out("one")]),
+        dict(argv=[*arguments, *out("big"), "--max_tokens_per_batch", "400"]),
+        dict(argv=[*arguments, *out("ddp")], ranks=2),
+        dict(argv=[*arguments, *out("fsdp2")], ranks=2, environment=sharded),
+    ]
+
+
 each_head = pytest.mark.parametrize("head", MODELS)
 
 
@@ -103,6 +133,17 @@ def test_a_learned_mask_equals_one_process(runs, other):
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=name)
     for line, one in zip(read_log(runs / other), read_log(runs / "one"), strict=True):
         assert line == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("other", ["big", "ddp", "fsdp2"])
+@pytest.mark.parametrize("method", RULES)
+def test_a_rule_equals_one_process(runs, method, other):
+    runs = runs / method
+    assert_same_weights(runs / other, runs / "one", runs / "model")
+    for line, one in zip(read_log(runs / other), read_log(runs / "one"), strict=True):
+        # a margin is the small difference of two rewards, which are some tens and in float32
+        assert line == pytest.approx(one, rel=1e-4, abs=1e-5)
+        assert "loss" not in line or 0 < line["selection/density"] < 1
 
 
 @each_head

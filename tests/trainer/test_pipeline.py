@@ -37,7 +37,8 @@ from sepo.trainer.methods import METHODS
 from sepo.trainer.pairs import PreparedPairs
 from sepo.trainer.step import step_reads
 
-WITHOUT_REFERENCE = ["dpo", "sepo", "sepo-rand", "sft", "simpo"]  # or with one in the pairs
+# or with one in the pairs
+WITHOUT_REFERENCE = ["confpo", "dpo", "selective-dpo", "sepo", "sepo-rand", "sft", "simpo"]
 
 
 @pytest.mark.parametrize("method", WITHOUT_REFERENCE)

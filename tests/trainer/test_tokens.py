@@ -76,8 +76,8 @@ def with_adapters(**options):
 
 def test_every_kind_is_tested():
     assert NEEDS == {
-        None: ["rrhf", "sepo", "sepo-rand", "sft", "simpo"],
-        "logp": ["dpo", "dpop", "ipo"],
+        None: ["confpo", "rrhf", "sepo", "sepo-rand", "sft", "simpo"],
+        "logp": ["dpo", "dpop", "ipo", "selective-dpo"],
         "hidden": ["tdpo1", "tdpo2"],
         "layers": ["mapo", "sparsepo"],
     }

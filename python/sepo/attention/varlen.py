@@ -66,14 +66,15 @@ def detail(terms: Terms) -> str:
 
 def arrays(spans: tuple[Span, ...], window: int | None) -> dict[str, np.ndarray]:
     """Offsets of the sequences, and where each row goes among the gathered keys: a prompt twice."""
-    rows, again = [], []  # again: prompt rows whose second copy this is, else -1
+    parts, copies = [], []
     for start, prefix_end, middle, end in spans:
-        rows.append(np.arange(start, middle))
-        again.append(np.full(middle - start, -1))
+        parts.append(np.arange(start, middle))
+        copies.append(np.full(middle - start, -1))
         if end > middle:
-            rows += [np.arange(start, prefix_end), np.arange(middle, end)]
-            again += [np.arange(start, prefix_end), np.full(end - middle, -1)]
-    rows, again = np.concatenate(rows), np.concatenate(again)
+            parts += [np.arange(start, prefix_end), np.arange(middle, end)]
+            copies += [np.arange(start, prefix_end), np.full(end - middle, -1)]
+    rows = np.concatenate(parts)
+    again = np.concatenate(copies)  # prompt rows whose second copy this is, else -1
     first = np.empty(spans[-1][3], np.int64)
     first[rows[again < 0]] = np.flatnonzero(again < 0)
     queries, keys = _lengths(spans)

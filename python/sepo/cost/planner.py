@@ -3,6 +3,7 @@
 import textwrap
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import yaml
@@ -112,7 +113,7 @@ class Setting:
         return scaled(work, data.scale * passes)
 
 
-def _reference(method: str, cached: bool) -> str:
+def _reference(method: str, cached: bool) -> Literal["none", "live", "cached"]:
     if METHODS[method].reference is None:
         return "none"
     # a mask reads the layers of a live one
@@ -166,7 +167,7 @@ def plan(path: str | Path) -> str:
     method, model = default("method"), default("model_name_or_path")
     if method not in METHODS:
         raise InputError(
-            f"{path}: method: expected {' | '.join(MethodName.__args__)}, got {method}"
+            f"{path}: method: expected {' | '.join(get_args(MethodName))}, got {method}"
         )
     if model is None:
         raise InputError(
@@ -187,11 +188,13 @@ def plan(path: str | Path) -> str:
     oracle = named(keys.oracle_model) if keys.oracle_model else policy
     data = _lengths(keys, keys.pairs)
     rank = default("lora_r") if default("use_peft") else 0
-    how = dict(epochs=float(default("num_train_epochs")), rank=rank, fraction=fraction)
+    epochs = float(default("num_train_epochs"))
     cached = keys.cached_reference and not rank
 
-    def train(of: str, **more) -> Stage:
-        work = setting.train(of, policy, data, **how | {"cached": cached} | more)
+    def train(of: str, cached: bool = cached) -> Stage:
+        work = setting.train(
+            of, policy, data, epochs=epochs, rank=rank, cached=cached, fraction=fraction
+        )
         return setting.stage("train", f"{of}, {model}", work)
 
     stages = []
@@ -203,7 +206,7 @@ def plan(path: str | Path) -> str:
     stages.append(train(method))
     text = [*_heading(keys, setting, policy, rank), "", *table(stages, keys.gpus)]
     if keys.tokens_per_second is not None:
-        tokens = setting.read(method, data, fraction)[0].sum() * data.scale * how["epochs"]
+        tokens = setting.read(method, data, fraction)[0].sum() * data.scale * epochs
         spent = tokens / keys.tokens_per_second / 3600
         text += ["", *textwrap.wrap(_measured(keys, tokens, spent, stages[-1].hours), 100)]
     if METHODS[method].needs_score:

@@ -19,7 +19,7 @@ offload          what moves between host and GPU, and the host's AdamW
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -62,7 +62,8 @@ class Schedule:
 OURS = Schedule()
 
 
-class Amount(NamedTuple):
+@dataclass(frozen=True)
+class Amount:
     flop: float = 0.0
     bytes: float = 0.0  # through the GPU's memory
     link: float = 0.0  # bytes between GPUs
@@ -70,10 +71,11 @@ class Amount(NamedTuple):
     host_memory: float = 0.0  # bytes through the host's memory, while all GPUs wait
 
     def __add__(self, other: "Amount") -> "Amount":
-        return Amount(*(a + b for a, b in zip(self, other, strict=True)))
+        both = zip(astuple(self), astuple(other), strict=True)
+        return Amount(*(a + b for a, b in both))
 
     def __mul__(self, factor: float) -> "Amount":
-        return Amount(*(a * factor for a in self))
+        return Amount(*(a * factor for a in astuple(self)))
 
 
 # part and kind of kernel: kernels of different kinds never run at the same time

@@ -6,7 +6,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sepo.errors import InputError
-from sepo.model.reference import has_adapters
+from sepo.model.base import has_adapters
 from sepo.trainer.config import SePOConfig
 
 

@@ -17,6 +17,7 @@ from sepo.data.types import ScoredPair, TokenPair
 Mode = Literal["score", "overlap"]
 Aggregate = Literal["mean", "max"]
 SIDES = TOKENS[1:]
+Texts = tuple[Span, Span] | DroppedRow  # of chosen and rejected, or why there are none
 
 
 class SkippedRow(StrEnum):
@@ -92,17 +93,17 @@ class RowAligner:
         self,
         scored: ScoredPair,  # in the oracle's tokens
         target: TokenPair,  # in the policy's
-        texts: tuple[
-            tuple[Span, Span] | DroppedRow, ...
-        ],  # as the oracle and as the policy reads it
+        texts: tuple[Texts, Texts],  # as the oracle and as the policy reads it
         counts: Counter[str],  # added to if the row is carried
     ) -> ScoredPair | SkippedRow:
-        if any(isinstance(text, DroppedRow) for text in texts):
+        ours, theirs = texts
+        if isinstance(ours, DroppedRow) or isinstance(theirs, DroppedRow):
             return SkippedRow.TEMPLATES
         fields = {name: getattr(target, name) for name in ("id", *TOKENS)}
-        found = Counter()
-        for side, *text in zip(SIDES, *texts, strict=True):
-            placed = self._place(getattr(scored, side), getattr(target, side), *text)
+        found: Counter[str] = Counter()
+        for side, source_text, target_text in zip(SIDES, ours, theirs, strict=True):
+            source, tokens = getattr(scored, side), getattr(target, side)
+            placed = self._place(source, tokens, source_text, target_text)
             if isinstance(placed, SkippedRow):
                 return placed
             found.update(

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 import sepo
 from sepo.data.align import TokenBytes
-from sepo.data.read.formats import Preference, find_format
+from sepo.data.read.formats import Preference, TokenIds, find_format
 from sepo.data.read.load import load_rows
 from sepo.data.read.read import PairSet, named_rows
 from sepo.data.read.render import spans
@@ -124,7 +123,7 @@ def _align(
             if target is not None:
                 coverage.leave_out(SkippedRow.NOT_SCORED, one.id)
             continue
-        if isinstance(one.prompt, np.ndarray):
+        if isinstance(one, TokenIds):
             raise InputError(
                 f"pair {one.id}: expected text, which any tokenizer reads, got token ids"
             )
