@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MOST = 187  # errors of `mypy -p sepo`; lower it when there are fewer
+MOST = 72  # errors of `mypy -p sepo`; lower it when there are fewer
 
 
 def count(report: str) -> int:
