@@ -1,8 +1,5 @@
 """The cost model is what torch counts of real steps, and its hours are sums that a hand can check."""
 
-import gc
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -43,14 +40,6 @@ MODELS = {
     "smollm2": dict(REAL["smollm2-shape"], num_hidden_layers=2, vocab_size=1009),
 }
 ALL_SAVINGS = [saving.name for saving in savings.SAVINGS]
-
-
-@pytest.fixture(autouse=True)
-def folders_go_with_their_trainers():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        yield
-        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import write_store
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from examples.drop_in import minus_100, plain_loop, transformers_trainer
+from examples.drop_in import minus_100, plain_loop
 from sepo import ops, patch
 from sepo.data import select_positions
 from sepo.errors import InputError
 
 Dataset = pytest.importorskip("datasets").Dataset
+transformers_trainer = import_module("examples.drop_in.transformers_trainer")  # needs datasets
 GAMMA, MARGIN = 2.0, 0.5
 PAIRS = random_scored_pairs(6)
 QUIET = dict(use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bad_inputs import COMMANDS, MODEL, READERS, STORES, TRAIN, Case
+from hostile.bad_inputs import COMMANDS, MODEL, READERS, STORES, TRAIN, Case
 
 ROW = dict(prompt="w3 w4", chosen="w5 w6", rejected="w7")
 IDS = dict(prompt_ids=[3], chosen_ids=[4, 5], rejected_ids=[6])
@@ -75,6 +75,7 @@ def data_of_odd_text() -> Iterator[Case]:
         "more.csv": "prompt,chosen,rejected\na,b,c,d\n", "fewer.csv": "prompt,chosen,rejected\na,b\n",
         "semicolon.csv": "prompt;chosen;rejected\na;b;c\n", "cr.csv": "prompt,chosen,rejected\r",
         "nul.csv": "prompt,chosen,rejected\na,\x00,\x00\n",
+        "key_twice.jsonl": '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}\n',
     }.items():  # fmt: skip
         data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
         write = lambda home, tmp, name=name, data=data: (tmp / name).write_bytes(data)

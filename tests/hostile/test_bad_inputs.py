@@ -11,8 +11,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-from bad_inputs import Case, cases
-from odd_inputs import odd_cases
+from hostile.bad_inputs import Case, cases
+from hostile.odd_inputs import odd_cases
 from processes import ENVIRONMENT
 from training_run import make_run
 

@@ -6,8 +6,8 @@ import math
 import peft
 import pytest
 import torch
+from model_folders import IDS, NOTHING, UP, edit_json, rewrite, save_adapter, untied, without
 from packed_runs import packed
-from safetensors.torch import load_file, save_file
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import make_run
 from transformers import AutoModelForCausalLM
@@ -25,27 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
-NOTHING = ("missing_keys", "unexpected_keys", "mismatched_keys")
-IDS = torch.arange(3, 12)[None]
-
-
-def untied(**more):
-    return tiny_model("llama", tie_word_embeddings=False, **more)
-
-
-def save_adapter(path, base, *, model=None, seed=1, **options):
-    """An adapter with weights of its own on the model at `base`; returns that PeftModel."""
-    model = untied() if model is None else model
-    options = dict(target_modules=["q_proj", "down_proj"]) | options
-    torch.manual_seed(seed)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    adapted.peft_config["default"].base_model_name_or_path = str(base)
-    adapted.save_pretrained(path)
-    return adapted
 
 
 @pytest.fixture
@@ -55,20 +34,6 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
-def rewrite(path, change, name="model.safetensors"):
-    tensors = load_file(path / name)
-    save_file(change(tensors), path / name, metadata={"format": "pt"})
-
-
-def edit_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def without(name):
-    return lambda tensors: {k: v for k, v in tensors.items() if k != name}
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
 TORN = {
     "missing": (
         lambda p: rewrite(p, without(UP)),

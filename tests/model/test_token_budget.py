@@ -5,10 +5,10 @@ import logging
 
 import pytest
 import torch
-from test_fused_layers import CPU, launch_nothing
-from test_identity import make as make_run
-from test_trainer import make_trainer
+from continued_runs import make as make_run
+from launches import launch_nothing
 from tiny import random_scored_pairs, tiny_model
+from tiny_trainer import make_trainer
 
 from sepo import SePOConfig
 from sepo.data import pack
@@ -25,7 +25,6 @@ from sepo.model.budget import (
 )
 from sepo.model.prepare import prepare_model
 from sepo.trainer.layers import use_liger
-from sepo_kernels import extension
 
 GIB = 2**30
 H100, H200, RTX_4090 = int(79.1 * GIB), int(139.8 * GIB), int(23.5 * GIB)  # as torch tells them
@@ -126,13 +125,15 @@ def a_layer_keeps(arch: str, bf16: bool, fused: bool, **more) -> tuple[float, Si
     return (kept[3] - kept[1]) / 2, budget.sizes_of(model)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "float32"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "liger"])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral", "gemma2"])
 def test_a_layer_keeps_what_the_formula_says(monkeypatch, arch, fused, bf16):
-    """Attention's statistics and the norms' apart, which are a number a head and a row."""
-    if extension.why_not("native_packed_attention", CPU) is not None:
-        pytest.skip("other attentions copy keys and values on a CPU")
+    """Attention's statistics and the norms' apart, which are a number a head and a row.
+
+    Other attentions than the native one copy keys and values on a CPU.
+    """
     more = dict(hidden_size=128, intermediate_size=160, num_attention_heads=4, head_dim=32)
     more |= dict(attn_logit_softcapping=None) if arch == "gemma2" else {}
     if fused:

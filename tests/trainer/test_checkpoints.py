@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from processes import ENVIRONMENT, exit_line
-from tiny import random_scored_pairs, tiny_model
+from saving_trainer import PAIRS, make_trainer
 from training_run import make_run, read_log, write_store
 
 from sepo import SePOConfig, SePOTrainer, train
@@ -20,20 +20,7 @@ from sepo.errors import InputError
 from sepo.trainer.checkpoints import MARK, last_checkpoint, remove, rotate, write_mark
 from sepo.trainer.methods import METHODS, ResponseSums
 
-PAIRS = random_scored_pairs(12)
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
-
-
-def make_trainer(path, *, pairs=PAIRS, eval_pairs=None, **args):
-    defaults = dict(
-        output_dir=str(path),
-        pairs_per_step=4,
-        save_strategy="steps",
-        save_steps=1,
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    return SePOTrainer(tiny_model(), SePOConfig(**{**defaults, **args}), pairs, eval_pairs)
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +133,9 @@ def test_a_method_names_every_flag_that_its_loss_reads(name):
     for read in (method.loss, method.reward):
         if read is not None:
             read(segments, Spy())
-    if method.direction is not None:
-        method.direction(Spy())
+    for made in (method.direction, method.rule):
+        if made is not None:
+            made(Spy())
     assert set(method.settings) == asked | OF_A_MASK.get(method.mask, set())
 
 
@@ -374,7 +362,7 @@ def test_a_disk_without_room_is_noticed_before_training(tmp_path, monkeypatch):
 FULL = """
 import resource, sys
 import torch
-from test_checkpoints import make_trainer
+from saving_trainer import make_trainer
 from sepo.errors import exit_with_one_line
 torch.set_num_threads(1)
 def main():

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from test_trainer import PAIRS, make_trainer, weights
+from tiny_trainer import PAIRS, make_trainer, weights
 from transformers import (
     EarlyStoppingCallback,
     TrainerCallback,

@@ -27,7 +27,7 @@ else:
 
 
 class Adapted(Protocol):
-    """What is read of a PeftModel, beside the model in it."""
+    """Name what is read of a PeftModel, beside the model in it."""
 
     peft_config: Mapping[str, Any]
 

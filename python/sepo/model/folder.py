@@ -33,7 +33,7 @@ UNREADABLE = (  # what transformers makes of a configuration that can't be, amon
 
 
 class Adapter(NamedTuple):
-    """What a folder holds that is no model of its own."""
+    """Name what a folder holds that is no model of its own."""
 
     config: dict  # its adapter_config.json
     base: "ModelFolder"  # that it is on; it may be an adapter too

@@ -12,6 +12,7 @@ from sepo.data.types import PackedBatch
 from sepo.errors import InputError
 from sepo.model.forward import restore_attention, token_logprob
 from sepo.model.frozen import LiveReference, Reference, token_logprob_kl
+from sepo.model.kept import TokenRule, kept_logprob
 from sepo.model.routers import RouterLoss
 
 # of its reference: its log-probabilities; its whole distribution, by way of its hidden rows; the
@@ -28,6 +29,7 @@ class TokenValues(NamedTuple):
     reward_mask: Tensor | None = None  # (M,) >= 0, SparsePO's m_u; None: ones
     kl_mask: Tensor | None = None  # (M,) >= 0, its m_d
     router_loss: Tensor | None = None  # (P,) of a mixture of experts, before its coefficient
+    keep: Tensor | None = None  # (M,) bool: whether a rule leaves the token in the loss; None: all
 
 
 class TokenMasks(Protocol):
@@ -51,6 +53,7 @@ class Reads:
     reference: Reference | None = None
     direction: str | None = None  # of the KL divergence; None: not read
     masks: TokenMasks | None = None  # beside a KL divergence
+    rule: TokenRule | None = None  # without one
     router_loss: RouterLoss | None = None
     budget: int | None = None  # bytes, see selected_logprob
 
@@ -99,7 +102,13 @@ def forward_of(cls: type[PreTrainedModel]) -> Callable:
         if reads is None:
             return token_logprob(self, batch)
         routers: list[Tensor] | None = None if reads.router_loss is None else []
-        if reads.direction is None:
+        if reads.rule is not None:
+            ref_logp = reads.ref_logp(batch)
+            logp, keep = kept_logprob(
+                self, batch, reads.rule, ref_logp, budget=reads.budget, routers=routers
+            )
+            values = TokenValues(logp, ref_logp, keep=keep)
+        elif reads.direction is None:
             logp = token_logprob(self, batch, budget=reads.budget, routers=routers)
             values = TokenValues(logp, reads.ref_logp(batch))
         else:

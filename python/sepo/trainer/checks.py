@@ -112,6 +112,7 @@ def check_numbers(args: TrainingArguments) -> None:
             lambda value: 0 <= value < 1,
         ),
         (("label_smoothing",), "a number in [0, 0.5)", lambda value: 0 <= value < 0.5),
+        (("selection_quantile",), "a number in [0, 1]", lambda value: 0 <= value <= 1),
         (("max_steps",), "a positive number, or -1 for --num_train_epochs", lambda n: n >= -1),
     ):
         for name in names:

@@ -236,9 +236,10 @@ def compile_layers(model: nn.Module, plugin: TorchDynamoPlugin) -> None:
     # every part is called by the same code, nn.Module's: kinds of parts, times training, evaluating
     # and references, share its limit, beyond which they would run as they are, and nobody be told
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    if next(model.parameters()).device.type == "cpu":
-        _name_vectors()
     kwargs = plugin.to_kwargs() | {"dynamic": True, "fullgraph": False}
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and kwargs.get("backend", "inductor") == "inductor":  # it alone compiles C++
+        _name_vectors()
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             for part in layer.children():

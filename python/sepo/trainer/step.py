@@ -29,6 +29,7 @@ def step_reads(
         reference=reference,
         direction=None if method.direction is None else method.direction(args),
         masks=_masks(method, args),
+        rule=None if method.rule is None else method.rule(args),
         router_loss=router_loss,
         budget=args.head_budget,
     )

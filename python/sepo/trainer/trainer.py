@@ -271,7 +271,7 @@ class SePOTrainer(MaskedTrainer):
             losses = losses + self._router_loss.coefficient * routers
         reward = self.method.reward
         rewards = None if reward is None else reward(sums, self.args)
-        means.add(pair_metrics(sums, losses, rewards, tokens.router_loss), len(losses))
+        means.add(pair_metrics(sums, losses, rewards, tokens), len(losses))
         means.add(token_metrics(tokens), len(batch.rows))
         return losses
 

@@ -4,12 +4,12 @@ Every function takes the row's id and the field's name for its message, and rais
 value of the wrong type. Null is never an error: it becomes the empty value of its kind.
 """
 
-import json
 import re
 from typing import Any
 
 import numpy as np
 
+from sepo.data.read import strict_json
 from sepo.errors import InputError
 
 # ShareGPT's names; a role column holds the template's own names and is passed through
@@ -53,7 +53,9 @@ def unquoted(value: Any, pair_id: str, field: str) -> Any:
     ):
         return value
     try:
-        found = json.loads(value)
+        found = strict_json.loads(value)
+    except strict_json.DuplicateKeyError as error:
+        raise InputError(f"pair {pair_id}: expected {field} to be messages, got {error}") from None
     except ValueError:
         if re.match(r"\s*\[\s*\{\s*'", value) and value.rstrip().endswith("]"):
             raise InputError(
@@ -236,7 +238,9 @@ def _array(value: Any, pair_id: str, field: str) -> np.ndarray:
 
 def _json(text: str, pair_id: str, field: str) -> Any:
     try:
-        return json.loads(text)
+        return strict_json.loads(text)
+    except strict_json.DuplicateKeyError as error:
+        raise InputError(f"pair {pair_id}: expected {field} to be JSON, got {error}") from None
     except ValueError:
         raise InputError(
             f"pair {pair_id}: expected {field} to be JSON, got {short(text)}"

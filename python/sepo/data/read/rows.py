@@ -14,6 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from sepo.data.read import strict_json
 from sepo.data.read.cells import kind, short
 from sepo.errors import InputError
 
@@ -123,7 +124,7 @@ def _json_list(path: Path) -> Rows:
 
 def _json(text: str, where: str, expected: str) -> Any:
     try:
-        return json.loads(text)
+        return strict_json.loads(text)
     except (ValueError, RecursionError) as error:
         place = f" at place {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         reason = getattr(error, "msg", str(error))
