@@ -77,7 +77,8 @@ def _text(number: float | None) -> str | None:
 
 def _attention(softcap: str | None):
     def capped(score, batch, head, q_row, k_row):
-        return float(softcap) * torch.tanh(score / float(softcap))
+        # where there is one
+        return float(softcap) * torch.tanh(score / float(softcap))  # type: ignore[arg-type]
 
     def attention(query, key, value, mask, scale: str | None):
         return flex_attention(

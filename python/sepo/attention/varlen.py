@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -177,7 +178,7 @@ def _activate_flash3() -> str | None:
 def _torch_kernel() -> Kernel:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = {"enable_gqa": True} if "enable_gqa" in _torch_parameters() else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _torch_parameters() else {}
 
     def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window, softcap):
         sides = (-1 if window is None else window - 1, 0)  # (-1, 0) means causal, exactly so

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         packed_attn_impl: str  # the attention that was asked for
         packed_checked: frozenset[tuple[str, torch.dtype, str]]  # device, dtype, attention
         own_attention: str  # which it had before ours
+        fused_layers: str  # whose kernels compute them
         merged_from: ModelFolder  # an adapter
         merged_values: dict[str, int]  # of `values_of` it, after the merge
 

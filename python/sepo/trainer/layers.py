@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sepo.errors import InputError, one_line
+from sepo.trainer.config import FusedLayers
 from sepo_kernels.devices import INTERPRET
 
 OPS_TO_SAVE = {  # by namespace: GEMMs, and every attention that a packed batch may take
@@ -66,13 +68,13 @@ def checkpoint_selectively(model: PreTrainedModel) -> None:
 
 
 def choose_fused(
-    wish: str,  # auto, liger, compile or none
+    wish: FusedLayers,
     model: PreTrainedModel,
     device: torch.device,  # where it will run
     *,
     selective: bool = False,  # --selective_checkpointing
     compiled: bool = False,  # --torch_compile: the compiler is chosen already
-) -> tuple[str, str]:
+) -> tuple[FusedLayers, str]:
     """Decide what `wish` comes to, and why: (liger, compile or none; in words).
 
     Raises InputError for a wish for Liger's kernels that this model or device can't have.
@@ -94,10 +96,11 @@ def choose_fused(
     if reason is None:
         return "liger", "auto"
     if selective:
-        why_none = "a compiled part hides its GEMMs from --selective_checkpointing"
-    else:
-        why_none = None if has_triton() else "the compiler has no triton here"
-    return ("none", f"{reason}, and {why_none}") if why_none else ("compile", reason)
+        hides = "a compiled part hides its GEMMs from --selective_checkpointing"
+        return "none", f"{reason}, and {hides}"
+    if not has_triton():
+        return "none", f"{reason}, and the compiler has no triton here"
+    return "compile", reason
 
 
 def why_not_liger(model: PreTrainedModel, device: torch.device) -> str | None:
@@ -161,7 +164,7 @@ def use_liger(
             vars(module).clear()
             vars(module).update(attributes)
 
-    rotations = {}  # file -> its functions that Liger has kernels for
+    rotations: dict[str, dict[str, Callable]] = {}  # file -> what Liger has kernels for
     try:
         _liger()._apply_liger_kernel_to_instance(model, **kernels | off)
     except Exception:
@@ -177,11 +180,14 @@ def use_liger(
             }
             vars(file).update(names)
     for module in model.modules():
-        functions, forward = rotations.get(type(module).__module__, {}), type(module).forward
+        rotated = rotations.get(type(module).__module__, {})
+        forward: Any = type(module).forward  # a function, of which torch's types say Callable
         code = forward.__code__
-        own = getattr(vars(module).get("forward"), "__func__", forward)  # ours, of an earlier call
-        if own.__code__ is code and functions.keys() & {*code.co_names}:
-            module.forward = MethodType(_which_calls(forward, functions), module)
+        own: Any = getattr(
+            vars(module).get("forward"), "__func__", forward
+        )  # ours, of an earlier call
+        if own.__code__ is code and rotated.keys() & {*code.co_names}:
+            module.forward = MethodType(_which_calls(forward, rotated), module)
     return undo
 
 

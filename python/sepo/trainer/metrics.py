@@ -86,7 +86,7 @@ class RunningMeans:
         values = torch.stack([self._sums[name].to(accelerator.device) for name in names])
         counts = values.new_tensor([self._counts[name] for name in names])
         sums, counts = accelerator.reduce(torch.stack([values, counts]), "sum").tolist()
-        self.__init__()
+        self._sums, self._counts = {}, {}
         return {n: s / max(c, 1) for n, s, c in zip(names, sums, counts, strict=True)}
 
     def state(self) -> dict:
@@ -123,7 +123,7 @@ class Throughput:
         if self._start is None:
             return {}
         rate = self._tokens / (time.perf_counter() - self._start)
-        self.__init__()
+        self._start, self._tokens = None, 0
         return {"tokens/second": rate}
 
 
