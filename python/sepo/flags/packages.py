@@ -21,8 +21,8 @@ def check_packages(args: TrainingArguments) -> None:
     names = args.report_to or []
     _check_trackers([names] if isinstance(names, str) else names)
     for flag, check in (
-        (f"--optim {_word(args.optim)}", _check_optimizer),
-        (f"--lr_scheduler_type {_word(args.lr_scheduler_type)}", _check_scheduler),
+        (f"--optim {word(args.optim)}", _check_optimizer),
+        (f"--lr_scheduler_type {word(args.lr_scheduler_type)}", _check_scheduler),
     ):
         try:
             check(args)
@@ -43,7 +43,7 @@ def check_compiler(args: TrainingArguments) -> None:
             raise InputError(f"--torch_compile_mode: expected {' | '.join(modes)}, got {mode}")
 
 
-def _word(choice: Any) -> str:
+def word(choice: Any) -> str:
     """One of transformers' Enums of text as a user writes it; in their types it may be text still."""
     return str(getattr(choice, "value", choice))
 

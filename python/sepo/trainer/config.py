@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from transformers import TrainingArguments
@@ -10,7 +10,7 @@ from transformers.hf_argparser import string_to_bool
 
 from sepo.data.selection import FirstToken
 from sepo.errors import InputError, one_line
-from sepo.flags.packages import check_compiler
+from sepo.flags.packages import check_compiler, word
 from sepo.flags.renamed import takes_old_names
 from sepo.flags.selection import Select
 from sepo.flags.values import check_values
@@ -84,7 +84,7 @@ class SePOConfig(TrainingArguments):
         "float32",
     )
     # str: HfArgumentParser would make `bool | str` a bool; a bool it is after __post_init__
-    bf16: str = field(
+    bf16: str = field(  # type: ignore[assignment]
         default=False,
         metadata={
             "nargs": "?",
@@ -227,7 +227,7 @@ class SePOConfig(TrainingArguments):
 def data_to_evaluate_on(args: SePOConfig) -> str | None:
     """The flag that needs it, if one does."""
     if args.eval_strategy != "no":
-        return f"--eval_strategy {args.eval_strategy.value}"
+        return f"--eval_strategy {word(args.eval_strategy)}"
     return "--eval_on_start" if args.eval_on_start else None
 
 
@@ -243,10 +243,11 @@ def _translate(args: SePOConfig) -> None:
     asked = args.resume_from_checkpoint
     args.resume_from_checkpoint = resume.get(str(asked).lower(), asked)
     accelerator = None if args.use_cpu else torch.accelerator.current_accelerator(True)
-    if args.bf16 == "auto":
-        args.bf16 = fast_dtype(accelerator or "cpu") == torch.bfloat16
+    wish, flags = str(args.bf16), cast(TrainingArguments, args)  # in whose type bf16 is a bool
+    if wish == "auto":
+        wish = str(fast_dtype(accelerator or "cpu") == torch.bfloat16)
     try:
-        args.bf16 = string_to_bool(str(args.bf16))
+        flags.bf16 = string_to_bool(wish)
     except argparse.ArgumentTypeError:
         raise InputError(f"--bf16: expected true | false | auto, got {args.bf16}") from None
     if args.bf16 and accelerator is None:
