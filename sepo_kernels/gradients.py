@@ -10,7 +10,7 @@ from sepo_kernels.scales import Scale, below_largest, largest
 
 
 class HeadGradients:
-    """The sums so far. dZ comes times the scale: X in dW would be rounded once more with it."""
+    """Hold the sums so far. dZ comes times the scale, with which X in dW would be rounded again."""
 
     def __init__(
         self,

@@ -53,9 +53,9 @@ class LogitKernels(NamedTuple):
 
 
 class Forward(Protocol):
-    """What `fwd` asks of an implementation: of LogitKernels, or of another with more numbers a row.
+    """Describe what `fwd` asks of an implementation: LogitKernels, or one with more numbers a row.
 
-    Beside logp, lse and row_scale, which come first.
+    logp, lse and row_scale come first.
     """
 
     @property

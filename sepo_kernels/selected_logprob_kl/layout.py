@@ -20,7 +20,7 @@ MIN_COLUMNS, MAX_COLUMNS = 4096, 16384
 
 
 class ColumnLayout(Layout, Protocol):
-    """Of an operation whose backward computes the gradient of the logits by columns."""
+    """Describe a row of an operation whose backward makes the logits' gradient by columns."""
 
     @property
     def most_columns(self) -> int: ...  # that are worth a wider buffer

@@ -31,7 +31,7 @@ from sepo_kernels.selected_stats.layout import FUSED_SUMS, EntropyLayout
 
 
 class Rows(NamedTuple):
-    """What the gradient reads of each row, (chunk,) each: p = e^(z - reference) * row_scale."""
+    """Hold what the gradient reads of each row, (chunk,) each: p = e^(z - reference) * row_scale."""
 
     targets: Tensor
     logp: Tensor

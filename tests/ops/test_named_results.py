@@ -19,6 +19,7 @@ def test_fields():
     named = {
         ops.LogprobKL: ("logp", "ref_logp", "kl"),
         ops.SelectedStats: ("logp", "entropy", "log_sum_sq", "mean_logit", "lse", "top1"),
+        ops.HighEntropyRows: ("indices", "cu_rows", "stats"),
         ops.LabelRows: ("rows", "targets", "cu_rows"),
         ops.SegmentTopk: ("indices", "cu_rows"),
     }

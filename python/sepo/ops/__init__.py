@@ -11,6 +11,7 @@ from sepo.losses import (
     tdpo_loss,
 )
 from sepo.ops import _flops  # noqa: F401  registers the FLOP formulas
+from sepo.ops._high_entropy import HighEntropyRows, high_entropy_rows
 from sepo.ops._k_targets import sampled_first
 from sepo.ops._labels import LabelRows, labels_from_rows, logprob_from_labels, rows_from_labels
 from sepo.ops._segment_reduce import segment_mean, segment_sum
@@ -25,6 +26,7 @@ from sepo.ops._selected_stats import SelectedStats, explain_selected_stats, sele
 
 __all__ = [
     "Explanation",
+    "HighEntropyRows",
     "LabelRows",
     "LogprobKL",
     "SegmentTopk",
@@ -34,6 +36,7 @@ __all__ = [
     "explain_selected_logprob",
     "explain_selected_logprob_kl",
     "explain_selected_stats",
+    "high_entropy_rows",
     "ipo_loss",
     "labels_from_rows",
     "logprob_from_labels",
