@@ -1,4 +1,4 @@
-"""What every implementation of target_logits shares: all but the sums over D and over targets.
+"""The part of target_logits that all implementations share: all but sums over D and over targets.
 
 Logits and their gradient are (M, K), a few numbers a row, so plain PyTorch finishes them. With
 c = dL/dz * cap'(z), zero where a target is absent,
