@@ -61,6 +61,13 @@ TORCH_LIBRARY_FRAGMENT(sepo, m) {
   m.def(
       "native_kl_combine_rows(Tensor first, Tensor second, Tensor grad_logp, Tensor grad_kl,"
       " Tensor(a!) out) -> ()");
+  // targets (M, K) int64 and coefficient (M, K) float32 or float64; a target outside of [0, V) is
+  // absent; target_add adds coefficient * hidden[rows] to the targets' rows of grad_weight
+  m.def("native_target_dots(Tensor hidden, Tensor weight, Tensor rows, Tensor targets) -> Tensor");
+  m.def("native_target_sums(Tensor coefficient, Tensor weight, Tensor targets) -> Tensor");
+  m.def(
+      "native_target_add(Tensor(a!) grad_weight, Tensor coefficient, Tensor hidden, Tensor rows,"
+      " Tensor sorted, Tensor order) -> ()");
   // query (N, H, d), key and value (N, H_kv, d), float32 or bfloat16; spans (P, 4) int64 on the
   // CPU: start, prefix_end, rejected_start, pair_end of pairs that fill the buffer; window 0: none;
   // bfloat16_tiles: oneDNN multiplies them here, else they are widened
@@ -87,6 +94,9 @@ TORCH_LIBRARY_IMPL(sepo, CPU, m) {
   m.impl("native_kl_combine", &sepo::kl_combine);
   m.impl("native_kl_rows", &sepo::kl_rows);
   m.impl("native_kl_combine_rows", &sepo::kl_combine_rows);
+  m.impl("native_target_dots", &sepo::target_dots);
+  m.impl("native_target_sums", &sepo::target_sums);
+  m.impl("native_target_add", &sepo::target_add);
   m.impl("native_packed_attention", &sepo::packed_attention);
   m.impl("native_packed_attention_backward", &sepo::packed_attention_backward);
 }

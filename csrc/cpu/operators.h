@@ -63,6 +63,13 @@ void kl_combine_rows(
     const Tensor& first, const Tensor& second, const Tensor& grad_logp, const Tensor& grad_kl,
     Tensor out);
 
+Tensor target_dots(
+    const Tensor& hidden, const Tensor& weight, const Tensor& rows, const Tensor& targets);
+Tensor target_sums(const Tensor& coefficient, const Tensor& weight, const Tensor& targets);
+void target_add(
+    Tensor grad_weight, const Tensor& coefficient, const Tensor& hidden, const Tensor& rows,
+    const Tensor& sorted, const Tensor& order);
+
 std::tuple<Tensor, Tensor> packed_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& spans, double scale,
     int64_t window, bool bfloat16_tiles);
