@@ -1,6 +1,5 @@
 """Hours are sums that a hand can check; a plan says what a user would spend."""
 
-import json
 import re
 from pathlib import Path
 
@@ -184,34 +183,6 @@ def test_a_public_run_lies_between_the_gpus_that_it_may_have_had():
     share = flop / paper.A100.flop / 3600 / ZEPHYR.hours
     # the longest are cut, the head's part comes on top
     assert ZEPHYR.share_of_the_rate(paper.A100) == pytest.approx(share, rel=0.1)
-
-
-def test_published_figures_are_compared_where_they_are(tmp_path):
-    modelled = {"LLaMA3-8B": {"dpo": 4.0, "simpo": 3.0, "sepo": 2.0}}
-    published = {"LLaMA3-8B": {"dpo": 10.0, "simpo": 9.0, "sepo": 4.0}}
-    found = paper.compare(modelled, published)
-    assert (found.figures, found.left_out, found.rank_correlation) == (3, 0, pytest.approx(1))
-    assert found.error("SePO/DPO") == pytest.approx(0.5 / 0.4 - 1)
-    assert found.error("SePO/SimPO") == pytest.approx(abs((2 / 3) / (4 / 9) - 1))
-    swapped = {"LLaMA3-8B": {"dpo": 9.0, "simpo": 10.0, "sepo": 4.0}}
-    assert paper.compare(modelled, swapped).rank_correlation == pytest.approx(0.5)
-    assert paper.ranks([3, 1, 3, 2]).tolist() == [2.5, 0, 2.5, 1]
-
-    path = tmp_path / "figures.json"
-    with pytest.raises(InputError, match="figures.json: No such file"):
-        paper.read_figures(path)
-    path.write_text(json.dumps({"source": "invented for a test", "hours": published}))
-    assert paper.read_figures(path) == published
-    published["LLaMA3-8B"]["ppo"] = 1.0
-    path.write_text(json.dumps({"source": "invented for a test", "hours": published}))
-    text = " ".join(tables.table1(path).split())
-    assert (
-        "A100, 3 figures (1 of models or methods that are not modelled): rank correlation" in text
-    )
-    for bad in ({"hours": published}, {"source": "s", "hours": {"LLaMA3-8B": 3}}):
-        path.write_text(json.dumps(bad))
-        with pytest.raises(InputError, match="figures.json: expected"):
-            paper.read_figures(path)
 
 
 # Plans

@@ -45,10 +45,8 @@ def test_lengths_of_a_data_set_are_planned(tmp_path, capsys):
     [
         ([], "expected CONFIG, --papers or --dataset_name, got 0 of them"),
         (["plan.yaml", "--papers"], "expected CONFIG, --papers or --dataset_name, got 2 of them"),
-        (["plan.yaml", "--figures", "x"], "--figures: expected --papers with it, got none"),
         (["--papers", "--steps", "3"], "--steps: expected --dataset_name with it, got none"),
         (["--dataset_name", "D"], "--model_name_or_path: expected whose tokenizer"),
-        (["--papers", "--figures", "no.json"], "no.json: No such file"),
     ],
 )
 def test_a_question_that_is_none_is_refused(argv, said):

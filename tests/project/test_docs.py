@@ -30,6 +30,11 @@ SHOWN = (
     "What LLaMA3-8B's hours",
     "This project's schedule",
     "Against what is known",
+    "Which costs the paper's hours",
+    "Table 1, GPU-hours",
+    "Table 5, GPU-hours",
+    "By parts",
+    "In the paper's own hours",
     "Against a public run",
 )
 STANDS_FOR = {  # what the pages' names are in a test

@@ -17,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config", nargs="?", type=Path, metavar="CONFIG",
         help="a recipe, with the GPUs and the mean lengths: GPU-hours of each stage",
     )  # fmt: skip
-    add("--papers", action="store_true", help="GPU-hours of SePO's Table 1, and where they go")
-    add("--figures", type=Path, help="published GPU-hours (json), to compare --papers with")
+    add("--papers", action="store_true", help="GPU-hours of SePO's paper, and where they go")
     group = parser.add_argument_group("how full and how even micro-batches are")
     add = group.add_argument
     add("--dataset_name", metavar="DATA", help="whose lengths are planned (a file or hub id)")
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.papers:
         from sepo.cost.tables import table1
 
-        say(table1(args.figures))
+        say(table1())
     else:
         from sepo.cost.batches import show
 
@@ -57,8 +56,6 @@ def run(args: argparse.Namespace) -> None:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise InputError for a flag of another question, and for data without a model."""
-    if args.figures and not args.papers:
-        raise InputError("--figures: expected --papers with it, got none")
     if args.dataset_name is None:
         for name in ("model_name_or_path", *BATCHES):
             if getattr(args, name) is not None:

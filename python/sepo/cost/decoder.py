@@ -105,15 +105,18 @@ def _pythia(width: int, layers: int, heads: int, vocabulary: int):
     )  # fmt: skip
 
 
-# the policies of SePO's Table 1, and small models that serve as oracles
+# the policies of SePO's Table 1, and small models that serve as oracles: those of its Table 5
 SHAPES = {
     "Pythia-2.8B": _pythia(2560, 32, 32, 50304),
     "Pythia-6.9B": _pythia(4096, 32, 32, 50432),
     "LLaMA2-7B": _llama(4096, 11008, 32, 32, 32, 32000),
     "LLaMA2-13B": _llama(5120, 13824, 40, 40, 40, 32000),
     "LLaMA3-8B": _llama(4096, 14336, 32, 32, 8, 128256),
+    "Pythia-70M": _pythia(512, 6, 8, 50304),
+    "Pythia-160M": _pythia(768, 12, 12, 50304),
     "Pythia-410M": _pythia(1024, 24, 16, 50304),
     "Pythia-1B": _pythia(2048, 16, 8, 50304),
+    "Pythia-1.4B": _pythia(2048, 24, 16, 50304),
     "Mistral-7B": _llama(4096, 14336, 32, 32, 8, 32000),
     "TinyLlama-1.1B": _llama(2048, 5632, 22, 32, 4, 32000),
 }

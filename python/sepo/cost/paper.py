@@ -1,4 +1,4 @@
-"""SePO's Table 1 (arXiv 2408.13518): its setting, and its GPU-hours beside modelled ones.
+"""The setting of SePO's Table 1 (arXiv 2408.13518), and the work of an epoch in it.
 
 Known of the setting: UltraFeedback's 61 135 pairs, one epoch, 128 pairs a step, 4 A100 of 80 GB, mean
 lengths before and after truncation (its Appendix E). The authors' scripts
@@ -6,24 +6,17 @@ lengths before and after truncation (its Appendix E). The authors' scripts
 at a time on each GPU, both responses padded to the longer; its loss takes the log-softmax of every row.
 """
 
-import json
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from sepo.cost import lengths
 from sepo.cost.decoder import Decoder, named
 from sepo.cost.gpu import GPUS
 from sepo.cost.lengths import Lengths
 from sepo.cost.work import Schedule, Work, scaled, step_work
-from sepo.errors import InputError
 from sepo.trainer.methods import METHODS as METHOD
 
 PAIRS, PAIRS_PER_STEP, NUM_GPUS, A100 = 61_135, 128, 4, GPUS["A100"]
-METHODS = ("dpo", "ipo", "rrhf", "simpo", "sepo-rand", "sepo")
 FRACTION = 0.3
 # prompt and response together: so read, FLOP alone give the 1.75 hours and the ratio of 0.58
 MEANS = {"LLaMA": (496, 384), "Pythia": (444, 340)}
@@ -91,65 +84,3 @@ def flop_ratio(model: str) -> float:
     """SePO over DPO: three passes over the truncated against four over the whole responses."""
     whole, cut = mean_lengths(model)
     return 3 * cut / (4 * whole)
-
-
-class Comparison(NamedTuple):
-    """Of modelled hours with published ones."""
-
-    figures: int
-    left_out: int  # figures of models or methods that were not modelled
-    rank_correlation: float  # Spearman's
-    ratios: dict[str, dict[str, tuple[float, float]]]  # "SePO/DPO": {model: (modelled, published)}
-
-    def error(self, ratio: str) -> float:
-        """Median of |modelled / published - 1|."""
-        found = [abs(ours / theirs - 1) for ours, theirs in self.ratios[ratio].values()]
-        return float(np.median(found)) if found else float("nan")
-
-
-def read_figures(path: Path) -> dict[str, dict[str, float]]:
-    """GPU-hours by model and method. Raises InputError for no such file and for another form.
-
-    {"source": address, "hours": {"LLaMA3-8B": {"dpo": 1.0, ...}, ...}}
-    """
-    try:
-        found = json.loads(path.read_text())
-        hours = {
-            model: {method: float(value) for method, value in row.items()}
-            for model, row in found["hours"].items()
-        }
-        source = found["source"]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: expected source, and hours by model and method") from error
-    if not source:
-        raise InputError(f"{path}: expected source, where the figures were read")
-    return hours
-
-
-def compare(
-    modelled: dict[str, dict[str, float]],  # nothing that is not published
-    published: dict[str, dict[str, float]],
-) -> Comparison:
-    both = [
-        (modelled[model][method], published[model][method])
-        for model, row in modelled.items()
-        for method in row
-    ]
-    ratios = {
-        f"SePO/{name}": {
-            model: (row["sepo"] / row[method], published[model]["sepo"] / published[model][method])
-            for model, row in modelled.items()
-            if {"sepo", method} <= row.keys()
-        }
-        for name, method in (("DPO", "dpo"), ("SimPO", "simpo"))
-    }
-    correlation = float(np.corrcoef([ranks(column) for column in zip(*both, strict=True)])[0, 1])
-    left_out = sum(map(len, published.values())) - len(both)
-    return Comparison(len(both), left_out, correlation, ratios)
-
-
-def ranks(values) -> np.ndarray:  # (n,) from 0; equal values share the mean of their places
-    values = np.asarray(values)
-    return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])

@@ -1,12 +1,9 @@
 """GPU-hours of SePO's Table 1 and of this project's schedule: modelled, not measured."""
 
-import textwrap
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
-from sepo.cost import paper
-from sepo.cost.decoder import SHAPES, TABLE_1
+from sepo.cost import paper, published
+from sepo.cost.decoder import TABLE_1
 from sepo.cost.gpu import (
     BANDWIDTH_SHARE,
     GPU,
@@ -21,13 +18,9 @@ from sepo.cost.gpu import (
 from sepo.cost.lengths import SPREAD
 from sepo.cost.paper import A100, AS_RELEASED, epoch
 from sepo.cost.public import ZEPHYR
+from sepo.cost.verdict import NAMES, verdict, wrap
 from sepo.cost.work import EXTRA, NEEDED, Schedule, Work
-from sepo.trainer.methods import METHODS
 
-NAMES = {
-    "dpo": "DPO", "ipo": "IPO", "rrhf": "RRHF", "simpo": "SimPO", "sepo-rand": "SePO-rand",
-    "sepo": "SePO",
-}  # fmt: skip
 SPLIT = "LLaMA3-8B"
 PAPER_RATE = 0.02  # what the paper's hours are of an A100's
 PCIE = GPUS["A100-PCIe"]
@@ -54,12 +47,9 @@ SAVINGS = {  # of each method: a line, its schedule, whether responses are cut
 }
 
 
-wrap = partial(textwrap.wrap, width=100)
-
-
-def table1(figures: Path | None = None) -> str:  # the paper's own, as `paper.read_figures` has them
-    """All tables, as text. Raises InputError for figures that can't be read."""
-    parts = [_heading(), _table_1(), _split(), _savings(), _checks(figures), _public()]
+def table1() -> str:
+    """All tables, as text."""
+    parts = [_heading(), _table_1(), _split(), _savings(), _checks(), *verdict(), _public()]
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
@@ -85,7 +75,7 @@ def _table_1() -> list[str]:
         f"{'':12}" + "".join(f"{model:>18}" for model in TABLE_1),
         f"{'':12}" + f"{'h (PCIe)':>12}{'100 %':>6}" * len(TABLE_1),
     ]
-    for method in paper.METHODS:
+    for method in published.METHODS:
         cells = ""
         for model in TABLE_1:
             work = epoch(model, method, AS_RELEASED)
@@ -151,40 +141,14 @@ def _savings() -> list[str]:
     return lines
 
 
-def _checks(figures: Path | None) -> list[str]:
-    sepo = epoch(SPLIT, "sepo", AS_RELEASED)
-    left = hours_at_full_rate(sepo, A100) / hours(sepo, PCIE)
+def _checks() -> list[str]:
     about = (
         f"{SPLIT}, SePO's tokens through the layers' products alone at 100 %: "
         f"{paper.sepo_hours_at_full_rate(SPLIT):.2f} A100-hours (known: about 1.75). SePO/DPO by FLOP "
         f"alone: {paper.flop_ratio(SPLIT):.2f} (known: about 0.58; the paper measured 0.40). The "
-        f"paper's hours are about {PAPER_RATE:.0%} of the rate: what is named above ends, by PCIe, at "
-        f"{left:.1%}. A factor of {left / PAPER_RATE:.1f} has no explanation here; nor has a ratio "
-        "below that of FLOP alone, to which nothing named brings it."
+        f"paper's hours are about {PAPER_RATE:.0%} of the rate."
     )
-    return ["Against what is known of the paper", *wrap(about), *wrap(_compared(figures))]
-
-
-def _compared(path: Path | None) -> str:
-    if path is None:
-        return "The paper's 48 GPU-hours are not here (--figures): nothing is compared with them."
-    figures, said = paper.read_figures(path), []
-    for gpu in (A100, PCIE):
-        modelled = {
-            model: {
-                method: hours(epoch(model, method, AS_RELEASED), gpu)
-                for method in row.keys() & METHODS.keys()
-            }
-            for model, row in figures.items()
-            if model in SHAPES
-        }
-        found = paper.compare(modelled, figures)
-        errors = ", ".join(f"{name} {found.error(name):.0%}" for name in found.ratios)
-        said.append(
-            f"{gpu.name}, {found.figures} figures ({found.left_out} of models or methods that are not "
-            f"modelled): rank correlation {found.rank_correlation:.2f}; median error of {errors}."
-        )
-    return " ".join(said)
+    return ["Against what is known of the paper", *wrap(about)]
 
 
 def _public() -> list[str]:
