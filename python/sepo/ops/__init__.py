@@ -20,16 +20,19 @@ from sepo.ops._selected_logprob_kl import (
     explain_selected_logprob_kl,
     selected_logprob_kl,
 )
+from sepo.ops._selected_stats import SelectedStats, explain_selected_stats, selected_stats
 
 __all__ = [
     "Explanation",
     "LabelRows",
     "LogprobKL",
     "SegmentTopk",
+    "SelectedStats",
     "dpo_loss",
     "dpop_loss",
     "explain_selected_logprob",
     "explain_selected_logprob_kl",
+    "explain_selected_stats",
     "ipo_loss",
     "labels_from_rows",
     "logprob_from_labels",
@@ -40,6 +43,7 @@ __all__ = [
     "segment_topk",
     "selected_logprob",
     "selected_logprob_kl",
+    "selected_stats",
     "sepo_loss",
     "simpo_loss",
     "sparsepo_loss",

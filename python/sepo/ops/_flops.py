@@ -7,10 +7,12 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 import sepo.ops._selected_logprob
-import sepo.ops._selected_logprob_kl  # noqa: F401  these define the operators
+import sepo.ops._selected_logprob_kl
+import sepo.ops._selected_stats  # noqa: F401  these define the operators
 from sepo_kernels import schedules
 from sepo_kernels.selected_logprob.layout import HeadLayout
 from sepo_kernels.selected_logprob_kl.layout import TwoHeadLayout
+from sepo_kernels.selected_stats.layout import EntropyLayout
 
 Shape = Sequence[int]  # the counter passes shapes in the place of tensors
 
@@ -56,6 +58,29 @@ def _kl_bwd_flops(
     return _flops(
         [weight, ref_weight],
         TwoHeadLayout.bwd_rows(M, num_saved, schedule, need_hidden, need_weight),
+    )
+
+
+@register_flop_formula(torch.ops.sepo.selected_stats_fwd)
+def _stats_fwd_flops(
+    hidden: Shape, weight: Shape, bias: Shape, rows: Shape, targets: Shape, scale: float,
+    softcap: float, entropy_grad: bool, schedule: str, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    layout = EntropyLayout if entropy_grad else HeadLayout
+    (M,) = rows
+    return _flops([weight], [M * gemms for gemms in layout.fwd_gemms(schedule)])
+
+
+@register_flop_formula(torch.ops.sepo.selected_stats_bwd)
+def _stats_bwd_flops(
+    grad_logp: Shape, grad_entropy: Shape, hidden: Shape, weight: Shape, bias: Shape, rows: Shape,
+    targets: Shape, logp: Shape, lse: Shape, entropy: Shape, reference: Shape, row_scale: Shape,
+    saved: Shape, scale: float, softcap: float, schedule: str, budget: int, need_hidden: bool,
+    need_weight: bool, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    (M,), num_saved = rows, _num_saved(saved, schedule)
+    return _flops(
+        [weight], EntropyLayout.bwd_rows(M, num_saved, schedule, need_hidden, need_weight)
     )
 
 
