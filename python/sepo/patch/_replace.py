@@ -1,5 +1,6 @@
 """Replacing attributes of other people's objects, and putting them back."""
 
+from collections.abc import Callable
 from importlib import metadata
 from types import TracebackType
 from typing import Any, Self
@@ -16,12 +17,17 @@ class Patch:
 
     def __init__(self) -> None:
         self._replaced: list[tuple[Any, str, Any, Any]] = []  # owner, name, before, after
+        self._at_undo: list[Callable[[], None]] = []
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of a module, class or object, and remember what its own dict had."""
         before = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
         self._replaced.append((owner, name, before, value))
+
+    def at_undo(self, call: Callable[[], None]) -> None:
+        """Remember what takes something else away: a hook, say."""
+        self._at_undo.append(call)
 
     def undo(self) -> None:
         """Put everything back; once it is back, do nothing.
@@ -42,6 +48,8 @@ class Patch:
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
+        while self._at_undo:
+            self._at_undo.pop()()
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""`selected_logprob` inside a transformers model's own forward, for trainers that wrap the model.
+"""This library's head inside a transformers model's own forward, for trainers that wrap the model.
 
 A head that is read outside the wrapped forward passes DDP's, FSDP2's and ZeRO's hooks by: gradients
 that nobody averages, or a weight that is not there.
@@ -14,12 +14,17 @@ from torch.distributed.tensor import DTensor
 
 import sepo.ops as ops
 from sepo.errors import InputError
-from sepo.model.forward import head, vocabulary
+from sepo.model.forward import base_of, head, vocabulary
 from sepo.model.prepare import rounding
+from sepo.patch._loss import asks_for_loss_alone, by_name, label_loss, logprob
 from sepo.patch._replace import Patch, check_version
 
 KNOWN = ">=5.17,<6"  # versions whose get_decoder, get_output_embeddings and get_text_config we call
 _MARK = "returns_label_logprob"
+_LIGER = (
+    "expected no other fused head, got Liger's; pass "
+    'liger_kernel_config={"fused_linear_cross_entropy": False}'
+)
 
 
 class LabelLogprob(NamedTuple):
@@ -30,15 +35,24 @@ class LabelLogprob(NamedTuple):
 
 
 def transformers(model: nn.Module) -> Patch:
-    """Make model(..., selected_labels=labels) return `LabelLogprob`, without the logits.
+    """Make the model's own loss of `labels`, and log-probabilities of `selected_labels`, need no logits.
 
-    Labels are (B, T) int64 token ids, -100 where a token is not selected; the shift is made inside,
-    as transformers' own losses make it. Other arguments go to the model's trunk. A call without
-    `selected_labels` is the model's own. The work is done inside the model's forward, so it may be
-    wrapped afterwards (DDP, FSDP2, ZeRO, a Trainer). Under autocast the head computes in its dtype.
+    In training, model(..., labels=labels) returns the loss that it returned before, and gradients,
+    with `logits=None`: any Trainer or loop that reads the loss alone may stay as it is.
+    model(..., selected_labels=labels) returns `LabelLogprob`. Labels are (B, T) int64 token ids,
+    -100 where a token is not selected; the shift is made inside, as transformers' own losses make
+    it. Other arguments go to the model's trunk. The work is done inside the model's forward, so it
+    may be wrapped afterwards (DDP, FSDP2, ZeRO, a Trainer). Under autocast the head computes in its
+    dtype.
 
         with sepo.patch.transformers(model):
             logp, cu_rows = model(input_ids=ids, attention_mask=mask, selected_labels=labels)
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss  # in training
+
+    Every other call is the model's own: in evaluation, without labels (so too where a Trainer
+    smooths labels or has a loss of its own), with a router's loss, a cache, `logits_to_keep`, or
+    inputs that the trunk does not take. `skip_logits=True` asks for the loss alone in evaluation,
+    and False for the logits in training.
 
     Args:
         model: a transformers model with a decoder and one linear head, or a PeftModel around one;
@@ -48,14 +62,15 @@ def transformers(model: nn.Module) -> Patch:
         Patch: its `undo()`, or the end of a `with` block, gives the model its forward back.
 
     Raises:
-        InputError: for a transformers version that is not known, a model that is patched already,
-            an encoder-decoder, prompt-learning adapters, a head that is not one linear layer (or
-            has an adapter), and a model whose own log-probabilities of a few random tokens are
-            others: it does something to its logits that is not known here. That comparison is
-            left out where the weights are on no device yet, or in shards.
+        InputError: for a transformers version that is not known, a model that is patched already or
+            has Liger's fused cross entropy (then or when it is called), an encoder-decoder,
+            prompt-learning adapters, a head that is not one linear layer (or has an adapter), and a
+            model whose own log-probabilities of a few random tokens are others: it does something
+            to its logits that is not known here. That comparison is left out where the weights are
+            on no device yet, or in shards.
     """
     check_version("transformers", KNOWN)
-    base = _base_of(model)
+    base = base_of(model)
     name = type(base).__name__
     if is_patched(model):
         raise InputError(f"{name} is patched already: expected a model with a forward of its own")
@@ -65,12 +80,13 @@ def transformers(model: nn.Module) -> Patch:
     _check_against_itself(base)
     patch = Patch()
     patch.replace(base, "forward", MethodType(_with_labels(base), base))
+    patch.at_undo(base.register_forward_pre_hook(_refuse_liger).remove)
     return patch
 
 
 def is_patched(model: Any) -> bool:
     """Whether `selected_labels` is understood already, under whatever has been put around it."""
-    return hasattr(_base_of(model).forward, _MARK)
+    return hasattr(base_of(model).forward, _MARK)
 
 
 def _with_labels(base: Any) -> Any:
@@ -78,13 +94,22 @@ def _with_labels(base: Any) -> Any:
     bound = isinstance(own, MethodType) and own.__self__ is base
     # unbound again where it can be, so that a deep copy of the model runs its own weights
     function = own.__func__ if bound else lambda _, *args, **kwargs: own(*args, **kwargs)
+    names = inspect.signature(type(base).forward)
 
     def forward(
-        self: nn.Module, *args: Any, selected_labels: Tensor | None = None, **kwargs: Any
+        self: nn.Module,
+        *args: Any,
+        selected_labels: Tensor | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
-        if selected_labels is None:
-            return function(self, *args, **kwargs)
-        return _label_logprob(self, selected_labels, *args, **kwargs)
+        if selected_labels is not None:
+            return _label_logprob(self, selected_labels, *args, **kwargs)
+        if self.training if skip_logits is None else skip_logits:
+            inputs = by_name(names, self, *args, **kwargs)
+            if asks_for_loss_alone(self, inputs):
+                return label_loss(self, inputs)
+        return function(self, *args, **kwargs)
 
     # Trainer reads from the signature which columns a model wants
     signature = inspect.signature(own)
@@ -98,22 +123,9 @@ def _with_labels(base: Any) -> Any:
 
 def _label_logprob(base: Any, labels: Tensor, *args: Any, **kwargs: Any) -> LabelLogprob:
     kwargs["use_cache"] = False
-    hidden = base.get_decoder()(*args, **kwargs).last_hidden_state.flatten(0, 1)  # (B T, D)
-    weight, bias, scale, softcap = head(base)
-    if torch.is_autocast_enabled(hidden.device.type):  # autocast itself stops at the operation
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    hidden = base.get_decoder()(*args, **kwargs).last_hidden_state
     rows, targets, cu_rows = ops.rows_from_labels(labels)
-    logp = ops.selected_logprob(
-        hidden, weight, rows, targets, bias=bias, scale=scale, softcap=softcap
-    )
-    return LabelLogprob(logp, cu_rows)
-
-
-def _base_of(model: Any) -> Any:
-    """The transformers model inside a PeftModel, whose adapters are in its layers; else itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return LabelLogprob(logprob(base, hidden, rows, targets), cu_rows)
 
 
 def _why_not(model: Any, base: Any) -> str | None:
@@ -124,7 +136,17 @@ def _why_not(model: Any, base: Any) -> str | None:
     adapter: Any = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         return f"{adapter.peft_type.value} adapters put tokens or keys before every sequence"
-    return None
+    return _LIGER if _is_ligers(base.forward) else None
+
+
+def _refuse_liger(base: Any, args: tuple[Any, ...]) -> None:
+    """Refuse what a Trainer with `use_liger_kernel` has put in this patch's place since."""
+    if _is_ligers(base.forward):
+        raise InputError(f"{type(base).__name__} is patched no more: {_LIGER}")
+
+
+def _is_ligers(forward: Any) -> bool:
+    return getattr(forward, "__module__", "").startswith("liger_kernel.")
 
 
 @torch.no_grad()
