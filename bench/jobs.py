@@ -96,10 +96,10 @@ def _cases(suite: str, device: str, steps: dict) -> Iterator[tuple[Any, tuple[Co
         found = [(attention, ATTENTION), (block_mask, (block_mask.MASK,))]
     else:
         from bench import contenders
-        from bench.operations import head, kl, topk
+        from bench.operations import head, k_targets, kl, topk
 
-        found = {"head": [(head, contenders.HEAD), (kl, contenders.KL)],
-                 "select": [(topk, contenders.TOPK)]}[suite]  # fmt: skip
+        heads = [(head, contenders.HEAD), (kl, contenders.KL), (k_targets, contenders.K_TARGETS)]
+        found = {"head": heads, "select": [(topk, contenders.TOPK)]}[suite]
     return ((case, who) for module, who in found for case in module.cases(device))
 
 

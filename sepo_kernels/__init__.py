@@ -5,7 +5,7 @@ Dimension letters, used in every shape comment of the project:
     P  pairs in a micro-batch            S  segments, S = 2 P (2p = chosen, 2p + 1 = rejected)
     N  rows of the packed buffer         M  selected tokens (all segments together)
     D  model width                       V  vocabulary
-    T  tokens of one response            K  selected positions of one response
+    T  tokens of one response            K  selected positions of one response, or targets of a row
 """
 
 import sys

@@ -1,7 +1,10 @@
 """Who is measured, for each operation, in the order of the tables."""
 
 from bench.contenders import ours, peers, plain
+from bench.contenders.k_targets import K_TARGETS
 
 HEAD = (plain.GEMM, *ours.HEAD, *plain.HEAD, *peers.HEAD)
 KL = (plain.GEMM, *ours.KL, *plain.KL, *peers.KL)
 TOPK = (*ours.TOPK, *plain.TOPK)
+
+__all__ = ["HEAD", "KL", "K_TARGETS", "TOPK"]
