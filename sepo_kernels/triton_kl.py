@@ -53,7 +53,9 @@ def kl_row(
     has_ref_bias,
     scale,
     softcap,
-    CAPPED: tl.constexpr,
+    ref_scale,
+    ref_softcap,
+    CAPPED: tl.constexpr,  # both heads
     POLICY_FIRST: tl.constexpr,  # KL(policy || ref), else KL(ref || policy)
     WRITE_BLOCKS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -68,15 +70,15 @@ def kl_row(
     column = tl.where(known, target, -1).to(tl.int32)
     at_a, _ = load_target(logits_ptr, bias_ptr, target, V, has_bias, scale, softcap, CAPPED)
     at_b, _ = load_target(
-        ref_logits_ptr, ref_bias_ptr, target, V, has_ref_bias, scale, softcap, CAPPED
+        ref_logits_ptr, ref_bias_ptr, target, V, has_ref_bias, ref_scale, ref_softcap, CAPPED
     )
     reference = at_a
     ref_reference = at_b
     # without the target's terms, which keeps the digits of a row that is sure of it
     others, ref_others, weighted = _sums(
         logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-        ref_reference, column, V, has_bias, has_ref_bias, scale, softcap, CAPPED, POLICY_FIRST,
-        WRITE_BLOCKS, BLOCK_V,
+        ref_reference, column, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap,
+        CAPPED, POLICY_FIRST, WRITE_BLOCKS, BLOCK_V,
     )  # fmt: skip
     own = 1.0
     ref_own = 1.0
@@ -86,12 +88,12 @@ def kl_row(
         tl.debug_barrier()  # the second time an entry may be another thread's
         reference, ref_reference = _largest(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, V, has_bias, has_ref_bias, scale,
-            softcap, CAPPED, BLOCK_V,
+            softcap, ref_scale, ref_softcap, CAPPED, BLOCK_V,
         )  # fmt: skip
         others, ref_others, weighted = _sums(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-            ref_reference, column, V, has_bias, has_ref_bias, scale, softcap, CAPPED, POLICY_FIRST,
-            WRITE_BLOCKS, BLOCK_V,
+            ref_reference, column, V, has_bias, has_ref_bias, scale, softcap, ref_scale,
+            ref_softcap, CAPPED, POLICY_FIRST, WRITE_BLOCKS, BLOCK_V,
         )  # fmt: skip
         own = tl.where(known, tl.exp(at_a - reference), 0.0)
         ref_own = tl.where(known, tl.exp(at_b - ref_reference), 0.0)
@@ -139,6 +141,8 @@ def kl_ratios(
     has_ref_bias,
     scale,
     softcap,
+    ref_scale,
+    ref_softcap,
     CAPPED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -153,12 +157,14 @@ def kl_ratios(
     if start + BLOCK_V <= V:
         _ratios_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, state_ptr, first_ptr, second_ptr,
-            start, V, has_bias, has_ref_bias, scale, softcap, CAPPED, True, BLOCK_V,
+            start, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap, CAPPED, True,
+            BLOCK_V,
         )  # fmt: skip
     else:
         _ratios_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, state_ptr, first_ptr, second_ptr,
-            start, V, has_bias, has_ref_bias, scale, softcap, CAPPED, False, BLOCK_V,
+            start, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap, CAPPED, False,
+            BLOCK_V,
         )  # fmt: skip
 
 
@@ -207,8 +213,9 @@ def kl_combine_ratios(
 @triton.jit
 def _sums(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-    ref_reference, target, V, has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr,
-    POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr,
+    ref_reference, target, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap,
+    CAPPED: tl.constexpr, POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Sum e^a, e^b and d weighted by the KL's first, over a row but for its target."""
     total = tl.zeros((BLOCK_V,), tl.float32)  # a sum in each lane, added up once at the end
@@ -218,8 +225,8 @@ def _sums(
     for start in range(0, whole, BLOCK_V):
         e, ref_e, w = _sums_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-            ref_reference, target, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
-            POLICY_FIRST, WRITE_BLOCKS, True, BLOCK_V,
+            ref_reference, target, start, V, has_bias, has_ref_bias, scale, softcap, ref_scale,
+            ref_softcap, CAPPED, POLICY_FIRST, WRITE_BLOCKS, True, BLOCK_V,
         )  # fmt: skip
         total += e
         ref_total += ref_e
@@ -227,8 +234,8 @@ def _sums(
     if whole < V:
         e, ref_e, w = _sums_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-            ref_reference, target, whole, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
-            POLICY_FIRST, WRITE_BLOCKS, False, BLOCK_V,
+            ref_reference, target, whole, V, has_bias, has_ref_bias, scale, softcap, ref_scale,
+            ref_softcap, CAPPED, POLICY_FIRST, WRITE_BLOCKS, False, BLOCK_V,
         )  # fmt: skip
         total += e
         ref_total += ref_e
@@ -239,14 +246,14 @@ def _sums(
 @triton.jit
 def _sums_tile(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-    ref_reference, target, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr,
-    POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    ref_reference, target, start, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap,
+    CAPPED: tl.constexpr, POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK_V)
     a, _ = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, WHOLE)
     b, _ = load_logits(
-        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, scale, softcap, CAPPED, WHOLE
+        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, ref_scale, ref_softcap, CAPPED, WHOLE
     )
     e = tl.exp(a - reference)
     ref_e = tl.exp(b - ref_reference)
@@ -263,13 +270,13 @@ def _sums_tile(
 @triton.jit
 def _ratios_tile(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, state_ptr, first_ptr, second_ptr, start, V,
-    has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap, CAPPED: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK_V)
     a, _ = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, WHOLE)
     b, _ = load_logits(
-        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, scale, softcap, CAPPED, WHOLE
+        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, ref_scale, ref_softcap, CAPPED, WHOLE
     )
     reference = tl.load(state_ptr)
     ref_reference = tl.load(state_ptr + 1)
@@ -288,7 +295,7 @@ def _write_blocks(first_ptr, second_ptr, larger, d, v, V, WHOLE: tl.constexpr):
 @triton.jit
 def _largest(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, V, has_bias, has_ref_bias, scale, softcap,
-    CAPPED: tl.constexpr, BLOCK_V: tl.constexpr,
+    ref_scale, ref_softcap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     top = tl.full((BLOCK_V,), LOWEST, tl.float32)
     ref_top = tl.full((BLOCK_V,), LOWEST, tl.float32)
@@ -296,7 +303,7 @@ def _largest(
         v = start + tl.arange(0, BLOCK_V)
         a, _ = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, False)
         b, _ = load_logits(
-            ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, scale, softcap, CAPPED, False
+            ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, ref_scale, ref_softcap, CAPPED, False
         )
         top = tl.maximum(top, a)
         ref_top = tl.maximum(ref_top, b)

@@ -30,7 +30,9 @@ def kl_dlogits(
     has_ref_bias,
     scale,
     softcap,
-    CAPPED: tl.constexpr,
+    ref_scale,
+    ref_softcap,
+    CAPPED: tl.constexpr,  # both heads
     POLICY_FIRST: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -47,14 +49,14 @@ def kl_dlogits(
     if start + BLOCK_V <= V:
         _dlogits_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, state_ptr,
-            target, logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
-            POLICY_FIRST, True, BLOCK_V,
+            target, logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, ref_scale,
+            ref_softcap, CAPPED, POLICY_FIRST, True, BLOCK_V,
         )  # fmt: skip
     else:
         _dlogits_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, state_ptr,
-            target, logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
-            POLICY_FIRST, False, BLOCK_V,
+            target, logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, ref_scale,
+            ref_softcap, CAPPED, POLICY_FIRST, False, BLOCK_V,
         )  # fmt: skip
 
 
@@ -91,13 +93,13 @@ def kl_combine(
 @triton.jit
 def _dlogits_tile(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, state_ptr, target,
-    logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr,
-    POLICY_FIRST: tl.constexpr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
+    logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap,
+    CAPPED: tl.constexpr, POLICY_FIRST: tl.constexpr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK_V)
     a, derivative = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, WHOLE)
     b, _ = load_logits(
-        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, scale, softcap, CAPPED, WHOLE
+        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, ref_scale, ref_softcap, CAPPED, WHOLE
     )
     reference = tl.load(state_ptr)
     ref_reference = tl.load(state_ptr + 1)

@@ -57,9 +57,12 @@ def check_one_device(hidden: Tensor, *others: Tensor | None) -> None:
             )
 
 
-def check_softcap(softcap: float | None) -> None:
+def check_softcap(
+    softcap: float | None,
+    prefix: str = "",  # of the argument's name
+) -> None:
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"expected softcap > 0 or None, got {softcap}")
+        raise ValueError(f"expected {prefix}softcap > 0 or None, got {softcap}")
 
 
 def check_reverse_mode(operation: str, *inputs: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 Reading order: the public functions, their checks, the autograd Function, the operator boundary.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -57,8 +58,10 @@ def selected_logprob_kl(
     direction: str = "ref||policy",  # or "policy||ref"
     bias: Tensor | None = None,  # (V,), same dtype as hidden
     ref_bias: Tensor | None = None,  # (V,), same dtype as hidden
-    scale: float = 1.0,  # multiplies both heads' logits before the bias
-    softcap: float | None = None,  # of both heads: logits = softcap * tanh(logits / softcap)
+    scale: float = 1.0,  # multiplies the logits before the bias
+    softcap: float | None = None,  # logits = softcap * tanh(logits / softcap)
+    ref_scale: float | None = None,  # the reference head's own; None: the policy's
+    ref_softcap: float | None = None,  # the reference head's own; None: the policy's; inf: none
     budget: int | None = None,  # bytes of logits or probabilities alive at once; None: by device
     impl: str = "auto",
 ) -> LogprobKL:  # logp, ref_logp, kl, each (M,) float32 nats, or float64
@@ -80,8 +83,11 @@ def selected_logprob_kl(
         direction: "ref||policy" or "policy||ref".
         bias: (V,) of the policy's head, in the dtype of hidden.
         ref_bias: (V,) of the reference's head, in the dtype of hidden.
-        scale: multiplies both heads' logits before the bias; not 0.
-        softcap: of both heads: logits = softcap * tanh(logits / softcap); None: not.
+        scale: multiplies the logits before the bias; not 0.
+        softcap: logits = softcap * tanh(logits / softcap); None: not.
+        ref_scale: of the reference's head, above 0; None: the policy's.
+        ref_softcap: of the reference's head; None: the policy's; math.inf: none, whatever the
+            policy has.
         budget: bytes of logits or probabilities alive at once; None: by device.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
 
@@ -90,22 +96,23 @@ def selected_logprob_kl(
 
     Raises:
         ValueError: for shapes, strides, dtypes or devices that do not fit, an unknown direction, a
-            scale of 0, indices on the CPU out of range, a budget that holds not even one row or is
-            more than the GPU's memory, and an `impl` that is unknown or cannot run.
+            scale of 0, a ref_scale of 0 or less, indices on the CPU out of range, a budget that holds
+            not even one row or is more than the GPU's memory, and an `impl` that is unknown or cannot
+            run.
         torch.OutOfMemoryError: as `selected_logprob`.
         NotImplementedError: as `selected_logprob`.
     """
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    _check(*heads, rows, targets, direction, scale, softcap)
+    _check(*heads, rows, targets, direction, scale, softcap, ref_scale, ref_softcap)
     check_reverse_mode("selected_logprob_kl", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
     layout, need = chosen.kernels.layout_of(hidden, weight), needs_grad(hidden, weight, bias)
     schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
-    args = (
-        *heads, rows, targets, scale, softcap, direction, schedule, budget, chosen.name,
-    )  # fmt: skip
+    ref = _of_reference(scale, softcap, ref_scale, ref_softcap)
+    settings = (scale, softcap, *ref, DIRECTIONS[direction], schedule, budget)
+    args = (*heads, rows, targets, *settings, chosen.name)
     if schedule == schedules.NO_GRAD:
         return LogprobKL(*_fwd(*args)[:3])
     return LogprobKL(*_SelectedLogprobKL.apply(*args))
@@ -124,6 +131,8 @@ def explain_selected_logprob_kl(
     ref_bias: Tensor | None = None,  # (V,)
     scale: float = 1.0,
     softcap: float | None = None,
+    ref_scale: float | None = None,
+    ref_softcap: float | None = None,
     budget: int | None = None,  # bytes
     impl: str = "auto",
 ) -> Explanation:
@@ -141,8 +150,10 @@ def explain_selected_logprob_kl(
         direction: "ref||policy" or "policy||ref".
         bias: (V,) of the policy's head, in the dtype of hidden.
         ref_bias: (V,) of the reference's head, in the dtype of hidden.
-        scale: multiplies both heads' logits before the bias; not 0.
-        softcap: of both heads' logits; None: not.
+        scale: multiplies the logits before the bias; not 0.
+        softcap: of the logits; None: not.
+        ref_scale: of the reference's head, above 0; None: the policy's.
+        ref_softcap: of the reference's head; None: the policy's; math.inf: none.
         budget: bytes of logits or probabilities alive at once; None: by device.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
 
@@ -153,7 +164,7 @@ def explain_selected_logprob_kl(
         ValueError: as `selected_logprob_kl`, but for index values, which are not read.
     """
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    _check(*heads, rows, targets, direction, scale, softcap)
+    _check(*heads, rows, targets, direction, scale, softcap, ref_scale, ref_softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
     layout = chosen.kernels.layout_of(hidden, weight)
     need = needs_grad(hidden, weight, bias)
@@ -172,6 +183,8 @@ def _check(
     direction: str,
     scale: float,
     softcap: float | None,
+    ref_scale: float | None,
+    ref_softcap: float | None,
 ) -> None:
     check_head(hidden, weight, bias)
     check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
@@ -186,10 +199,27 @@ def _check(
     check_indices(rows, targets)
     check_one_device(hidden, weight, ref_hidden, ref_weight, rows, targets, bias, ref_bias)
     check_softcap(softcap)
+    check_softcap(ref_softcap, prefix="ref_")
+    if ref_scale is not None and not 0 < ref_scale < math.inf:
+        raise ValueError(f"expected a ref_scale above 0 or None, got {ref_scale}")
     if scale == 0:  # the bias gradient is found by dividing by it
         raise ValueError(f"expected a scale other than 0, got {scale}")
     if direction not in DIRECTIONS:
         raise ValueError(f'expected direction "ref||policy" or "policy||ref", got "{direction}"')
+
+
+def _of_reference(
+    scale: float,
+    softcap: float | None,
+    ref_scale: float | None,
+    ref_softcap: float | None,
+) -> tuple[float, float | None]:
+    """Return the reference's scale and soft cap: its own, or else the policy's."""
+    if ref_softcap is None:
+        ref_softcap = softcap
+    elif ref_softcap == math.inf:
+        ref_softcap = None
+    return scale if ref_scale is None else ref_scale, ref_softcap
 
 
 class _SelectedLogprobKL(torch.autograd.Function):
@@ -197,10 +227,11 @@ class _SelectedLogprobKL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor,
         ref_weight: Tensor, ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float,
-        softcap: float | None, direction: str, schedule: str, budget: int, impl: str,
+        softcap: float | None, ref_scale: float, ref_softcap: float | None, beta: float,
+        schedule: str, budget: int, impl: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ref: tuple[Tensor | None, ...] = (ref_hidden, ref_weight, ref_bias)
-        settings = (scale, softcap, direction, schedule, budget)
+        settings = (scale, softcap, ref_scale, ref_softcap, beta, schedule, budget)
         found = _fwd(hidden, weight, bias, *ref, rows, targets, *settings, impl)
         logp, ref_logp, kl = found[:3]
         # the reference's hidden states are held only where they are multiplied again
@@ -218,7 +249,7 @@ class _SelectedLogprobKL(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
         grads = _bwd(grad_logp, grad_kl, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
-        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 11
+        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 13
 
 
 # The operator boundary: one opaque node per direction for torch.compile, FakeTensor, the
@@ -227,8 +258,8 @@ class _SelectedLogprobKL(torch.autograd.Function):
 torch.library.define(
     "sepo::selected_logprob_kl_fwd",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight,"
-    " Tensor? ref_bias, Tensor rows, Tensor targets, float scale, float? softcap, str direction,"
-    " str schedule, SymInt budget, str impl)"
+    " Tensor? ref_bias, Tensor rows, Tensor targets, float scale, float? softcap, float ref_scale,"
+    " float? ref_softcap, float beta, str schedule, SymInt budget, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
@@ -236,8 +267,9 @@ torch.library.define(
     "(Tensor grad_logp, Tensor grad_kl, Tensor hidden, Tensor weight, Tensor? bias,"
     " Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor rows, Tensor targets,"
     " Tensor logp, Tensor ref_logp, Tensor kl, Tensor state, Tensor first, Tensor second,"
-    " float scale, float? softcap, str direction, str schedule, SymInt budget, bool need_hidden,"
-    " bool need_weight, bool need_bias, str impl) -> (Tensor, Tensor, Tensor)",
+    " float scale, float? softcap, float ref_scale, float? ref_softcap, float beta, str schedule,"
+    " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 _BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 
@@ -267,7 +299,7 @@ def _run_bwd(
 def _fake_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor,
     ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float, softcap: float | None,
-    direction: str, schedule: str, budget: int, impl: str,
+    ref_scale: float, ref_softcap: float | None, beta: float, schedule: str, budget: int, impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels, M = _BY_NAME[impl].kernels, rows.shape[0]
     num_saved = schedules.saved_rows(M, kernels.layout_of(hidden, weight), budget, schedule)
