@@ -6,19 +6,22 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY_FRAGMENT(sepo, m) {
+  // scales, of a head: (M,) float32 or float64, one a row in the place of `scale`
   m.def("native_bfloat16_tiles() -> bool", &sepo::bfloat16_tiles);
   sepo::define_segment_operators(m);
   // writes dlogits (M, V), its rows the fast dimension: dlogits / row_scale of loops.py, zero at
   // the targets
   m.def(
       "native_logprob_fused(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float scale,"
-      " float? softcap, Tensor(a!)? dlogits) -> (Tensor logp, Tensor lse, Tensor row_scale)");
+      " float? softcap, Tensor(a!)? dlogits, Tensor? scales=None)"
+      " -> (Tensor logp, Tensor lse, Tensor row_scale)");
   // beta 0: KL(ref||policy), 1: KL(policy||ref); first, second (M, V) with the rows as their fast
   // dimension, bfloat16 and float16, are written for combine
   m.def(
       "native_kl_fused(Tensor x, Tensor weight, Tensor? bias, Tensor ref_x, Tensor ref_weight,"
       " Tensor? ref_bias, Tensor targets, float scale, float? softcap, float ref_scale,"
-      " float? ref_softcap, float beta, Tensor(a!)? first, Tensor(b!)? second)"
+      " float? ref_softcap, float beta, Tensor(a!)? first, Tensor(b!)? second, Tensor? scales=None,"
+      " Tensor? ref_scales=None)"
       " -> (Tensor logp, Tensor ref_logp, Tensor kl, Tensor state)");
   m.def(
       "native_kl_combine(Tensor first, Tensor second, Tensor targets, int start,"
@@ -29,12 +32,13 @@ TORCH_LIBRARY_FRAGMENT(sepo, m) {
   m.def(
       "native_kl_rows(Tensor(a!) z, Tensor(b!) ref_z, Tensor? bias, Tensor? ref_bias, Tensor targets,"
       " float scale, float? softcap, float ref_scale, float? ref_softcap, float beta,"
-      " Tensor(c!)? first, Tensor(d!)? second) -> Tensor");
+      " Tensor(c!)? first, Tensor(d!)? second, Tensor? scales=None, Tensor? ref_scales=None)"
+      " -> Tensor");
   // z (M, V) float32 or float64 GEMM, overwritten; dlogits (M, V), which may be z, is written with
   // dlogits / row_scale of loops.py
   m.def(
       "native_logprob_rows(Tensor(a!) z, Tensor? bias, Tensor targets, float scale, float? softcap,"
-      " Tensor(b!)? dlogits) -> (Tensor logp, Tensor lse, Tensor row_scale)");
+      " Tensor(b!)? dlogits, Tensor? scales=None) -> (Tensor logp, Tensor lse, Tensor row_scale)");
   m.def(
       "native_kl_combine_rows(Tensor first, Tensor second, Tensor grad_logp, Tensor grad_kl,"
       " Tensor(a!) out) -> ()");

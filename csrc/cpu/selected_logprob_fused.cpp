@@ -96,9 +96,9 @@ Results run(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> logprob_fused(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const at::Tensor& targets, double scale, std::optional<double> softcap,
-    const std::optional<at::Tensor>& dlogits) {
+    const std::optional<at::Tensor>& dlogits, const std::optional<at::Tensor>& scales) {
   const at::Tensor at = targets.contiguous(), out = dlogits.value_or(at::Tensor());
-  const Head head(x, weight, bias, scale, softcap);
+  const Head head(x, weight, bias, scale, softcap, scales);
   const auto target = target_logits(head, at.const_data_ptr<int64_t>());
   Results results = run(pack(head), at.const_data_ptr<int64_t>(), target, target, out);
   if (!results.to_redo.empty()) {

@@ -148,11 +148,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_fused(
     const at::Tensor& ref_x, const at::Tensor& ref_weight, const std::optional<at::Tensor>& ref_bias,
     const at::Tensor& targets, double scale, std::optional<double> softcap, double ref_scale,
     std::optional<double> ref_softcap, double beta, const std::optional<at::Tensor>& first,
-    const std::optional<at::Tensor>& second) {
+    const std::optional<at::Tensor>& second, const std::optional<at::Tensor>& scales,
+    const std::optional<at::Tensor>& ref_scales) {
   const at::Tensor at = targets.contiguous();
   const int64_t* target_ids = at.const_data_ptr<int64_t>();
-  const Head a(x, weight, bias, scale, softcap);
-  const Head b(ref_x, ref_weight, ref_bias, ref_scale, ref_softcap);
+  const Head a(x, weight, bias, scale, softcap, scales);
+  const Head b(ref_x, ref_weight, ref_bias, ref_scale, ref_softcap, ref_scales);
   const Direction direction = direction_of(beta);
   const Pair target{target_logits(a, target_ids), target_logits(b, target_ids)};
   Results results =

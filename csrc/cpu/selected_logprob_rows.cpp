@@ -34,10 +34,10 @@ struct Row {
   double logp, lse, row_scale;
 };
 
-// Computes one row from z (V,), before scale, bias and cap, overwritten; dlogits (V,) or null, or z
+// Computes row m from z (V,), before scale, bias and cap, overwritten; dlogits (V,) or null, or z
 template <typename T, typename To>
-Row do_row(T* z, To* dlogits, int64_t V, int64_t target, const Finish<T>& finish) {
-  const T top = finish(z, V), at_target = z[target], distance = at_target - top;
+Row do_row(T* z, To* dlogits, int64_t V, int64_t m, int64_t target, const Finish<T>& finish) {
+  const T top = finish(z, V, m), at_target = z[target], distance = at_target - top;
   z[target] = -std::numeric_limits<T>::infinity();  // summed apart: see logp below
   const T tail = dlogits ? exponentials<T, true>(z, V, top, finish)
                        : exponentials<T, false>(z, V, top, finish);
@@ -62,11 +62,12 @@ Row do_row(T* z, To* dlogits, int64_t V, int64_t target, const Finish<T>& finish
 template <typename T, typename To>
 void do_rows(
     const at::Tensor& z, const std::optional<at::Tensor>& bias, const at::Tensor& targets, double scale,
-    std::optional<double> softcap, const std::optional<at::Tensor>& dlogits, at::Tensor& logp,
-    at::Tensor& lse, at::Tensor& row_scale) {
+    std::optional<double> softcap, const std::optional<at::Tensor>& dlogits,
+    const std::optional<at::Tensor>& scales, at::Tensor& logp, at::Tensor& lse,
+    at::Tensor& row_scale) {
   const int64_t V = z.size(1), stride = z.stride(0);
   const int64_t dlogits_stride = dlogits ? dlogits->stride(0) : 0;
-  const Finish<T> finish(bias, scale, softcap);
+  const Finish<T> finish(bias, scale, softcap, scales);
   T *at = z.mutable_data_ptr<T>(), *out[3] = {
       logp.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>(), row_scale.mutable_data_ptr<T>()};
   To* to = dlogits ? dlogits->mutable_data_ptr<To>() : nullptr;
@@ -74,7 +75,7 @@ void do_rows(
   at::parallel_for(0, z.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       To* row = to ? to + m * dlogits_stride : nullptr;
-      const Row r = do_row<T, To>(at + m * stride, row, V, target[m], finish);
+      const Row r = do_row<T, To>(at + m * stride, row, V, m, target[m], finish);
       out[0][m] = r.logp, out[1][m] = r.lse, out[2][m] = r.row_scale;
     }
   });
@@ -84,13 +85,13 @@ void do_rows(
 
 std::tuple<Tensor, Tensor, Tensor> logprob_rows(
     const Tensor& z, const Maybe& bias, const Tensor& targets, double scale,
-    std::optional<double> softcap, const Maybe& dlogits) {
+    std::optional<double> softcap, const Maybe& dlogits, const Maybe& scales) {
   const at::Tensor at = targets.contiguous();
   auto logp = z.new_empty({z.size(0)});
   auto lse = z.new_empty({z.size(0)}), row_scale = z.new_empty({z.size(0)});
   const auto to = dlogits ? dlogits->scalar_type() : z.scalar_type();
   const auto call = [&](auto kernel) {
-    kernel(z, bias, at, scale, softcap, dlogits, logp, lse, row_scale);
+    kernel(z, bias, at, scale, softcap, dlogits, scales, logp, lse, row_scale);
   };
   if (z.scalar_type() == at::kDouble) {
     call(do_rows<double, double>);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels import gemm
+from sepo_kernels.scales import Scale, as_column
 from sepo_kernels.selected_logprob.loops import LogitKernels
 
 
@@ -16,7 +17,7 @@ def forward(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     dlogits: Tensor | None,  # (chunk, V), written
     logits: Tensor,  # (chunk, V) accumulator dtype, scratch; may be dlogits
@@ -39,7 +40,7 @@ def recompute(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     dlogits: Tensor,  # (chunk, V), written
     logits: Tensor,  # (chunk, V) accumulator dtype, scratch; may be dlogits
@@ -58,11 +59,11 @@ def _logits(
     x: Tensor,  # (chunk, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    scale: float,
+    scale: Scale,
 ) -> Tensor:  # out: the logits before the soft cap
     gemm.logits(out, x, weight)
-    if scale != 1.0:
-        out *= scale
+    if isinstance(scale, Tensor) or scale != 1.0:
+        out *= as_column(scale)
     if bias is not None:
         out += bias
     return out

@@ -23,6 +23,7 @@ from sepo_kernels import devices, schedules
 from sepo_kernels.devices import accumulator, row_stride
 from sepo_kernels.gemm import add_gemm, add_rows, add_targets, gemm
 from sepo_kernels.registry import Impl
+from sepo_kernels.scales import Scale, as_column, of_part
 from sepo_kernels.selected_logprob.layout import HeadLayout
 
 
@@ -34,6 +35,7 @@ class LogitKernels(NamedTuple):
             -> logp, lse, row_scale, each (chunk,)
         writes dlogits / row_scale if asked for; `logits` is scratch in the accumulator's dtype, and
         is dlogits itself where the dtypes agree
+        scale: a number, or (chunk,), one a row
     recompute(x, weight, bias, targets, scale, softcap, dlogits, logits, logp, lse)
             -> row_scale (chunk,)
         writes dlogits / row_scale a second time, given what forward returned
@@ -79,13 +81,16 @@ def fwd(
     bias: Tensor | None,  # (V,)
     rows: Tensor,  # (M,) int32
     targets: Tensor,  # (M,) int64
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     schedule: str,
     budget: int,  # bytes
+    *,
+    scales: Tensor | None = None,  # (M,) in the place of scale
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, lse, row_scale (M,), saved: see new_saved
     dtype, acc, fused = hidden.dtype, accumulator(hidden.dtype), kernels.fused(hidden.dtype)
     M = rows.shape[0]
+    scale = scale if scales is None else scales
     logp = hidden.new_empty((M,), dtype=acc)
     lse, row_scale = torch.empty_like(logp), torch.empty_like(logp)
     layout = layout_of(hidden, weight, softcap, fused)
@@ -100,7 +105,7 @@ def fwd(
         logits = dlogits if shared else _first(wide, part)
         x = hidden.index_select(0, rows[part])
         logp[part], lse[part], row_scale[part] = kernels.forward(
-            x, weight, bias, targets[part], scale, softcap, dlogits, logits
+            x, weight, bias, targets[part], of_part(scale, part), softcap, dlogits, logits
         )
         if schedule == schedules.FROZEN_HEAD and dlogits is not None:
             gemm(dlogits, weight, out=saved[part])
@@ -119,25 +124,30 @@ def bwd(
     lse: Tensor,  # (M,)
     row_scale: Tensor,  # (M,)
     saved: Tensor,  # see new_saved
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     schedule: str,
     budget: int,  # bytes
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    *,
+    scales: Tensor | None = None,  # (M,) in the place of scale
 ) -> tuple[
     Tensor, Tensor, Tensor
 ]:  # (N, D), (V, D), (V,), in their input's dtype; (0,) if unneeded
     dtype, acc, fused = hidden.dtype, accumulator(hidden.dtype), kernels.fused(hidden.dtype)
     M = rows.shape[0]
+    scale = scale if scales is None else scales
     negative = -grad_logp.to(acc)[:, None]  # (M, 1)
+    factors = as_column(scale)  # a number, or (M, 1)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=acc)
     at_target = negative * _dlogits_at_target(logp, lse, softcap)[:, None] if fused else None
+    scaled_at_target = None if at_target is None else at_target * factors
     if schedule == schedules.FROZEN_HEAD:
-        values = saved * (negative * row_scale[:, None] * scale)
-        if at_target is not None:
-            values += weight.index_select(0, targets) * (at_target * scale)
+        values = saved * (negative * row_scale[:, None] * factors)
+        if scaled_at_target is not None:
+            values += weight.index_select(0, targets) * scaled_at_target
         add_rows(grad_hidden, rows, values)
         return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
 
@@ -163,17 +173,18 @@ def bwd(
             dlogits = narrow[: part.stop - part.start]
             logits = dlogits if wide is None and not fused else _first(wide, part)
             factor = kernels.recompute(
-                x, weight, bias, targets[part], scale, softcap, dlogits, logits, logp[part],
-                lse[part],
+                x, weight, bias, targets[part], of_part(scale, part), softcap, dlogits,
+                logits, logp[part], lse[part],
             )  # fmt: skip
         factor = negative[part] * factor[:, None]  # (chunk, 1)
+        scaled_factor = factor * of_part(factors, part)
         if need_hidden:
-            values = gemm(dlogits, weight) * (factor * scale)
-            if at_target is not None:
-                values += weight.index_select(0, targets[part]) * (at_target[part] * scale)
+            values = gemm(dlogits, weight) * scaled_factor
+            if scaled_at_target is not None:
+                values += weight.index_select(0, targets[part]) * scaled_at_target[part]
             add_rows(grad_hidden, rows[part], values)
         if need_weight:
-            scaled = (x * (factor * scale)).to(dtype)  # (chunk, D)
+            scaled = (x * scaled_factor).to(dtype)  # (chunk, D)
             if part.start == 0:
                 gemm(dlogits.T, scaled, out=grad_weight)
             else:
@@ -182,8 +193,8 @@ def bwd(
             grad_bias += gemm(dlogits.T, factor.to(dtype))[:, 0]
     if not chunks:
         grad_weight.zero_()
-    if at_target is not None and need_weight:
-        add_targets(grad_weight, targets, hidden.index_select(0, rows) * (at_target * scale))
+    if scaled_at_target is not None and need_weight:
+        add_targets(grad_weight, targets, hidden.index_select(0, rows) * scaled_at_target)
     if at_target is not None and need_bias:
         grad_bias.index_add_(0, targets, at_target[:, 0])
     return grad_hidden.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)

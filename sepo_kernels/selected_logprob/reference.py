@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels.devices import accumulator
+from sepo_kernels.scales import Scale, as_column
 
 
 def selected_logprob(
@@ -17,10 +18,10 @@ def selected_logprob(
     targets: Tensor,  # (M,) int64
     *,
     bias: Tensor | None = None,  # (V,)
-    scale: float = 1.0,
+    scale: Scale = 1.0,  # a number, or (M,), one a row
     softcap: float | None = None,  # None: logits are not capped
 ) -> Tensor:  # (M,) float32, or float64 for float64 inputs
-    logits = hidden[rows] @ weight.T * scale  # (M, V)
+    logits = hidden[rows] @ weight.T * as_column(scale)  # (M, V)
     if bias is not None:
         logits = logits + bias
     if softcap is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels import gemm
+from sepo_kernels.scales import Scale, as_column, of_part
 from sepo_kernels.selected_logprob_kl.layout import REF_POLICY
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
@@ -27,9 +28,9 @@ def forward(
     ref_weight: Tensor,  # (V, D_ref)
     ref_bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
-    ref_scale: float,
+    ref_scale: Scale,
     ref_softcap: float | None,
     beta: float,
     blocks: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written with -dlogp/da and dkl/da
@@ -41,8 +42,8 @@ def forward(
     logp, ref_logp, kl = (z.new_empty(targets.shape) for _ in range(3))
     for part in _tiles(z):
         tiles = None if blocks is None else (blocks[0][part], blocks[1][part])
-        a, derivative = _cap(z[part], bias, scale, softcap, blocks is not None)
-        b, _ = _cap(ref_z[part], ref_bias, ref_scale, ref_softcap, False)
+        a, derivative = _cap(z[part], bias, of_part(scale, part), softcap, blocks is not None)
+        b, _ = _cap(ref_z[part], ref_bias, of_part(ref_scale, part), ref_softcap, False)
         logp[part], ref_logp[part], kl[part] = _rows(a, b, targets[part], beta, derivative, tiles)
     return logp, ref_logp, kl, z.new_empty((z.shape[0], 0))
 
@@ -82,12 +83,12 @@ def _tiles(block: Tensor) -> Iterator[slice]:
 def _cap(
     z: Tensor,  # (tile, V) GEMM, overwritten with capped logits
     bias: Tensor | None,  # (V,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     need_derivative: bool,
 ) -> tuple[Tensor, Tensor | None]:  # z, the cap's derivative there (tile, V)
-    if scale != 1.0:
-        z *= scale
+    if isinstance(scale, Tensor) or scale != 1.0:
+        z *= as_column(scale)
     if bias is not None:
         z += bias
     if softcap is None:

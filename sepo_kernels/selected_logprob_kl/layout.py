@@ -11,8 +11,8 @@ from sepo_kernels import waves
 from sepo_kernels.devices import accumulator, row_bytes
 from sepo_kernels.schedules import FROZEN_HEAD, NO_GRAD, SAVE, chunk_rows, even, saved_rows
 
-# the weight of the reference in the mixture m = (1 - beta) p + beta q that the divergence is measured
-# from: KL(q || p) at 0 and KL(p || q) at 1 are its limits
+# the reference's weight beta in the mixture m = (1 - beta) p + beta q: KL(q || p) and KL(p || q) are
+# what a divergence from m becomes at its ends
 REF_POLICY, POLICY_REF = 0.0, 1.0
 DIRECTIONS = {"ref||policy": REF_POLICY, "policy||ref": POLICY_REF}
 # the gradient of the logits is computed and multiplied this many columns at a time: with fewer,

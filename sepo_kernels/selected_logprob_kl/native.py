@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels import extension, gemm
+from sepo_kernels.scales import Scale, scale_arguments
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
 NUM_STATE = 5  # as csrc/cpu/selected_logprob_kl_fused.cpp has it
@@ -25,26 +26,24 @@ def forward(
     ref_weight: Tensor,  # (V, D_ref)
     ref_bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
-    ref_scale: float,
+    ref_scale: Scale,
     ref_softcap: float | None,
     beta: float,
     blocks: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written: see csrc for what they hold
     logits: tuple[Tensor, Tensor] | None,  # (chunk, V) each, scratch; may be blocks; None if fused
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 5)
-    settings = scale, softcap, ref_scale, ref_softcap, beta
-    first, second = blocks or (None, None)
+    (one, each), (ref_one, ref_each) = scale_arguments(scale), scale_arguments(ref_scale)
+    settings = one, softcap, ref_one, ref_softcap, beta, *(blocks or (None, None)), each, ref_each
     if logits is None:
         return torch.ops.sepo.native_kl_fused(
-            x, weight, bias, ref_x, ref_weight, ref_bias, targets, *settings, first, second
+            x, weight, bias, ref_x, ref_weight, ref_bias, targets, *settings
         )
     z, ref_z = logits
     gemm.logits(z, x, weight)
     gemm.logits(ref_z, ref_x, ref_weight)
-    logp, ref_logp, kl = torch.ops.sepo.native_kl_rows(
-        z, ref_z, bias, ref_bias, targets, *settings, first, second
-    )
+    logp, ref_logp, kl = torch.ops.sepo.native_kl_rows(z, ref_z, bias, ref_bias, targets, *settings)
     return logp, ref_logp, kl, z.new_zeros((z.shape[0], NUM_STATE))
 
 

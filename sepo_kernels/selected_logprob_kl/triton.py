@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sepo_kernels import devices, gemm
 from sepo_kernels.configs import one_pass
+from sepo_kernels.scales import Scale
 from sepo_kernels.selected_logprob_kl.layout import POLICY_REF
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
@@ -25,9 +26,9 @@ def forward(
     ref_weight: Tensor,  # (V, D_ref)
     ref_bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
-    ref_scale: float,
+    ref_scale: Scale,
     ref_softcap: float | None,
     beta: float,
     blocks: tuple[Tensor, Tensor] | None,  # two (chunk, V), written
@@ -51,8 +52,8 @@ def forward(
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         targets, logp, ref_logp, kl, state, first, second,
         z.stride(0), ref_z.stride(0), *strides, V,
-        int(bias is not None), int(ref_bias is not None), *_settings(scale, softcap),
-        *_settings(ref_scale, ref_softcap), CAPPED=_capped(softcap, ref_softcap),
+        int(bias is not None), int(ref_bias is not None), *_settings(scale, softcap, z),
+        *_settings(ref_scale, ref_softcap, z), CAPPED=_capped(softcap, ref_softcap),
         POLICY_FIRST=beta == POLICY_REF, WRITE_BLOCKS=at_once,
     )  # fmt: skip
     if blocks is not None and not at_once:
@@ -71,9 +72,9 @@ def recompute(
     ref_weight: Tensor,  # (V, D_ref)
     ref_bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
-    ref_scale: float,
+    ref_scale: Scale,
     ref_softcap: float | None,
     beta: float,
     blocks: tuple[Tensor, Tensor],  # two (chunk, V), written
@@ -132,9 +133,9 @@ def _write_ratios(
     logits: tuple[Tensor, Tensor],  # two (chunk, V) float32
     bias: Tensor | None,  # (V,)
     ref_bias: Tensor | None,  # (V,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
-    ref_scale: float,
+    ref_scale: Scale,
     ref_softcap: float | None,
     state: Tensor,  # (chunk, 5)
 ) -> None:
@@ -149,8 +150,8 @@ def _write_ratios(
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         state, first, second,
         z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
-        int(bias is not None), int(ref_bias is not None), *_settings(scale, softcap),
-        *_settings(ref_scale, ref_softcap), CAPPED=_capped(softcap, ref_softcap),
+        int(bias is not None), int(ref_bias is not None), *_settings(scale, softcap, z),
+        *_settings(ref_scale, ref_softcap, z), CAPPED=_capped(softcap, ref_softcap),
     )  # fmt: skip
 
 
@@ -160,9 +161,9 @@ def _write_dlogits(
     bias: Tensor | None,  # (V,)
     ref_bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,) contiguous
-    scale: float,
+    scale: Scale,
     softcap: float | None,
-    ref_scale: float,
+    ref_scale: Scale,
     ref_softcap: float | None,
     beta: float,
     logp: Tensor,  # (chunk,)
@@ -180,15 +181,19 @@ def _write_dlogits(
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         targets, logp, kl, state, first, second,
         z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
-        int(bias is not None), int(ref_bias is not None), *_settings(scale, softcap),
-        *_settings(ref_scale, ref_softcap), CAPPED=_capped(softcap, ref_softcap),
+        int(bias is not None), int(ref_bias is not None), *_settings(scale, softcap, z),
+        *_settings(ref_scale, ref_softcap, z), CAPPED=_capped(softcap, ref_softcap),
         POLICY_FIRST=beta == POLICY_REF,
     )  # fmt: skip
 
 
-def _settings(scale: float, softcap: float | None) -> tuple[float, float]:
+def _settings(
+    scale: Scale, softcap: float | None, logits: Tensor
+) -> tuple[Tensor, int, float, float]:  # (chunk,), has_scales, scale, softcap
     """Return a head's scale and soft cap as the kernels take them, which cap both heads or none."""
-    return scale, NO_CAP if softcap is None else softcap
+    from sepo_kernels import triton_rows
+
+    return *triton_rows.scale_arguments(scale, logits), NO_CAP if softcap is None else softcap
 
 
 def _capped(*softcaps: float | None) -> bool:

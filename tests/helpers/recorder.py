@@ -28,7 +28,7 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name.removeprefix("sepo::")
         if name in KERNELS:  # an opaque node: run its kernel under this mode
             with self:
-                return KERNELS[name][args[-1]](*args[:-1])
+                return KERNELS[name][args[-1]](*args[:-1], **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         self.made += [
             (tuple(x.shape), x.nbytes) for x in tree_leaves(out) if isinstance(x, torch.Tensor)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from numerics import assert_as_accurate
 from ops import implementations
 from ops.kl_cases import DIRECTIONS, SCHEDULES, budget_for, checked, make_inputs, run
+from ops.scale_cases import M, Two, spread
 
 from sepo.ops import selected_logprob, selected_logprob_kl
 from sepo_kernels.selected_logprob_kl import IMPLS
@@ -74,3 +76,68 @@ def test_the_divergence_is_of_the_two_settings(impl, direction):
     torch.testing.assert_close(ours, kl, rtol=1e-12, atol=1e-13)
     grads = [torch.autograd.grad(x @ i.upstream[1].double(), i.hidden)[0] for x in (ours, kl)]
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("schedule", Two.schedules)
+def test_equal_scales_of_the_reference_give_the_bits_of_one(impl, schedule, dtype):
+    inputs, options = Two.inputs(dtype), dict(budget=Two.budget(schedule, dtype, impl), impl=impl)
+    each = torch.full((M,), 0.7, dtype=torch.promote_types(dtype, torch.float32))
+    call = lambda scale: Two.run(
+        Two.fn, inputs, schedule, dtype, scale=1.5, ref_scale=scale, **options
+    )
+    one, found = call(0.7), call(each)
+    assert all(torch.equal(found[name], one[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("schedule", Two.schedules)
+@pytest.mark.parametrize("scale", ["a number", "one a row"])
+def test_a_scale_a_row_of_the_reference(impl, schedule, dtype, scale):
+    inputs, each = Two.inputs(dtype, 40), spread(dtype)[:40]
+    own = 0.8 if scale == "a number" else each.flip(0)
+    exact = lambda x: x.double() if isinstance(x, torch.Tensor) else x
+    options = dict(softcap=3.0, ref_softcap=5.0)
+    few = dict(budget=Two.budget(schedule, dtype, impl), impl=impl)
+    call = lambda fn, dtype, scale, ref, **more: Two.run(
+        fn, inputs, schedule, dtype, scale=scale, ref_scale=ref, **options, **more
+    )
+    ours = call(Two.fn, dtype, own, each, **few)
+    truth = call(Two.reference, torch.float64, exact(own), each.double())
+    plain = call(Two.reference, dtype, own, each)
+    for name, value in truth.items():
+        if dtype == torch.float64:
+            torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=1e-13, msg=name)
+        else:
+            assert_as_accurate(ours[name], plain[name], value, what=name)
+
+
+REFUSALS = {
+    "length": (torch.ones(M - 1), r"expected ref_scale a number, or \(70,\) torch.float32, got"),
+    "gradient": (torch.ones(M).requires_grad_(), "expected ref_scale without a gradient, got one"),
+    "zero": (
+        torch.ones(M).index_fill_(0, torch.tensor(5), 0.0),
+        "expected ref_scale > 0 in every row, got 0.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refuses_by_name(case):
+    scale, message = REFUSALS[case]
+    with pytest.raises(ValueError, match=message):
+        Two.run(Two.fn, Two.inputs(torch.bfloat16), "save", torch.bfloat16, ref_scale=scale)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated.*:DeprecationWarning")
+@pytest.mark.parametrize("schedule", Two.schedules)
+def test_a_scale_a_row_compiles_as_one_node(impl, schedule):
+    inputs, each = Two.inputs(torch.float32), spread(torch.float32)
+    options = dict(budget=Two.budget(schedule, torch.float32, impl), impl=impl)
+    torch._dynamo.reset()
+    compiled = torch.compile(Two.fn, fullgraph=True, backend="aot_eager")
+    eager, found = (
+        Two.run(fn, inputs, schedule, torch.float32, scale=0.7, ref_scale=each, **options)
+        for fn in (Two.fn, compiled)
+    )
+    assert all(torch.equal(found[name], eager[name]) for name in eager)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sepo_kernels.devices import accumulator
+from sepo_kernels.scales import Scale
+
 
 def check_head(
     hidden: Tensor,  # (N, D)
@@ -65,6 +68,25 @@ def check_softcap(
         raise ValueError(f"expected {prefix}softcap > 0 or None, got {softcap}")
 
 
+def check_scale(
+    scale: Scale,  # a number, or (M,)
+    rows: Tensor,  # (M,)
+    hidden: Tensor,  # (N, D)
+    prefix: str = "",  # of the argument's name
+) -> None:
+    if not isinstance(scale, Tensor):
+        return
+    dtype = accumulator(hidden.dtype)
+    if scale.shape != rows.shape or scale.dtype != dtype:
+        raise ValueError(
+            f"expected {prefix}scale a number, or ({rows.shape[0]},) {dtype}, "
+            f"got {tuple(scale.shape)} {scale.dtype}"
+        )
+    check_one_device(hidden, scale)
+    if torch.is_grad_enabled() and scale.requires_grad:
+        raise ValueError(f"expected {prefix}scale without a gradient, got one that requires it")
+
+
 def check_reverse_mode(operation: str, *inputs: Tensor | None) -> None:
     """Raise NotImplementedError for an input with a tangent, which would be lost without a word."""
     if forward_ad._current_level < 0:  # no dual level is open: nothing to look for
@@ -90,6 +112,18 @@ def check_index_values(
         if low < 0 or high >= size:
             wrong = low if low < 0 else high
             raise ValueError(f"expected 0 <= {name} < {size}, got {wrong}")
+
+
+def check_scale_values(
+    scales: Tensor | None,  # (M,), one a row
+    prefix: str = "",  # of the argument's name
+) -> None:
+    """Raise ValueError for a scale that is not positive, if it is on the CPU; else do nothing."""
+    if scales is None or scales.device.type != "cpu" or scales.shape[0] == 0:
+        return
+    low = float(scales.amin())  # NaN if there is one
+    if not low > 0:
+        raise ValueError(f"expected {prefix}scale > 0 in every row, got {low}")
 
 
 def as_int32(rows: Tensor) -> Tensor:

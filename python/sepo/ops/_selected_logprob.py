@@ -18,12 +18,15 @@ from sepo.ops._checks import (
     check_indices,
     check_one_device,
     check_reverse_mode,
+    check_scale,
+    check_scale_values,
     check_softcap,
 )
 from sepo_kernels import devices, schedules
 from sepo_kernels.devices import accumulator
 from sepo_kernels.gemm import dtype_note
 from sepo_kernels.registry import pick
+from sepo_kernels.scales import Scale, scale_arguments
 from sepo_kernels.selected_logprob import IMPLS
 from sepo_kernels.selected_logprob.loops import layout_of, new_saved
 
@@ -35,7 +38,7 @@ def selected_logprob(
     targets: Tensor,  # (M,) int64, 0 <= targets < V
     *,
     bias: Tensor | None = None,  # (V,), same dtype as hidden
-    scale: float = 1.0,  # multiplies the logits before the bias
+    scale: Scale = 1.0,  # multiplies the logits before the bias: a number, or (M,), one a row
     softcap: float | None = None,  # logits = softcap * tanh(logits / softcap), as in Gemma 2
     budget: int | None = None,  # bytes of logits or probabilities alive at once; None: see below
     impl: str = "auto",
@@ -59,7 +62,9 @@ def selected_logprob(
         rows: (M,) int32 or int64, 0 <= rows < N, may repeat: the states that predict.
         targets: (M,) int64, 0 <= targets < V: the token ids that they predict.
         bias: (V,) of the head, in the dtype of hidden.
-        scale: multiplies the logits before the bias.
+        scale: multiplies the logits before the bias. A number, or (M,) float32 (float64 for
+            float64 inputs) positive numbers, one a row: 1 / temperature of each sample. It has no
+            gradient.
         softcap: logits = softcap * tanh(logits / softcap), as in Gemma 2; None: not.
         budget: bytes of logits or probabilities alive at once; None: by device, see above.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
@@ -69,22 +74,24 @@ def selected_logprob(
         hidden, weight and bias.
 
     Raises:
-        ValueError: for shapes, strides, dtypes or devices that do not fit, for indices on the CPU
-            out of range, for a budget that holds not even one row or is more than the GPU's memory,
-            and for an `impl` that is unknown or cannot run.
+        ValueError: for shapes, strides, dtypes or devices that do not fit, for indices or scales on
+            the CPU out of range, for a scale that requires a gradient, for a budget that holds not
+            even one row or is more than the GPU's memory, and for an `impl` that is unknown or
+            cannot run.
         torch.OutOfMemoryError: in one line, where the memory that is left does not suffice.
         NotImplementedError: for an input with a tangent (jvp): there is no forward mode.
     """
-    _check(hidden, weight, rows, targets, bias, softcap)
+    _check(hidden, weight, rows, targets, bias, scale, softcap)
     check_reverse_mode("selected_logprob", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
     layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
     need = needs_grad(hidden, weight, bias)
     schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
-    args = (hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, chosen.name)
+    one, each = scale_arguments(scale)
+    args = (hidden, weight, bias, rows, targets, one, softcap, schedule, budget, chosen.name)
     if schedule == schedules.NO_GRAD:
-        return _fwd(*args)[0]
-    return _SelectedLogprob.apply(*args)
+        return _fwd(*args, scales=each)[0]
+    return _SelectedLogprob.apply(*args, each)
 
 
 class Explanation(NamedTuple):
@@ -125,7 +132,7 @@ def explain_selected_logprob(
     targets: Tensor,  # (M,) int64
     *,
     bias: Tensor | None = None,  # (V,)
-    scale: float = 1.0,
+    scale: Scale = 1.0,  # a number, or (M,)
     softcap: float | None = None,
     budget: int | None = None,  # bytes
     impl: str = "auto",
@@ -140,7 +147,7 @@ def explain_selected_logprob(
         rows: (M,) int32 or int64, the states that predict.
         targets: (M,) int64, the token ids that they predict.
         bias: (V,) of the head, in the dtype of hidden.
-        scale: multiplies the logits before the bias.
+        scale: multiplies the logits before the bias; a number, or (M,), one a row.
         softcap: of the logits; None: not.
         budget: bytes of logits or probabilities alive at once; None: by device.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
@@ -151,7 +158,7 @@ def explain_selected_logprob(
     Raises:
         ValueError: as `selected_logprob`, but for index values, which are not read.
     """
-    _check(hidden, weight, rows, targets, bias, softcap)
+    _check(hidden, weight, rows, targets, bias, scale, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
     layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
     need = needs_grad(hidden, weight, bias)
@@ -257,11 +264,13 @@ def _check(
     rows: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    scale: Scale,
     softcap: float | None,
 ) -> None:
     check_head(hidden, weight, bias)
     check_indices(rows, targets)
     check_one_device(hidden, weight, rows, targets, bias)
+    check_scale(scale, rows, hidden)
     check_softcap(softcap)
 
 
@@ -270,11 +279,14 @@ class _SelectedLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
         scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+        scales: Tensor | None,
     ) -> Tensor:  # fmt: skip
         logp, lse, row_scale, saved = _fwd(
-            hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl
-        )
-        ctx.save_for_backward(hidden, weight, bias, rows, targets, logp, lse, row_scale, saved)
+            hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl,
+            scales=scales,
+        )  # fmt: skip
+        found = logp, lse, row_scale, saved
+        ctx.save_for_backward(scales, hidden, weight, bias, rows, targets, *found)
         ctx.settings = (scale, softcap, schedule, budget)
         ctx.impl = impl
         return logp
@@ -283,48 +295,57 @@ class _SelectedLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
-        grads = _bwd(grad_logp, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
-        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 7
+        scales, *tensors = ctx.saved_tensors
+        grads = _bwd(grad_logp, *tensors, *ctx.settings, *need, ctx.impl, scales=scales)
+        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 8
 
 
 # The operator boundary: one opaque node per direction for torch.compile, FakeTensor, the
-# profiler and the FLOP counter. It knows nothing of autograd.
+# profiler and the FLOP counter. It knows nothing of autograd. `scales` (M,) stands in for `scale`:
+# beside it, because a tensor made of every number would be a kernel more on a GPU.
 
 torch.library.define(
     "sepo::selected_logprob_fwd",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, float scale,"
-    " float? softcap, str schedule, SymInt budget, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float? softcap, str schedule, SymInt budget, str impl, *, Tensor? scales=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "sepo::selected_logprob_bwd",
     "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets,"
     " Tensor logp, Tensor lse, Tensor row_scale, Tensor saved, float scale, float? softcap, str schedule,"
-    " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl)"
+    " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl, *,"
+    " Tensor? scales=None)"
     " -> (Tensor, Tensor, Tensor)",
 )
 _BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 
 
 def _run_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
+    check_scale_values(scales)
+    head = (hidden, weight, bias)
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
-        return _BY_NAME[args[-1]].fwd(hidden, weight, bias, as_int32(rows), targets, *args[:-1])
+        return _BY_NAME[args[-1]].fwd(*head, as_int32(rows), targets, *args[:-1], scales=scales)
 
 
 def _run_bwd(
-    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *args: Any,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     head = (hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
-        return _BY_NAME[args[-1]].bwd(grad_logp, *head, as_int32(rows), *args[:-1])
+        return _BY_NAME[args[-1]].bwd(grad_logp, *head, as_int32(rows), *args[:-1], scales=scales)
 
 
 def _fake_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
     scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     logp = hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
     M = rows.shape[0]
@@ -334,7 +355,9 @@ def _fake_fwd(
     return logp, torch.empty_like(logp), torch.empty_like(logp), saved
 
 
-def _fake_bwd(grad_logp: Tensor, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_bwd(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, *args: Any, scales: Tensor | None = None
+) -> tuple[Tensor, ...]:
     need_hidden, need_weight, need_bias = args[-4:-1]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),

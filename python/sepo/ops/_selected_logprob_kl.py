@@ -17,6 +17,8 @@ from sepo.ops._checks import (
     check_indices,
     check_one_device,
     check_reverse_mode,
+    check_scale,
+    check_scale_values,
     check_softcap,
 )
 from sepo.ops._selected_logprob import (
@@ -28,6 +30,7 @@ from sepo.ops._selected_logprob import (
 )
 from sepo_kernels import schedules
 from sepo_kernels.registry import pick
+from sepo_kernels.scales import Scale, scale_arguments
 from sepo_kernels.selected_logprob_kl import IMPLS
 from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS
 from sepo_kernels.selected_logprob_kl.loops import outputs
@@ -58,9 +61,9 @@ def selected_logprob_kl(
     direction: str = "ref||policy",  # or "policy||ref"
     bias: Tensor | None = None,  # (V,), same dtype as hidden
     ref_bias: Tensor | None = None,  # (V,), same dtype as hidden
-    scale: float = 1.0,  # multiplies the logits before the bias
+    scale: Scale = 1.0,  # multiplies the logits before the bias: a number, or (M,), one a row
     softcap: float | None = None,  # logits = softcap * tanh(logits / softcap)
-    ref_scale: float | None = None,  # the reference head's own; None: the policy's
+    ref_scale: Scale | None = None,  # the reference head's own; None: the policy's
     ref_softcap: float | None = None,  # the reference head's own; None: the policy's; inf: none
     budget: int | None = None,  # bytes of logits or probabilities alive at once; None: by device
     impl: str = "auto",
@@ -83,9 +86,10 @@ def selected_logprob_kl(
         direction: "ref||policy" or "policy||ref".
         bias: (V,) of the policy's head, in the dtype of hidden.
         ref_bias: (V,) of the reference's head, in the dtype of hidden.
-        scale: multiplies the logits before the bias; not 0.
+        scale: multiplies the logits before the bias: a number other than 0, or (M,), one a row, as
+            for `selected_logprob`.
         softcap: logits = softcap * tanh(logits / softcap); None: not.
-        ref_scale: of the reference's head, above 0; None: the policy's.
+        ref_scale: of the reference's head: a number above 0, or (M,); None: the policy's.
         ref_softcap: of the reference's head; None: the policy's; math.inf: none, whatever the
             policy has.
         budget: bytes of logits or probabilities alive at once; None: by device.
@@ -110,12 +114,16 @@ def selected_logprob_kl(
     chosen = pick(IMPLS, impl, hidden, weight)
     layout, need = chosen.kernels.layout_of(hidden, weight), needs_grad(hidden, weight, bias)
     schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
-    ref = _of_reference(scale, softcap, ref_scale, ref_softcap)
-    settings = (scale, softcap, *ref, DIRECTIONS[direction], schedule, budget)
+    one, each = scale_arguments(scale)
+    # Dynamo takes no tensor twice: the policy's is told by its absence
+    ref_one, ref_each = scale_arguments(None if ref_scale is scale else ref_scale)
+    if ref_softcap is None or ref_softcap == math.inf:
+        ref_softcap = softcap if ref_softcap is None else None
+    settings = (one, softcap, ref_one, ref_softcap, DIRECTIONS[direction], schedule, budget)
     args = (*heads, rows, targets, *settings, chosen.name)
     if schedule == schedules.NO_GRAD:
-        return LogprobKL(*_fwd(*args)[:3])
-    return LogprobKL(*_SelectedLogprobKL.apply(*args))
+        return LogprobKL(*_fwd(*args, scales=each, ref_scales=ref_each)[:3])
+    return LogprobKL(*_SelectedLogprobKL.apply(*args, each, ref_each))
 
 
 def explain_selected_logprob_kl(
@@ -129,9 +137,9 @@ def explain_selected_logprob_kl(
     direction: str = "ref||policy",
     bias: Tensor | None = None,  # (V,)
     ref_bias: Tensor | None = None,  # (V,)
-    scale: float = 1.0,
+    scale: Scale = 1.0,  # a number, or (M,)
     softcap: float | None = None,
-    ref_scale: float | None = None,
+    ref_scale: Scale | None = None,
     ref_softcap: float | None = None,
     budget: int | None = None,  # bytes
     impl: str = "auto",
@@ -150,9 +158,9 @@ def explain_selected_logprob_kl(
         direction: "ref||policy" or "policy||ref".
         bias: (V,) of the policy's head, in the dtype of hidden.
         ref_bias: (V,) of the reference's head, in the dtype of hidden.
-        scale: multiplies the logits before the bias; not 0.
+        scale: multiplies the logits before the bias: a number other than 0, or (M,).
         softcap: of the logits; None: not.
-        ref_scale: of the reference's head, above 0; None: the policy's.
+        ref_scale: of the reference's head: a number above 0, or (M,); None: the policy's.
         ref_softcap: of the reference's head; None: the policy's; math.inf: none.
         budget: bytes of logits or probabilities alive at once; None: by device.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
@@ -181,9 +189,9 @@ def _check(
     rows: Tensor,
     targets: Tensor,
     direction: str,
-    scale: float,
+    scale: Scale,
     softcap: float | None,
-    ref_scale: float | None,
+    ref_scale: Scale | None,
     ref_softcap: float | None,
 ) -> None:
     check_head(hidden, weight, bias)
@@ -200,26 +208,15 @@ def _check(
     check_one_device(hidden, weight, ref_hidden, ref_weight, rows, targets, bias, ref_bias)
     check_softcap(softcap)
     check_softcap(ref_softcap, prefix="ref_")
-    if ref_scale is not None and not 0 < ref_scale < math.inf:
-        raise ValueError(f"expected a ref_scale above 0 or None, got {ref_scale}")
-    if scale == 0:  # the bias gradient is found by dividing by it
+    check_scale(scale, rows, hidden)
+    if not isinstance(scale, Tensor) and scale == 0:  # the bias gradient is found by dividing by it
         raise ValueError(f"expected a scale other than 0, got {scale}")
+    if isinstance(ref_scale, Tensor):
+        check_scale(ref_scale, rows, hidden, prefix="ref_")
+    elif ref_scale is not None and not 0 < ref_scale < math.inf:
+        raise ValueError(f"expected a ref_scale above 0 or None, got {ref_scale}")
     if direction not in DIRECTIONS:
         raise ValueError(f'expected direction "ref||policy" or "policy||ref", got "{direction}"')
-
-
-def _of_reference(
-    scale: float,
-    softcap: float | None,
-    ref_scale: float | None,
-    ref_softcap: float | None,
-) -> tuple[float, float | None]:
-    """Return the reference's scale and soft cap: its own, or else the policy's."""
-    if ref_softcap is None:
-        ref_softcap = softcap
-    elif ref_softcap == math.inf:
-        ref_softcap = None
-    return scale if ref_scale is None else ref_scale, ref_softcap
 
 
 class _SelectedLogprobKL(torch.autograd.Function):
@@ -227,17 +224,18 @@ class _SelectedLogprobKL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor,
         ref_weight: Tensor, ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float,
-        softcap: float | None, ref_scale: float, ref_softcap: float | None, beta: float,
-        schedule: str, budget: int, impl: str,
+        softcap: float | None, ref_scale: float | None, ref_softcap: float | None, beta: float,
+        schedule: str, budget: int, impl: str, scales: Tensor | None, ref_scales: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ref: tuple[Tensor | None, ...] = (ref_hidden, ref_weight, ref_bias)
         settings = (scale, softcap, ref_scale, ref_softcap, beta, schedule, budget)
-        found = _fwd(hidden, weight, bias, *ref, rows, targets, *settings, impl)
+        each: dict[str, Tensor | None] = {"scales": scales, "ref_scales": ref_scales}
+        found = _fwd(hidden, weight, bias, *ref, rows, targets, *settings, impl, **each)
         logp, ref_logp, kl = found[:3]
         # the reference's hidden states are held only where they are multiplied again
         if schedule not in (schedules.PARTIAL, schedules.RECOMPUTE):
             ref = (None, None, None)
-        ctx.save_for_backward(hidden, weight, bias, *ref, rows, targets, *found)
+        ctx.save_for_backward(scales, ref_scales, hidden, weight, bias, *ref, rows, targets, *found)
         ctx.mark_non_differentiable(ref_logp)
         ctx.settings, ctx.impl = settings, impl
         return logp, ref_logp, kl
@@ -248,8 +246,10 @@ class _SelectedLogprobKL(torch.autograd.Function):
         ctx: Any, grad_logp: Tensor, _: Tensor, grad_kl: Tensor
     ) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
-        grads = _bwd(grad_logp, grad_kl, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
-        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 13
+        scales, ref_scales, *tensors = ctx.saved_tensors
+        each = {"scales": scales, "ref_scales": ref_scales}
+        grads = _bwd(grad_logp, grad_kl, *tensors, *ctx.settings, *need, ctx.impl, **each)
+        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 15
 
 
 # The operator boundary: one opaque node per direction for torch.compile, FakeTensor, the
@@ -258,8 +258,9 @@ class _SelectedLogprobKL(torch.autograd.Function):
 torch.library.define(
     "sepo::selected_logprob_kl_fwd",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight,"
-    " Tensor? ref_bias, Tensor rows, Tensor targets, float scale, float? softcap, float ref_scale,"
-    " float? ref_softcap, float beta, str schedule, SymInt budget, str impl)"
+    " Tensor? ref_bias, Tensor rows, Tensor targets, float scale, float? softcap, float? ref_scale,"
+    " float? ref_softcap, float beta, str schedule, SymInt budget, str impl, *,"
+    " Tensor? scales=None, Tensor? ref_scales=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
@@ -267,8 +268,9 @@ torch.library.define(
     "(Tensor grad_logp, Tensor grad_kl, Tensor hidden, Tensor weight, Tensor? bias,"
     " Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor rows, Tensor targets,"
     " Tensor logp, Tensor ref_logp, Tensor kl, Tensor state, Tensor first, Tensor second,"
-    " float scale, float? softcap, float ref_scale, float? ref_softcap, float beta, str schedule,"
-    " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl)"
+    " float scale, float? softcap, float? ref_scale, float? ref_softcap, float beta, str schedule,"
+    " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl, *,"
+    " Tensor? scales=None, Tensor? ref_scales=None)"
     " -> (Tensor, Tensor, Tensor)",
 )
 _BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
@@ -277,29 +279,33 @@ _BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 def _run_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor,
     ref_bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any,
+    **each: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
+    check_scale_values(each.get("scales"))
+    check_scale_values(each.get("ref_scales"), prefix="ref_")
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
-        return _BY_NAME[args[-1]].fwd(*heads, as_int32(rows), targets, *args[:-1])
+        return _BY_NAME[args[-1]].fwd(*heads, as_int32(rows), targets, *args[:-1], **each)
 
 
 def _run_bwd(
     grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, rows: Tensor,
-    *args: Any,
+    *args: Any, **each: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     upstream = (grad_logp, grad_kl)
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
-        return _BY_NAME[args[-1]].bwd(*upstream, *heads, as_int32(rows), *args[:-1])
+        return _BY_NAME[args[-1]].bwd(*upstream, *heads, as_int32(rows), *args[:-1], **each)
 
 
 def _fake_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor,
     ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float, softcap: float | None,
-    ref_scale: float, ref_softcap: float | None, beta: float, schedule: str, budget: int, impl: str,
+    ref_scale: float | None, ref_softcap: float | None, beta: float, schedule: str, budget: int,
+    impl: str, **each: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels, M = _BY_NAME[impl].kernels, rows.shape[0]
     num_saved = schedules.saved_rows(M, kernels.layout_of(hidden, weight), budget, schedule)
@@ -307,7 +313,7 @@ def _fake_fwd(
 
 
 def _fake_bwd(
-    grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, *args: Any
+    grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, *args: Any, **each: Any
 ) -> tuple[Tensor, ...]:
     need_hidden, need_weight, need_bias = args[-4:-1]
     return (
