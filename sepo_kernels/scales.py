@@ -20,7 +20,7 @@ def as_column(scale: Scale) -> Scale:
     return scale[:, None] if isinstance(scale, Tensor) else scale
 
 
-def scale_arguments(scale: Scale) -> tuple[float, Tensor | None]:
+def scale_arguments(scale: Scale | None) -> tuple[float | None, Tensor | None]:
     """Return what operators and kernels take: a number, and (M,) that stand in for it, or None."""
     return (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
 

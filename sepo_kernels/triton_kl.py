@@ -56,13 +56,18 @@ def kl_row(
     has_scales,
     scale,
     softcap,
-    CAPPED: tl.constexpr,
+    ref_scales_ptr,  # (rows,); anything if not has_ref_scales
+    has_ref_scales,
+    ref_scale,
+    ref_softcap,
+    CAPPED: tl.constexpr,  # both heads
     POLICY_FIRST: tl.constexpr,  # KL(policy || ref), else KL(ref || policy)
     WRITE_BLOCKS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # int64 before the multiply: rows * V passes 2**31
     scale = load_scale(scales_ptr, has_scales, scale, row)
+    ref_scale = load_scale(ref_scales_ptr, has_ref_scales, ref_scale, row)
     logits_ptr += row * stride_logits
     ref_logits_ptr += row * stride_ref_logits
     first_ptr += row * stride_first
@@ -72,15 +77,15 @@ def kl_row(
     column = tl.where(known, target, -1).to(tl.int32)
     at_a, _ = load_target(logits_ptr, bias_ptr, target, V, has_bias, scale, softcap, CAPPED)
     at_b, _ = load_target(
-        ref_logits_ptr, ref_bias_ptr, target, V, has_ref_bias, scale, softcap, CAPPED
+        ref_logits_ptr, ref_bias_ptr, target, V, has_ref_bias, ref_scale, ref_softcap, CAPPED
     )
     reference = at_a
     ref_reference = at_b
     # without the target's terms, which keeps the digits of a row that is sure of it
     others, ref_others, weighted = _sums(
         logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-        ref_reference, column, V, has_bias, has_ref_bias, scale, softcap, CAPPED, POLICY_FIRST,
-        WRITE_BLOCKS, BLOCK_V,
+        ref_reference, column, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap,
+        CAPPED, POLICY_FIRST, WRITE_BLOCKS, BLOCK_V,
     )  # fmt: skip
     own = 1.0
     ref_own = 1.0
@@ -90,12 +95,12 @@ def kl_row(
         tl.debug_barrier()  # the second time an entry may be another thread's
         reference, ref_reference = _largest(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, V, has_bias, has_ref_bias, scale,
-            softcap, CAPPED, BLOCK_V,
+            softcap, ref_scale, ref_softcap, CAPPED, BLOCK_V,
         )  # fmt: skip
         others, ref_others, weighted = _sums(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-            ref_reference, column, V, has_bias, has_ref_bias, scale, softcap, CAPPED, POLICY_FIRST,
-            WRITE_BLOCKS, BLOCK_V,
+            ref_reference, column, V, has_bias, has_ref_bias, scale, softcap, ref_scale,
+            ref_softcap, CAPPED, POLICY_FIRST, WRITE_BLOCKS, BLOCK_V,
         )  # fmt: skip
         own = tl.where(known, tl.exp(at_a - reference), 0.0)
         ref_own = tl.where(known, tl.exp(at_b - ref_reference), 0.0)
@@ -145,12 +150,17 @@ def kl_ratios(
     has_scales,
     scale,
     softcap,
+    ref_scales_ptr,  # (rows,); anything if not has_ref_scales
+    has_ref_scales,
+    ref_scale,
+    ref_softcap,
     CAPPED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Write the blocks of `kl_row` a second time."""
     row = tl.program_id(0).to(tl.int64)
     scale = load_scale(scales_ptr, has_scales, scale, row)
+    ref_scale = load_scale(ref_scales_ptr, has_ref_scales, ref_scale, row)
     start = tl.program_id(1) * BLOCK_V
     logits_ptr += row * stride_logits
     ref_logits_ptr += row * stride_ref_logits
@@ -160,12 +170,14 @@ def kl_ratios(
     if start + BLOCK_V <= V:
         _ratios_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, state_ptr, first_ptr, second_ptr,
-            start, V, has_bias, has_ref_bias, scale, softcap, CAPPED, True, BLOCK_V,
+            start, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap, CAPPED, True,
+            BLOCK_V,
         )  # fmt: skip
     else:
         _ratios_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, state_ptr, first_ptr, second_ptr,
-            start, V, has_bias, has_ref_bias, scale, softcap, CAPPED, False, BLOCK_V,
+            start, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap, CAPPED, False,
+            BLOCK_V,
         )  # fmt: skip
 
 
@@ -214,8 +226,9 @@ def kl_combine_ratios(
 @triton.jit
 def _sums(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-    ref_reference, target, V, has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr,
-    POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr,
+    ref_reference, target, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap,
+    CAPPED: tl.constexpr, POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Sum e^a, e^b and d weighted by the KL's first, over a row but for its target."""
     total = tl.zeros((BLOCK_V,), tl.float32)  # a sum in each lane, added up once at the end
@@ -225,8 +238,8 @@ def _sums(
     for start in range(0, whole, BLOCK_V):
         e, ref_e, w = _sums_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-            ref_reference, target, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
-            POLICY_FIRST, WRITE_BLOCKS, True, BLOCK_V,
+            ref_reference, target, start, V, has_bias, has_ref_bias, scale, softcap, ref_scale,
+            ref_softcap, CAPPED, POLICY_FIRST, WRITE_BLOCKS, True, BLOCK_V,
         )  # fmt: skip
         total += e
         ref_total += ref_e
@@ -234,8 +247,8 @@ def _sums(
     if whole < V:
         e, ref_e, w = _sums_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-            ref_reference, target, whole, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
-            POLICY_FIRST, WRITE_BLOCKS, False, BLOCK_V,
+            ref_reference, target, whole, V, has_bias, has_ref_bias, scale, softcap, ref_scale,
+            ref_softcap, CAPPED, POLICY_FIRST, WRITE_BLOCKS, False, BLOCK_V,
         )  # fmt: skip
         total += e
         ref_total += ref_e
@@ -246,14 +259,14 @@ def _sums(
 @triton.jit
 def _sums_tile(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, reference,
-    ref_reference, target, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr,
-    POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    ref_reference, target, start, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap,
+    CAPPED: tl.constexpr, POLICY_FIRST: tl.constexpr, WRITE_BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK_V)
     a, _ = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, WHOLE)
     b, _ = load_logits(
-        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, scale, softcap, CAPPED, WHOLE
+        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, ref_scale, ref_softcap, CAPPED, WHOLE
     )
     e = tl.exp(a - reference)
     ref_e = tl.exp(b - ref_reference)
@@ -270,13 +283,13 @@ def _sums_tile(
 @triton.jit
 def _ratios_tile(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, state_ptr, first_ptr, second_ptr, start, V,
-    has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap, CAPPED: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK_V)
     a, _ = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, WHOLE)
     b, _ = load_logits(
-        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, scale, softcap, CAPPED, WHOLE
+        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, ref_scale, ref_softcap, CAPPED, WHOLE
     )
     reference = tl.load(state_ptr)
     ref_reference = tl.load(state_ptr + 1)
@@ -295,7 +308,7 @@ def _write_blocks(first_ptr, second_ptr, larger, d, v, V, WHOLE: tl.constexpr):
 @triton.jit
 def _largest(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, V, has_bias, has_ref_bias, scale, softcap,
-    CAPPED: tl.constexpr, BLOCK_V: tl.constexpr,
+    ref_scale, ref_softcap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     top = tl.full((BLOCK_V,), LOWEST, tl.float32)
     ref_top = tl.full((BLOCK_V,), LOWEST, tl.float32)
@@ -303,7 +316,7 @@ def _largest(
         v = start + tl.arange(0, BLOCK_V)
         a, _ = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, False)
         b, _ = load_logits(
-            ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, scale, softcap, CAPPED, False
+            ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, ref_scale, ref_softcap, CAPPED, False
         )
         top = tl.maximum(top, a)
         ref_top = tl.maximum(ref_top, b)

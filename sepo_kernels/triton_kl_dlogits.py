@@ -40,12 +40,17 @@ def kl_dlogits(
     has_scales,
     scale,
     softcap,
-    CAPPED: tl.constexpr,
+    ref_scales_ptr,  # (rows,); anything if not has_ref_scales
+    has_ref_scales,
+    ref_scale,
+    ref_softcap,
+    CAPPED: tl.constexpr,  # both heads
     POLICY_FIRST: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     scale = load_scale(scales_ptr, has_scales, scale, row)
+    ref_scale = load_scale(ref_scales_ptr, has_ref_scales, ref_scale, row)
     start = tl.program_id(1) * BLOCK_V
     logits_ptr += row * stride_logits
     ref_logits_ptr += row * stride_ref_logits
@@ -58,14 +63,14 @@ def kl_dlogits(
     if start + BLOCK_V <= V:
         _dlogits_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, state_ptr,
-            target, logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
-            POLICY_FIRST, True, BLOCK_V,
+            target, logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, ref_scale,
+            ref_softcap, CAPPED, POLICY_FIRST, True, BLOCK_V,
         )  # fmt: skip
     else:
         _dlogits_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, state_ptr,
-            target, logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED,
-            POLICY_FIRST, False, BLOCK_V,
+            target, logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, ref_scale,
+            ref_softcap, CAPPED, POLICY_FIRST, False, BLOCK_V,
         )  # fmt: skip
 
 
@@ -102,13 +107,13 @@ def kl_combine(
 @triton.jit
 def _dlogits_tile(
     logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, state_ptr, target,
-    logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, CAPPED: tl.constexpr,
-    POLICY_FIRST: tl.constexpr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
+    logp, kl, start, V, has_bias, has_ref_bias, scale, softcap, ref_scale, ref_softcap,
+    CAPPED: tl.constexpr, POLICY_FIRST: tl.constexpr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK_V)
     a, derivative = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, WHOLE)
     b, _ = load_logits(
-        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, scale, softcap, CAPPED, WHOLE
+        ref_logits_ptr, ref_bias_ptr, v, V, has_ref_bias, ref_scale, ref_softcap, CAPPED, WHOLE
     )
     reference = tl.load(state_ptr)
     ref_reference = tl.load(state_ptr + 1)

@@ -21,10 +21,13 @@ from sepo_kernels.scales import Scale
 # arguments that Triton must not specialise on: one compilation serves all values of V (whose last
 # tile is narrower than 1 in 16 of most rows) and of flags, and any alignment of one number a row
 UNSPECIALISED = {
-    "do_not_specialize": ["V", "has_bias", "has_ref_bias", "has_scales", "column"],
+    "do_not_specialize": [
+        "V", "has_bias", "has_ref_bias", "has_scales", "has_ref_scales", "column",
+    ],
     "do_not_specialize_on_alignment": [
         "targets_ptr", "logp_ptr", "ref_logp_ptr", "lse_ptr", "reference_ptr", "row_scale_ptr",
         "kl_ptr", "state_ptr", "grad_logp_ptr", "grad_kl_ptr", "scales_ptr",
+        "ref_scales_ptr",
     ],
 }  # fmt: skip
 # finite: in a tile of nothing but -inf (a padded vocabulary's bias), e^(-inf - top) = 0 needs a top

@@ -15,23 +15,25 @@ TORCH_LIBRARY_FRAGMENT(sepo, m) {
       "native_logprob_fused(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float scale,"
       " float? softcap, Tensor(a!)? dlogits, Tensor? scales=None)"
       " -> (Tensor logp, Tensor lse, Tensor row_scale)");
-  // direction 0: KL(ref||policy), 1: KL(policy||ref); first, second (M, V) with the rows as their
-  // fast dimension, bfloat16 and float16, are written for combine
+  // beta 0: KL(ref||policy), 1: KL(policy||ref); first, second (M, V) with the rows as their fast
+  // dimension, bfloat16 and float16, are written for combine
   m.def(
       "native_kl_fused(Tensor x, Tensor weight, Tensor? bias, Tensor ref_x, Tensor ref_weight,"
-      " Tensor? ref_bias, Tensor targets, float scale, float? softcap, int direction,"
-      " Tensor(a!)? first, Tensor(b!)? second, Tensor? scales=None)"
+      " Tensor? ref_bias, Tensor targets, float scale, float? softcap, float ref_scale,"
+      " float? ref_softcap, float beta, Tensor(a!)? first, Tensor(b!)? second, Tensor? scales=None,"
+      " Tensor? ref_scales=None)"
       " -> (Tensor logp, Tensor ref_logp, Tensor kl, Tensor state)");
   m.def(
       "native_kl_combine(Tensor first, Tensor second, Tensor targets, int start,"
-      " Tensor kl, Tensor state, Tensor grad_logp, Tensor grad_kl, int direction, Tensor(a!) out)"
+      " Tensor kl, Tensor state, Tensor grad_logp, Tensor grad_kl, float beta, Tensor(a!) out)"
       " -> ()");
   // z, ref_z (M, V) float32 or float64 GEMMs, overwritten; first, second (M, V), which may be they,
   // are written with -dlogp/dz and dKL/dz; returns logp, ref_logp and KL (3, M)
   m.def(
       "native_kl_rows(Tensor(a!) z, Tensor(b!) ref_z, Tensor? bias, Tensor? ref_bias, Tensor targets,"
-      " float scale, float? softcap, int direction, Tensor(c!)? first, Tensor(d!)? second,"
-      " Tensor? scales=None) -> Tensor");
+      " float scale, float? softcap, float ref_scale, float? ref_softcap, float beta,"
+      " Tensor(c!)? first, Tensor(d!)? second, Tensor? scales=None, Tensor? ref_scales=None)"
+      " -> Tensor");
   // z (M, V) float32 or float64 GEMM, overwritten; dlogits (M, V), which may be z, is written with
   // dlogits / row_scale of loops.py
   m.def(

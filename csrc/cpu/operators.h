@@ -49,16 +49,17 @@ void stats_gradient_rows(
 std::tuple<Tensor, Tensor, Tensor, Tensor> kl_fused(
     const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& ref_x,
     const Tensor& ref_weight, const Maybe& ref_bias, const Tensor& targets, double scale,
-    std::optional<double> softcap, int64_t direction, const Maybe& first, const Maybe& second,
-    const Maybe& scales);
+    std::optional<double> softcap, double ref_scale, std::optional<double> ref_softcap, double beta,
+    const Maybe& first, const Maybe& second, const Maybe& scales, const Maybe& ref_scales);
 void kl_combine(
     const Tensor& first, const Tensor& second, const Tensor& targets, int64_t start,
     const Tensor& kl, const Tensor& state, const Tensor& grad_logp, const Tensor& grad_kl,
-    int64_t direction, Tensor out);
+    double beta, Tensor out);
 Tensor kl_rows(
     const Tensor& z, const Tensor& ref_z, const Maybe& bias, const Maybe& ref_bias,
-    const Tensor& targets, double scale, std::optional<double> softcap, int64_t direction,
-    const Maybe& first, const Maybe& second, const Maybe& scales);
+    const Tensor& targets, double scale, std::optional<double> softcap, double ref_scale,
+    std::optional<double> ref_softcap, double beta, const Maybe& first, const Maybe& second,
+    const Maybe& scales, const Maybe& ref_scales);
 void kl_combine_rows(
     const Tensor& first, const Tensor& second, const Tensor& grad_logp, const Tensor& grad_kl,
     Tensor out);

@@ -13,6 +13,7 @@
 
 #include <tuple>
 
+#include "divergence.h"
 #include "head_tiles.h"
 #include "operators.h"
 
@@ -20,7 +21,6 @@ namespace sepo {
 namespace {
 
 using VecHalf = at::vec::Vectorized<at::Half>;
-enum Direction : int64_t { REF_POLICY = 0, POLICY_REF = 1 };
 enum State : int64_t { AT_TARGET, LOG_A, LOG_B, SHIFT, INVERSE_CAP, NUM_STATE };
 constexpr float NOWHERE = -1e30f;       // a logit without weight, but finite: differences are taken
 constexpr float LARGEST_HALF = 60000.f;  // |d| beyond is e^-60000 all the same
@@ -146,16 +146,18 @@ Results run(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_fused(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const at::Tensor& ref_x, const at::Tensor& ref_weight, const std::optional<at::Tensor>& ref_bias,
-    const at::Tensor& targets, double scale, std::optional<double> softcap, int64_t direction,
-    const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& second,
-    const std::optional<at::Tensor>& scales) {
+    const at::Tensor& targets, double scale, std::optional<double> softcap, double ref_scale,
+    std::optional<double> ref_softcap, double beta, const std::optional<at::Tensor>& first,
+    const std::optional<at::Tensor>& second, const std::optional<at::Tensor>& scales,
+    const std::optional<at::Tensor>& ref_scales) {
   const at::Tensor at = targets.contiguous();
   const int64_t* target_ids = at.const_data_ptr<int64_t>();
   const Head a(x, weight, bias, scale, softcap, scales);
-  const Head b(ref_x, ref_weight, ref_bias, scale, softcap, scales);
+  const Head b(ref_x, ref_weight, ref_bias, ref_scale, ref_softcap, ref_scales);
+  const Direction direction = direction_of(beta);
   const Pair target{target_logits(a, target_ids), target_logits(b, target_ids)};
   Results results =
-      run(pack(a, b), target_ids, target, target, Direction(direction), first, second);
+      run(pack(a, b), target_ids, target, target, direction, first, second);
   if (!results.to_redo.empty()) {
     const at::Tensor index = as_index(results.to_redo, at), some_at = at.index_select(0, index);
     const int64_t* some_target_ids = some_at.const_data_ptr<int64_t>();
@@ -170,7 +172,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_fused(
     const Results redone = run(
         heads, some_target_ids,
         {target_logits(some_a, some_target_ids), target_logits(some_b, some_target_ids)},
-        {top[0], top[1]}, Direction(direction), some_first, some_second);
+        {top[0], top[1]}, direction, some_first, some_second);
     results.logp.index_copy_(0, index, redone.logp);
     results.ref_logp.index_copy_(0, index, redone.ref_logp);
     results.kl.index_copy_(0, index, redone.kl);
@@ -188,7 +190,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_fused(
 void kl_combine(
     const at::Tensor& first, const at::Tensor& second, const at::Tensor& targets, int64_t start,
     const at::Tensor& kl, const at::Tensor& state, const at::Tensor& grad_logp,
-    const at::Tensor& grad_kl, int64_t direction, at::Tensor out) {
+    const at::Tensor& grad_kl, double beta, at::Tensor out) {
+  const Direction direction = direction_of(beta);
   const int64_t M = out.size(0), columns = out.size(1), padded = ceil_div(M, 2 * LANES) * 2 * LANES;
   const at::Tensor rows = state.t().contiguous();  // (NUM_STATE, M)
   const auto lanes = [&](const at::Tensor& values) {

@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <tuple>
 
+#include "divergence.h"
 #include "head_rows.h"
 #include "operators.h"
 
 namespace sepo {
 namespace {
-
-enum Direction : int64_t { REF_POLICY = 0, POLICY_REF = 1 };
 
 template <typename T>
 struct Sums {
@@ -82,11 +81,12 @@ template <typename T, typename To>
 void do_rows(
     const at::Tensor& z, const at::Tensor& ref_z, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ref_bias, const at::Tensor& targets, double scale,
-    std::optional<double> softcap, Direction direction, const std::optional<at::Tensor>& first,
+    std::optional<double> softcap, double ref_scale, std::optional<double> ref_softcap,
+    Direction direction, const std::optional<at::Tensor>& first,
     const std::optional<at::Tensor>& second, const std::optional<at::Tensor>& scales,
-    at::Tensor& results) {
+    const std::optional<at::Tensor>& ref_scales, at::Tensor& results) {
   const Finish<T> finish(bias, scale, softcap, scales);
-  const Finish<T> ref_finish(ref_bias, scale, softcap, scales);
+  const Finish<T> ref_finish(ref_bias, ref_scale, ref_softcap, ref_scales);
   const int64_t M = z.size(0), V = z.size(1);
   T *logp = results.mutable_data_ptr<T>(), *ref_logp = logp + M, *kl = ref_logp + M;
   const int64_t* target = targets.const_data_ptr<int64_t>();
@@ -116,14 +116,15 @@ void do_rows(
 at::Tensor kl_rows(
     const at::Tensor& z, const at::Tensor& ref_z, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ref_bias, const at::Tensor& targets, double scale,
-    std::optional<double> softcap, int64_t direction, const std::optional<at::Tensor>& first,
-    const std::optional<at::Tensor>& second, const std::optional<at::Tensor>& scales) {
+    std::optional<double> softcap, double ref_scale, std::optional<double> ref_softcap, double beta,
+    const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& second,
+    const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& ref_scales) {
   const at::Tensor at = targets.contiguous();
   auto results = z.new_empty({3, z.size(0)});
   const auto to = first ? first->scalar_type() : z.scalar_type();
   const auto call = [&](auto kernel) {
-    kernel(z, ref_z, bias, ref_bias, at, scale, softcap, Direction(direction), first, second,
-           scales, results);
+    kernel(z, ref_z, bias, ref_bias, at, scale, softcap, ref_scale, ref_softcap, direction_of(beta),
+           first, second, scales, ref_scales, results);
   };
   if (z.scalar_type() == at::kDouble) {
     call(do_rows<double, double>);

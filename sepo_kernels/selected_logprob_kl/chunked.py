@@ -30,7 +30,9 @@ def forward(
     targets: Tensor,  # (chunk,)
     scale: Scale,
     softcap: float | None,
-    direction: str,
+    ref_scale: Scale,
+    ref_softcap: float | None,
+    beta: float,
     blocks: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written with -dlogp/da and dkl/da
     logits: tuple[Tensor, Tensor],  # (chunk, V) each, accumulator dtype, scratch; may be blocks
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 0)
@@ -40,12 +42,9 @@ def forward(
     logp, ref_logp, kl = (z.new_empty(targets.shape) for _ in range(3))
     for part in row_tiles(z):
         tiles = None if blocks is None else (blocks[0][part], blocks[1][part])
-        some = of_part(scale, part)
-        a, derivative = _cap(z[part], bias, some, softcap, blocks is not None)
-        b, _ = _cap(ref_z[part], ref_bias, some, softcap, False)
-        logp[part], ref_logp[part], kl[part] = _rows(
-            a, b, targets[part], direction, derivative, tiles
-        )
+        a, derivative = _cap(z[part], bias, of_part(scale, part), softcap, blocks is not None)
+        b, _ = _cap(ref_z[part], ref_bias, of_part(ref_scale, part), ref_softcap, False)
+        logp[part], ref_logp[part], kl[part] = _rows(a, b, targets[part], beta, derivative, tiles)
     return logp, ref_logp, kl, z.new_empty((z.shape[0], 0))
 
 
@@ -64,7 +63,7 @@ def combine(
     state: Tensor,  # (chunk, 0)
     grad_logp: Tensor,  # (chunk,)
     grad_kl: Tensor,  # (chunk,)
-    direction: str,
+    beta: float,
     out: Tensor,  # (chunk, columns), written
 ) -> None:
     negative, grad_kl = -grad_logp[:, None], grad_kl[:, None]
@@ -103,7 +102,7 @@ def _rows(
     a: Tensor,  # (tile, V) the policy's logits, overwritten
     b: Tensor,  # (tile, V) the reference's logits, overwritten
     targets: Tensor,  # (tile,)
-    direction: str,
+    beta: float,
     derivative: Tensor | None,  # (tile, V) the cap's derivative
     tiles: tuple[Tensor, Tensor] | None,  # (tile, V) each, written; may be a and b
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, each (tile,)
@@ -121,13 +120,13 @@ def _rows(
     difference = larger.copysign_(ratio).mul_(ratio.abs().neg_().expm1_())
     # the sum of p - q is zero: with it each term is positive, and an error that ratio has all
     # along the row, from the log-sum-exps, cancels
-    if direction == REF_POLICY:
+    if beta == REF_POLICY:
         kl = _weighted(q, ratio).add_(difference).sum(-1, keepdim=True)
     else:
         kl = _weighted(p, ratio).add_(difference).sum(-1, keepdim=True).neg_()
     if tiles is not None:
         first, second = tiles
-        grad = difference if direction == REF_POLICY else _weighted(p, ratio.add_(kl)).neg_()
+        grad = difference if beta == REF_POLICY else _weighted(p, ratio.add_(kl)).neg_()
         p.scatter_(-1, at, logp.expm1())
         if derivative is not None:
             p *= derivative

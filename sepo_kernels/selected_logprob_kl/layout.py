@@ -11,8 +11,10 @@ from sepo_kernels import waves
 from sepo_kernels.devices import accumulator, row_bytes
 from sepo_kernels.schedules import FROZEN_HEAD, NO_GRAD, SAVE, Layout, chunk_rows, even, saved_rows
 
-REF_POLICY, POLICY_REF = "ref||policy", "policy||ref"
-DIRECTIONS = (REF_POLICY, POLICY_REF)
+# the reference's weight beta in the mixture m = (1 - beta) p + beta q: KL(q || p) and KL(p || q) are
+# what a divergence from m becomes at its ends
+REF_POLICY, POLICY_REF = 0.0, 1.0
+DIRECTIONS = {"ref||policy": REF_POLICY, "policy||ref": POLICY_REF}
 # the gradient of the logits is computed and multiplied this many columns at a time: with fewer,
 # each GEMM reads all of X again for little work; with many more, the buffer leaves the cache. On a
 # GPU a tile of the vocabulary for each multiprocessor: dW is then in whole waves, for any D

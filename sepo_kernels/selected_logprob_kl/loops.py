@@ -41,14 +41,14 @@ class LogitKernels(NamedTuple):
 
     forward(x (chunk, D), weight (V, D), bias (V,) | None,
             ref_x (chunk, D_ref), ref_weight (V, D_ref), ref_bias (V,) | None,
-            targets (chunk,), scale, softcap, direction, blocks, logits)
+            targets (chunk,), scale, softcap, ref_scale, ref_softcap, beta, blocks, logits)
             -> logp, ref_logp, kl, each (chunk,), state (chunk, num_state), accumulator's dtype
         blocks: None, or (first, second), two (chunk, V) to be written: whatever combine needs
         logits: None if fused, else (z, ref_z), two (chunk, V) scratch in the accumulator's dtype;
         z is first, and ref_z second, where both are wanted and the dtypes agree
     recompute(... as forward ..., blocks, logits, logp, ref_logp, kl, state) -> None
         writes blocks a second time, given what forward returned
-    combine(first, second, targets, start, logp, kl, state, grad_logp, grad_kl, direction, out)
+    combine(first, second, targets, start, logp, kl, state, grad_logp, grad_kl, beta, out)
         -> None
         out (chunk, columns), input's dtype: written with dZ in columns [start, start + columns),
         given these columns of first and second, (chunk, columns) each; grad_* (chunk,) in the
@@ -106,14 +106,18 @@ def fwd(
     targets: Tensor,  # (M,) int64
     scale: Scale,
     softcap: float | None,
-    direction: str,
+    ref_scale: Scale | None,  # None: the policy's
+    ref_softcap: float | None,
+    beta: float,
     schedule: str,
     budget: int,  # bytes
     *,
     scales: Tensor | None = None,  # (M,) in the place of scale
+    ref_scales: Tensor | None = None,  # (M,) in the place of ref_scale
 ) -> tuple[Tensor, ...]:  # logp, ref_logp, kl, state, first, second: see outputs
     M, V = rows.shape[0], weight.shape[0]
     scale = scale if scales is None else scales
+    ref_scale = _of_reference(scale, ref_scale, ref_scales)
     layout = kernels.layout_of(hidden, weight)
     num_saved = schedules.saved_rows(M, layout, budget, schedule)
     results = outputs(kernels, hidden, weight, rows, schedule, num_saved)
@@ -132,8 +136,8 @@ def fwd(
         blocks, logits = buffers.of(part, saved)
         x, ref_x = hidden.index_select(0, rows[part]), ref_hidden.index_select(0, rows[part])
         values = kernels.forward(
-            x, weight, bias, ref_x, ref_weight, ref_bias, targets[part],
-            of_part(scale, part), softcap, direction, blocks, logits,
+            x, weight, bias, ref_x, ref_weight, ref_bias, targets[part], of_part(scale, part),
+            softcap, of_part(ref_scale, part), ref_softcap, beta, blocks, logits,
         )  # fmt: skip
         for whole, chunk in zip(statistics, values, strict=True):
             whole[part] = chunk
@@ -145,13 +149,13 @@ def fwd(
             for c in parts(0, V, columns):
                 dz = buffer[: part.stop - part.start, : c.stop - c.start]
                 for total, of_logp, of_kl in directions:
-                    _combine(kernels, blocks, row, c, of_logp, of_kl, direction, dz)
+                    _combine(kernels, blocks, row, c, of_logp, of_kl, beta, dz)
                     add_gemm(total, dz, weight[c])
             if layout.fused:
                 for total, of_logp, of_kl in directions:
                     entry = _dz_at_target(
-                        logp[part], ref_logp[part], kl[part], state[part], of_logp, of_kl,
-                        direction, softcap,
+                        logp[part], ref_logp[part], kl[part], state[part], of_logp, of_kl, beta,
+                        softcap,
                     )  # fmt: skip
                     total += weight.index_select(0, targets[part]) * entry
     return results
@@ -177,7 +181,9 @@ def bwd(
     second: Tensor,  # see outputs
     scale: Scale,
     softcap: float | None,
-    direction: str,
+    ref_scale: Scale | None,  # None: the policy's
+    ref_softcap: float | None,
+    beta: float,
     schedule: str,
     budget: int,  # bytes
     need_hidden: bool,
@@ -185,12 +191,14 @@ def bwd(
     need_bias: bool,
     *,
     scales: Tensor | None = None,  # (M,) in the place of scale
+    ref_scales: Tensor | None = None,  # (M,) in the place of ref_scale
 ) -> tuple[
     Tensor, Tensor, Tensor
 ]:  # (N, D), (V, D), (V,), in their input's dtype; (0,) if unneeded
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
     M, V = rows.shape[0], weight.shape[0]
     scale = scale if scales is None else scales
+    ref_scale = _of_reference(scale, ref_scale, ref_scales)
     # dZ / scale would round X once more in dW; so dZ has the scale, and db is freed of it
     grad_logp, grad_kl = grad_logp.to(acc) * scale, grad_kl.to(acc) * scale
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=acc)
@@ -226,7 +234,8 @@ def bwd(
             assert ref_hidden is not None
             kernels.recompute(
                 x, weight, bias, ref_hidden.index_select(0, rows[part]), ref_weight, ref_bias,
-                targets[part], of_part(scale, part), softcap, direction, blocks, logits,
+                targets[part], of_part(scale, part), softcap, of_part(ref_scale, part), ref_softcap,
+                beta, blocks, logits,
                 logp[part], ref_logp[part], kl[part], state[part],
             )  # fmt: skip
         assert buffer is not None
@@ -236,7 +245,7 @@ def bwd(
         narrow = to_bias.to(dtype)
         for c in parts(0, V, gradient.columns):
             dz = buffer[: part.stop - part.start, : c.stop - c.start]
-            _combine(kernels, blocks, row, c, grad_logp[part], grad_kl[part], direction, dz)
+            _combine(kernels, blocks, row, c, grad_logp[part], grad_kl[part], beta, dz)
             if need_hidden:
                 add_gemm(dx, dz, weight[c])
             if need_weight and part.start == 0:
@@ -248,7 +257,7 @@ def bwd(
         if layout.fused:
             entry = _dz_at_target(
                 logp[part], ref_logp[part], kl[part], state[part], grad_logp[part], grad_kl[part],
-                direction, softcap,
+                beta, softcap,
             )  # fmt: skip
             if need_hidden:
                 dx += weight.index_select(0, targets[part]) * entry
@@ -323,6 +332,13 @@ class _Buffers:
         return buffer[:rows]
 
 
+def _of_reference(scale: Scale, ref_scale: Scale | None, ref_scales: Tensor | None) -> Scale:
+    """Return the reference's scale: its own, or else the policy's."""
+    if ref_scales is not None:
+        return ref_scales
+    return scale if ref_scale is None else ref_scale
+
+
 def _dz_at_target(
     logp: Tensor,  # (chunk,)
     ref_logp: Tensor,  # (chunk,)
@@ -330,12 +346,12 @@ def _dz_at_target(
     state: Tensor,  # (chunk, num_state), of which the first is the target's logit
     grad_logp: Tensor,  # (chunk,)
     grad_kl: Tensor,  # (chunk,)
-    direction: str,
+    beta: float,
     softcap: float | None,
 ) -> Tensor:  # (chunk, 1)
     """Return dZ at each row's own target."""
     ratio = ref_logp - logp
-    if direction == REF_POLICY:  # p - q, from the larger of both
+    if beta == REF_POLICY:  # p - q, from the larger of both
         larger = torch.maximum(logp, ref_logp).exp()
         dkl = torch.copysign(larger, ratio) * ratio.abs().neg().expm1()
     else:
@@ -353,13 +369,12 @@ def _combine(
     c: slice,  # columns
     grad_logp: Tensor,  # (chunk,)
     grad_kl: Tensor,  # (chunk,)
-    direction: str,
+    beta: float,
     dz: Tensor,  # (chunk, columns), written
 ) -> None:
     assert blocks is not None
     first, second = blocks
     targets, logp, kl, state = row
     kernels.combine(
-        first[:, c], second[:, c], targets, c.start, logp, kl, state, grad_logp, grad_kl, direction,
-        dz,
+        first[:, c], second[:, c], targets, c.start, logp, kl, state, grad_logp, grad_kl, beta, dz,
     )  # fmt: skip

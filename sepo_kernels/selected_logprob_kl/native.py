@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sepo_kernels import extension, gemm
 from sepo_kernels.scales import Scale, scale_arguments
-from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
 NUM_STATE = 5  # as csrc/cpu/selected_logprob_kl_fused.cpp has it
@@ -29,23 +28,22 @@ def forward(
     targets: Tensor,  # (chunk,)
     scale: Scale,
     softcap: float | None,
-    direction: str,
+    ref_scale: Scale,
+    ref_softcap: float | None,
+    beta: float,
     blocks: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written: see csrc for what they hold
     logits: tuple[Tensor, Tensor] | None,  # (chunk, V) each, scratch; may be blocks; None if fused
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 5)
-    toward, (one, each) = DIRECTIONS.index(direction), scale_arguments(scale)
-    first, second = blocks or (None, None)
+    (one, each), (ref_one, ref_each) = scale_arguments(scale), scale_arguments(ref_scale)
+    settings = one, softcap, ref_one, ref_softcap, beta, *(blocks or (None, None)), each, ref_each
     if logits is None:
         return torch.ops.sepo.native_kl_fused(
-            x, weight, bias, ref_x, ref_weight, ref_bias, targets, one, softcap, toward, first,
-            second, each,
-        )  # fmt: skip
+            x, weight, bias, ref_x, ref_weight, ref_bias, targets, *settings
+        )
     z, ref_z = logits
     gemm.logits(z, x, weight)
     gemm.logits(ref_z, ref_x, ref_weight)
-    logp, ref_logp, kl = torch.ops.sepo.native_kl_rows(
-        z, ref_z, bias, ref_bias, targets, one, softcap, toward, first, second, each
-    )
+    logp, ref_logp, kl = torch.ops.sepo.native_kl_rows(z, ref_z, bias, ref_bias, targets, *settings)
     return logp, ref_logp, kl, z.new_zeros((z.shape[0], NUM_STATE))
 
 
@@ -64,14 +62,13 @@ def combine(
     state: Tensor,  # (chunk, 5)
     grad_logp: Tensor,  # (chunk,)
     grad_kl: Tensor,  # (chunk,)
-    direction: str,
+    beta: float,
     out: Tensor,  # (chunk, columns), written
 ) -> None:
     if fused(out.dtype):
         torch.ops.sepo.native_kl_combine(
-            first, second, targets, start, kl, state, grad_logp, grad_kl,
-            DIRECTIONS.index(direction), out,
-        )  # fmt: skip
+            first, second, targets, start, kl, state, grad_logp, grad_kl, beta, out
+        )
     else:
         torch.ops.sepo.native_kl_combine_rows(first, second, grad_logp, grad_kl, out)
 

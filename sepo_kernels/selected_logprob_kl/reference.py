@@ -23,12 +23,16 @@ def selected_logprob_kl(
     direction: str = "ref||policy",  # or "policy||ref"
     bias: Tensor | None = None,  # (V,)
     ref_bias: Tensor | None = None,  # (V,), no gradient
-    scale: Scale = 1.0,  # of both heads: a number, or (M,), one a row
-    softcap: float | None = None,  # of both heads
+    scale: Scale = 1.0,  # a number, or (M,), one a row
+    softcap: float | None = None,
+    ref_scale: Scale | None = None,  # None: the policy's
+    ref_softcap: float | None = None,  # None: the policy's; inf: none
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, each (M,) float32 or float64
     log_p = _log_softmax(hidden, weight, bias, rows, scale, softcap)
+    ref_scale = scale if ref_scale is None else ref_scale
+    ref_softcap = softcap if ref_softcap is None else ref_softcap
     with torch.no_grad():
-        log_q = _log_softmax(ref_hidden, ref_weight, ref_bias, rows, scale, softcap)
+        log_q = _log_softmax(ref_hidden, ref_weight, ref_bias, rows, ref_scale, ref_softcap)
     kl = _divergence(log_q, log_p) if direction == "ref||policy" else _divergence(log_p, log_q)
     at = targets[:, None]
     return log_p.gather(-1, at)[:, 0], log_q.gather(-1, at)[:, 0], kl
@@ -52,6 +56,6 @@ def _log_softmax(
     logits = hidden[rows] @ weight.T * as_column(scale)
     if bias is not None:
         logits = logits + bias
-    if softcap is not None:
+    if softcap is not None and softcap != torch.inf:
         logits = softcap * torch.tanh(logits / softcap)
     return logits.to(accumulator(logits.dtype)).log_softmax(-1)

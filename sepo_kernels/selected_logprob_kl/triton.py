@@ -10,6 +10,8 @@ from sepo_kernels.selected_logprob_kl.layout import POLICY_REF
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
 NUM_STATE = 5  # as kl_row has it
+# of a head without a soft cap beside one that has it: c tanh(z / c) is z there, up to its rounding
+NO_CAP = 1e10
 
 
 def why_not(hidden: Tensor, *_: Tensor) -> str | None:
@@ -26,7 +28,9 @@ def forward(
     targets: Tensor,  # (chunk,)
     scale: Scale,
     softcap: float | None,
-    direction: str,
+    ref_scale: Scale,
+    ref_softcap: float | None,
+    beta: float,
     blocks: tuple[Tensor, Tensor] | None,  # two (chunk, V), written
     logits: tuple[Tensor, Tensor],  # two (chunk, V) float32, scratch; may be the blocks
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 5)
@@ -48,13 +52,13 @@ def forward(
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         targets, logp, ref_logp, kl, state, first, second,
         z.stride(0), ref_z.stride(0), *strides, V,
-        int(bias is not None), int(ref_bias is not None),
-        *triton_rows.scale_arguments(scale, z), softcap or 0.0,
-        CAPPED=softcap is not None, POLICY_FIRST=_policy_first(direction), WRITE_BLOCKS=at_once,
+        int(bias is not None), int(ref_bias is not None), *_settings(scale, softcap, z),
+        *_settings(ref_scale, ref_softcap, z), CAPPED=_capped(softcap, ref_softcap),
+        POLICY_FIRST=beta == POLICY_REF, WRITE_BLOCKS=at_once,
     )  # fmt: skip
     if blocks is not None and not at_once:
         _write_dlogits(
-            blocks, logits, bias, ref_bias, targets, scale, softcap, direction,
+            blocks, logits, bias, ref_bias, targets, scale, softcap, ref_scale, ref_softcap, beta,
             logp, kl, state,
         )  # fmt: skip
     return logp, ref_logp, kl, state
@@ -70,7 +74,9 @@ def recompute(
     targets: Tensor,  # (chunk,)
     scale: Scale,
     softcap: float | None,
-    direction: str,
+    ref_scale: Scale,
+    ref_softcap: float | None,
+    beta: float,
     blocks: tuple[Tensor, Tensor],  # two (chunk, V), written
     logits: tuple[Tensor, Tensor],  # two (chunk, V) float32, scratch; may be the blocks
     logp: Tensor,  # (chunk,)
@@ -81,11 +87,11 @@ def recompute(
     gemm.logits(logits[0], x, weight)
     gemm.logits(logits[1], ref_x, ref_weight)
     if one_pass(blocks[0].dtype):
-        _write_ratios(blocks, logits, bias, ref_bias, scale, softcap, state)
+        _write_ratios(blocks, logits, bias, ref_bias, scale, softcap, ref_scale, ref_softcap, state)
     else:
         _write_dlogits(
-            blocks, logits, bias, ref_bias, targets.contiguous(), scale, softcap,
-            direction, logp, kl, state,
+            blocks, logits, bias, ref_bias, targets.contiguous(), scale, softcap, ref_scale,
+            ref_softcap, beta, logp, kl, state,
         )  # fmt: skip
 
 
@@ -99,7 +105,7 @@ def combine(
     state: Tensor,  # (M, 5)
     grad_logp: Tensor,  # (M,) float32
     grad_kl: Tensor,  # (M,) float32
-    direction: str,
+    beta: float,
     out: Tensor,  # (M, columns), written: dZ
 ) -> None:
     from sepo_kernels import triton_kl, triton_kl_dlogits, triton_rows
@@ -113,7 +119,7 @@ def combine(
         triton_rows.launch(
             triton_kl.kl_combine_ratios, rows, columns,
             first, second, targets.contiguous(), logp.contiguous(), kl.contiguous(), state,
-            *grads, out, *strides, start, columns, POLICY_FIRST=_policy_first(direction),
+            *grads, out, *strides, start, columns, POLICY_FIRST=beta == POLICY_REF,
         )  # fmt: skip
     else:
         triton_rows.launch(
@@ -129,6 +135,8 @@ def _write_ratios(
     ref_bias: Tensor | None,  # (V,)
     scale: Scale,
     softcap: float | None,
+    ref_scale: Scale,
+    ref_softcap: float | None,
     state: Tensor,  # (chunk, 5)
 ) -> None:
     from sepo_kernels import triton_kl, triton_rows
@@ -142,9 +150,8 @@ def _write_ratios(
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         state, first, second,
         z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
-        int(bias is not None), int(ref_bias is not None),
-        *triton_rows.scale_arguments(scale, z), softcap or 0.0,
-        CAPPED=softcap is not None,
+        int(bias is not None), int(ref_bias is not None), *_settings(scale, softcap, z),
+        *_settings(ref_scale, ref_softcap, z), CAPPED=_capped(softcap, ref_softcap),
     )  # fmt: skip
 
 
@@ -156,7 +163,9 @@ def _write_dlogits(
     targets: Tensor,  # (chunk,) contiguous
     scale: Scale,
     softcap: float | None,
-    direction: str,
+    ref_scale: Scale,
+    ref_softcap: float | None,
+    beta: float,
     logp: Tensor,  # (chunk,)
     kl: Tensor,  # (chunk,)
     state: Tensor,  # (chunk, 5)
@@ -172,14 +181,23 @@ def _write_dlogits(
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         targets, logp, kl, state, first, second,
         z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
-        int(bias is not None), int(ref_bias is not None),
-        *triton_rows.scale_arguments(scale, z), softcap or 0.0,
-        CAPPED=softcap is not None, POLICY_FIRST=_policy_first(direction),
+        int(bias is not None), int(ref_bias is not None), *_settings(scale, softcap, z),
+        *_settings(ref_scale, ref_softcap, z), CAPPED=_capped(softcap, ref_softcap),
+        POLICY_FIRST=beta == POLICY_REF,
     )  # fmt: skip
 
 
-def _policy_first(direction: str) -> bool:
-    return direction == POLICY_REF
+def _settings(
+    scale: Scale, softcap: float | None, logits: Tensor
+) -> tuple[Tensor, int, float, float]:  # (chunk,), has_scales, scale, softcap
+    """Return a head's scale and soft cap as the kernels take them, which cap both heads or none."""
+    from sepo_kernels import triton_rows
+
+    return *triton_rows.scale_arguments(scale, logits), NO_CAP if softcap is None else softcap
+
+
+def _capped(*softcaps: float | None) -> bool:
+    return any(softcap is not None for softcap in softcaps)
 
 
 def _second_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -28,6 +28,9 @@ VARIANTS = {
     "scaled": dict(bias=False, scale=0.25),
     "capped": dict(bias=False, softcap=5.0),
     "all": dict(bias=True, scale=0.7, softcap=3.0),
+    "own": dict(bias=True, scale=0.7, softcap=3.0, ref_scale=0.5, ref_softcap=4.0),
+    "reference capped": dict(bias=False, ref_softcap=2.0),
+    "policy capped": dict(bias=False, softcap=4.0, ref_scale=0.5, ref_softcap=torch.inf),
 }
 # what selected_logprob_kl is to take, and the leaves that lead there
 SCHEDULES = {

@@ -9,6 +9,7 @@ from sepo import ops
 from sepo.ops._checks import as_int32
 from sepo_kernels.selected_logprob import IMPLS
 from sepo_kernels.selected_logprob_kl import IMPLS as TWO_HEADS
+from sepo_kernels.selected_logprob_kl.layout import POLICY_REF
 
 BIG = 2**32 + 1  # 1, if its upper half were lost
 
@@ -70,7 +71,7 @@ def test_operators_take_both(impl):
 
     i = kl_cases.make_inputs(8, 5, 16, 12, 31, bias=True)
     heads = (*i[:6], i.rows.long(), i.targets)
-    settings = (0.5, 4.0, "policy||ref", "recompute", 2 * 31 * 14)
+    settings = (0.5, 4.0, 2.0, None, POLICY_REF, "recompute", 2 * 31 * 14)
     fwd, bwd = torch.ops.sepo.selected_logprob_kl_fwd, torch.ops.sepo.selected_logprob_kl_bwd
     torch.library.opcheck(fwd.default, (*heads, *settings, impl))
     found = fwd(*heads, *settings, impl)

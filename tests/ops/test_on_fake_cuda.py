@@ -11,6 +11,7 @@ import torch
 
 import sepo.ops as ops
 from bench.operations import head, kl
+from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS
 
 pytest.importorskip("triton")
 
@@ -52,7 +53,8 @@ def call_of(case, told: list, **options):
         ref = new(case.N, case.D), new(case.V, case.D)
         kind["direction"] = case.direction
         told.append(ops.explain_selected_logprob_kl(*learnt, *ref, rows, targets, **kind))
-        settings = 1.0, None, case.direction, told[-1].schedule, told[-1].budget
+        beta = DIRECTIONS[case.direction]
+        settings = 1.0, None, 1.0, None, beta, told[-1].schedule, told[-1].budget
         args = hidden, weight, None, *ref, None, rows, targets
         found = operators.selected_logprob_kl_fwd(*args, *settings, "triton")
         operators.selected_logprob_kl_bwd(up, up, *args, *found, *settings, *need, "triton")

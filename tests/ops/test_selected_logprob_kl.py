@@ -98,6 +98,8 @@ def test_any_shape_and_setting(data):
         direction=draw(st.sampled_from(DIRECTIONS)),
         scale=draw(st.sampled_from([1.0, -0.5, 3.0])),
         softcap=draw(st.sampled_from([None, 0.5, 30.0])),
+        ref_scale=draw(st.sampled_from([None, 0.25, 2.0])),
+        ref_softcap=draw(st.sampled_from([None, 1.0, torch.inf])),
     )
     rows = draw(st.integers(1, 10))
     budget = rows * TwoHeadLayout(shape[-1], torch.float64, torch.float64, False).row_bytes(True)
@@ -129,7 +131,8 @@ def test_gradcheck(impl, direction, rows):
     for x in i[:3]:
         x.requires_grad_()
     budget = rows and rows * 11 * 8 * 3
-    options = dict(direction=direction, scale=0.8, softcap=2.5, budget=budget, impl=impl)
+    options = dict(direction=direction, scale=0.8, softcap=2.5, ref_scale=1.5, ref_softcap=4.0)
+    options |= dict(budget=budget, impl=impl)
     names = ("hidden", "weight", "bias")
     op = lambda *leaves: i._replace(**dict(zip(names, leaves, strict=True))).call(
         selected_logprob_kl, **options

@@ -7,6 +7,7 @@ from ops.kl_cases import DIRECTIONS, SCHEDULES, budget_for, make_inputs, run
 
 from sepo.ops import explain_selected_logprob_kl, selected_logprob_kl
 from sepo_kernels.selected_logprob_kl import IMPLS
+from sepo_kernels.selected_logprob_kl.layout import POLICY_REF
 
 FWD = torch.ops.sepo.selected_logprob_kl_fwd.default
 BWD = torch.ops.sepo.selected_logprob_kl_bwd.default
@@ -20,7 +21,7 @@ impl = implementations.fixture(IMPLS)
 def test_operator_registration(impl, schedule, dtype):
     i = make_inputs(8, 5, 16, 12, 31, bias=True, dtype=dtype)
     heads, indices = i[:6], (i.rows, i.targets)
-    settings = (0.5, 4.0, "policy||ref", schedule, 2 * 31 * 14)
+    settings = (0.5, 4.0, 2.0, None, POLICY_REF, schedule, 2 * 31 * 14)
     torch.library.opcheck(FWD, (*heads, *indices, *settings, impl))
     if schedule != "no_grad":
         found = FWD(*heads, *indices, *settings, impl)
@@ -180,8 +181,15 @@ REFUSALS = {
         "int64 targets, got torch.int32 and torch.int32",
     ),
     "device": (dict(ref_weight=torch.zeros(16, 6, device="meta")), "one device, got meta and cpu"),
-    "softcap": (dict(softcap=0.0), "softcap > 0 or None, got 0.0"),
+    "softcap": (dict(softcap=0.0), "expected softcap > 0 or None, got 0.0"),
+    "reference's softcap": (dict(ref_softcap=-1.0), "expected ref_softcap > 0 or None, got -1.0"),
     "scale": (dict(scale=0.0), "a scale other than 0, got 0.0"),
+    "reference's scale": (dict(ref_scale=0.0), "a ref_scale above 0 or None, got 0.0"),
+    "reference's negative scale": (dict(ref_scale=-0.5), "a ref_scale above 0 or None, got -0.5"),
+    "reference's infinite scale": (
+        dict(ref_scale=torch.inf),
+        "a ref_scale above 0 or None, got inf",
+    ),
     "direction": (
         dict(direction="policy|ref"),
         r'direction "ref\|\|policy" or "policy\|\|ref", got "policy\|ref"',

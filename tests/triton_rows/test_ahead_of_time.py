@@ -21,6 +21,7 @@ from sepo_kernels import triton_rows  # noqa: E402
 from sepo_kernels.configs import CONFIGS, bytes_moved  # noqa: E402
 from sepo_kernels.selected_logprob import triton as logprob  # noqa: E402
 from sepo_kernels.selected_logprob_kl import triton as kl  # noqa: E402
+from sepo_kernels.selected_logprob_kl.layout import POLICY_REF, REF_POLICY  # noqa: E402
 
 # bytes of shared memory that one program may have
 TARGETS = {
@@ -70,13 +71,13 @@ def drive(dtype, V, stride, start, softcap):
     logprob.forward(*head, targets, 1.0, softcap, None, z)
     logprob.forward(*head, targets, 1.0, softcap, first, z)
     logprob.recompute(*head, targets, 1.0, softcap, first, z, row, row)
-    for direction in ("policy||ref", "ref||policy"):
-        two = *head, *head, targets, 1.0, softcap, direction
+    for beta in (POLICY_REF, REF_POLICY):
+        two = *head, *head, targets, 1.0, softcap, 1.0, softcap, beta
         kl.forward(*two, None, (z, ref_z))
         kl.forward(*two, (first, second), (z, ref_z))
         state = new(kl.NUM_STATE, dtype=torch.float32)
         kl.recompute(*two, (first, second), (z, ref_z), row, row, row, state)
-        kl.combine(first, second, targets, 0, row, row, state, row, row, direction, out)
+        kl.combine(first, second, targets, 0, row, row, state, row, row, beta, out)
 
 
 def describe(param, arg) -> tuple[str, bool]:
@@ -128,12 +129,12 @@ def test_bytes_moved_are_those_of_the_launches(monkeypatch, dtype):
     assert_moves("forward", 1, logprob.forward, *one, None, logits[0])
     assert_moves("dlogits", 1, logprob.forward, *one, blocks[0], logits[0])
     assert_moves("recompute", 1, logprob.recompute, *one, blocks[0], logits[0], row, row)
-    two = *head, *head, targets, 1.0, None, "policy||ref"
+    two = *head, *head, targets, 1.0, None, 1.0, None, POLICY_REF
     assert_moves("forward", 2, kl.forward, *two, None, logits)
     assert_moves("dlogits", 2, kl.forward, *two, blocks, logits)
     state = torch.zeros(4, kl.NUM_STATE)
     assert_moves("recompute", 2, kl.recompute, *two, blocks, logits, row, row, row, state)
-    rest = targets, 0, row, row, state, row, row, "policy||ref", torch.zeros(4, 31, dtype=dtype)
+    rest = targets, 0, row, row, state, row, row, POLICY_REF, torch.zeros(4, 31, dtype=dtype)
     assert_moves("combine", 2, kl.combine, *blocks, *rest)
 
 

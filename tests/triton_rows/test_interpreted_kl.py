@@ -18,6 +18,7 @@ from sepo.ops import selected_logprob, selected_logprob_kl
 from sepo_kernels import triton_kl_dlogits, triton_rows
 from sepo_kernels.configs import CONFIGS
 from sepo_kernels.selected_logprob_kl import reference, triton
+from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS as DIVERGENCES
 from sepo_kernels.selected_logprob_kl.layout import MAX_COLUMNS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -143,7 +144,7 @@ def test_kl_near_the_reference_has_digits_for_unlikely_targets(tile, direction):
     x = torch.eye(32)
     kl = triton.forward(
         x, logits.T.contiguous(), None, x, near.T.contiguous(), None, torch.full((32,), 7), 1.0,
-        None, direction, None, (torch.empty(32, 101), torch.empty(32, 101)),
+        None, 1.0, None, DIVERGENCES[direction], None, (torch.empty(32, 101), torch.empty(32, 101)),
     )[2]  # fmt: skip
     assert (kl.double() - truth).abs().mean() < 2e-7
 

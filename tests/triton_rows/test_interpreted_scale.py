@@ -34,3 +34,21 @@ def test_as_accurate_as_plain_pytorch(tile, head, schedule, dtype):
     plain = head.run(head.reference, inputs, schedule, dtype, scale=scale)
     for name, value in truth.items():
         assert_as_accurate(ours[name], plain[name], value, what=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("schedule", ["save", "recompute"])
+def test_the_reference_has_its_own(tile, schedule, dtype):
+    """Beside the policy's one number, and beside the policy's of every row; capped, or one of both."""
+    tile(32)
+    inputs, each = Two.inputs(dtype, FEW), spread(dtype)[:FEW]
+    own = dict(budget=Two.budget(schedule, dtype, "triton"), impl="triton")
+    double = lambda x: x.double() if isinstance(x, torch.Tensor) else x
+    for scale, caps in ((0.8, {}), (each.flip(0), dict(softcap=3.0, ref_softcap=torch.inf))):
+        options = dict(scale=scale, ref_scale=each, **caps)
+        exact = {name: double(x) for name, x in options.items()}
+        ours = Two.run(Two.fn, inputs, schedule, dtype, **options, **own)
+        truth = Two.run(Two.reference, inputs, schedule, torch.float64, **exact)
+        plain = Two.run(Two.reference, inputs, schedule, dtype, **options)
+        for name, value in truth.items():
+            assert_as_accurate(ours[name], plain[name], value, what=name)

@@ -190,6 +190,11 @@ def kl_truth(z, ref_z, bias, ref_bias, targets, options, direction):
     return logp, ref_logp, kl, first, second * derivative, ratio, torch.maximum(p, q)
 
 
+def settings(options, logits: Tensor) -> tuple:
+    """Scale and soft cap of both heads, as the kernels take them."""
+    return (*scale_arguments(options["scale"], logits), options["softcap"] or 0.0) * 2
+
+
 def kl_row(z, ref_z, bias, ref_bias, targets, options, direction, kept=None):
     logp, ref_logp, kl = torch.full((3, 8), torch.nan)
     state = torch.full((8, 5), torch.nan)
@@ -202,8 +207,7 @@ def kl_row(z, ref_z, bias, ref_bias, targets, options, direction, kept=None):
         triton_kl.kl_row, 8, None,
         z, ref_z, b, ref_b, targets, logp, ref_logp, kl, state, first, second, z.stride(0),
         ref_z.stride(0), first.stride(0), second.stride(0), z.shape[1], has_bias, has_ref_bias,
-        *scale_arguments(options["scale"], z), options["softcap"] or 0.0,
-        CAPPED=options["softcap"] is not None,
+        *settings(options, z), CAPPED=options["softcap"] is not None,
         POLICY_FIRST=direction == "policy||ref", WRITE_BLOCKS=kept is not None,
     )  # fmt: skip
     return logp, ref_logp, kl, state
@@ -246,8 +250,8 @@ def test_kl_in_one_pass(V, name, direction):
     launch(
         triton_kl.kl_ratios, 8, V,
         z, ref_z, b, ref_b, state, *repeated, z.stride(0), ref_z.stride(0), repeated[0].stride(0),
-        repeated[1].stride(0), V, has_bias, has_ref_bias, *scale_arguments(options["scale"], z),
-        options["softcap"] or 0.0, CAPPED=options["softcap"] is not None,
+        repeated[1].stride(0), V, has_bias, has_ref_bias, *settings(options, z),
+        CAPPED=options["softcap"] is not None,
     )  # fmt: skip
     for before, after in zip(kept, repeated, strict=True):
         assert torch.equal(before, after)
@@ -292,10 +296,8 @@ def test_kl_in_two_passes(V, name, direction, dtype):
     launch(
         triton_kl_dlogits.kl_dlogits, 8, V,
         z, ref_z, b, ref_b, targets, logp, kl, state, *to, z.stride(0), ref_z.stride(0),
-        to[0].stride(0), to[1].stride(0), V, has_bias, has_ref_bias,
-        *scale_arguments(options["scale"], z),
-        options["softcap"] or 0.0, CAPPED=options["softcap"] is not None,
-        POLICY_FIRST=direction == "policy||ref",
+        to[0].stride(0), to[1].stride(0), V, has_bias, has_ref_bias, *settings(options, z),
+        CAPPED=options["softcap"] is not None, POLICY_FIRST=direction == "policy||ref",
     )  # fmt: skip
     rtol, least = (2e-5, 1e-12) if dtype == torch.float32 else (2**-10, 2**-23)
     torch.testing.assert_close(

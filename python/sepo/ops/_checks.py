@@ -76,27 +76,31 @@ def check_one_device(hidden: Tensor, *others: Tensor | None) -> None:
             )
 
 
-def check_softcap(softcap: float | None) -> None:
+def check_softcap(
+    softcap: float | None,
+    prefix: str = "",  # of the argument's name
+) -> None:
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"expected softcap > 0 or None, got {softcap}")
+        raise ValueError(f"expected {prefix}softcap > 0 or None, got {softcap}")
 
 
 def check_scale(
     scale: Scale,  # a number, or (M,)
     rows: Tensor,  # (M,)
     hidden: Tensor,  # (N, D)
+    prefix: str = "",  # of the argument's name
 ) -> None:
     if not isinstance(scale, Tensor):
         return
     dtype = accumulator(hidden.dtype)
     if scale.shape != rows.shape or scale.dtype != dtype:
         raise ValueError(
-            f"expected scale a number, or ({rows.shape[0]},) {dtype}, "
+            f"expected {prefix}scale a number, or ({rows.shape[0]},) {dtype}, "
             f"got {tuple(scale.shape)} {scale.dtype}"
         )
     check_one_device(hidden, scale)
     if torch.is_grad_enabled() and scale.requires_grad:
-        raise ValueError("expected scale without a gradient, got one that requires it")
+        raise ValueError(f"expected {prefix}scale without a gradient, got one that requires it")
 
 
 def check_reverse_mode(operation: str, *inputs: Tensor | None) -> None:
@@ -126,13 +130,16 @@ def check_index_values(
             raise ValueError(f"expected 0 <= {name} < {size}, got {wrong}")
 
 
-def check_scale_values(scales: Tensor | None) -> None:  # (M,), one a row
+def check_scale_values(
+    scales: Tensor | None,  # (M,), one a row
+    prefix: str = "",  # of the argument's name
+) -> None:
     """Raise ValueError for a scale that is not positive, if it is on the CPU; else do nothing."""
     if scales is None or scales.device.type != "cpu" or scales.shape[0] == 0:
         return
     low = float(scales.amin())  # NaN if there is one
     if not low > 0:
-        raise ValueError(f"expected scale > 0 in every row, got {low}")
+        raise ValueError(f"expected {prefix}scale > 0 in every row, got {low}")
 
 
 def as_int32(rows: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def _targets_bwd_flops(
 @register_flop_formula(torch.ops.sepo.selected_logprob_kl_fwd)
 def _kl_fwd_flops(
     hidden: Shape, weight: Shape, bias: Shape, ref_hidden: Shape, ref_weight: Shape,
-    ref_bias: Shape, rows: Shape, targets: Shape, scale: float, softcap: float, direction: str,
-    schedule: str, *_: Any, **__: Any,
+    ref_bias: Shape, rows: Shape, targets: Shape, scale: float, softcap: float, ref_scale: float,
+    ref_softcap: float, beta: float, schedule: str, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     (M,) = rows
     return _flops([weight, ref_weight], [M * gemms for gemms in TwoHeadLayout.fwd_gemms(schedule)])
@@ -70,7 +70,8 @@ def _kl_bwd_flops(
     grad_logp: Shape, grad_kl: Shape, hidden: Shape, weight: Shape, bias: Shape, ref_hidden: Shape,
     ref_weight: Shape, ref_bias: Shape, rows: Shape, targets: Shape, logp: Shape, ref_logp: Shape,
     kl: Shape, state: Shape, first: Shape, second: Shape, scale: float, softcap: float,
-    direction: str, schedule: str, budget: int, need_hidden: bool, need_weight: bool,
+    ref_scale: float, ref_softcap: float, beta: float, schedule: str, budget: int,
+    need_hidden: bool, need_weight: bool,
     *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     (M,), num_saved = rows, _num_saved(first, schedule)

@@ -3,6 +3,7 @@
 Reading order: the public functions, their checks, the autograd Function, the operator boundary.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -60,8 +61,10 @@ def selected_logprob_kl(
     direction: str = "ref||policy",  # or "policy||ref"
     bias: Tensor | None = None,  # (V,), same dtype as hidden
     ref_bias: Tensor | None = None,  # (V,), same dtype as hidden
-    scale: Scale = 1.0,  # multiplies both heads' logits before the bias: a number, or (M,)
-    softcap: float | None = None,  # of both heads: logits = softcap * tanh(logits / softcap)
+    scale: Scale = 1.0,  # multiplies the logits before the bias: a number, or (M,), one a row
+    softcap: float | None = None,  # logits = softcap * tanh(logits / softcap)
+    ref_scale: Scale | None = None,  # the reference head's own; None: the policy's
+    ref_softcap: float | None = None,  # the reference head's own; None: the policy's; inf: none
     budget: int | None = None,  # bytes of logits or probabilities alive at once; None: by device
     impl: str = "auto",
 ) -> LogprobKL:  # logp, ref_logp, kl, each (M,) float32 nats, or float64
@@ -83,9 +86,12 @@ def selected_logprob_kl(
         direction: "ref||policy" or "policy||ref".
         bias: (V,) of the policy's head, in the dtype of hidden.
         ref_bias: (V,) of the reference's head, in the dtype of hidden.
-        scale: multiplies both heads' logits before the bias: a number other than 0, or (M,), one a
-            row, as for `selected_logprob`.
-        softcap: of both heads: logits = softcap * tanh(logits / softcap); None: not.
+        scale: multiplies the logits before the bias: a number other than 0, or (M,), one a row, as
+            for `selected_logprob`.
+        softcap: logits = softcap * tanh(logits / softcap); None: not.
+        ref_scale: of the reference's head: a number above 0, or (M,); None: the policy's.
+        ref_softcap: of the reference's head; None: the policy's; math.inf: none, whatever the
+            policy has.
         budget: bytes of logits or probabilities alive at once; None: by device.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
 
@@ -94,26 +100,30 @@ def selected_logprob_kl(
 
     Raises:
         ValueError: for shapes, strides, dtypes or devices that do not fit, an unknown direction, a
-            scale of 0, indices on the CPU out of range, a budget that holds not even one row or is
-            more than the GPU's memory, and an `impl` that is unknown or cannot run.
+            scale of 0, a ref_scale of 0 or less, indices on the CPU out of range, a budget that holds
+            not even one row or is more than the GPU's memory, and an `impl` that is unknown or cannot
+            run.
         torch.OutOfMemoryError: as `selected_logprob`.
         NotImplementedError: as `selected_logprob`.
     """
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    _check(*heads, rows, targets, direction, scale, softcap)
+    _check(*heads, rows, targets, direction, scale, softcap, ref_scale, ref_softcap)
     check_reverse_mode("selected_logprob_kl", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
     layout, need = chosen.kernels.layout_of(hidden, weight), needs_grad(hidden, weight, bias)
     schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
     one, each = scale_arguments(scale)
-    args = (
-        *heads, rows, targets, one, softcap, direction, schedule, budget, chosen.name,
-    )  # fmt: skip
+    # Dynamo takes no tensor twice: the policy's is told by its absence
+    ref_one, ref_each = scale_arguments(None if ref_scale is scale else ref_scale)
+    if ref_softcap is None or ref_softcap == math.inf:
+        ref_softcap = softcap if ref_softcap is None else None
+    settings = (one, softcap, ref_one, ref_softcap, DIRECTIONS[direction], schedule, budget)
+    args = (*heads, rows, targets, *settings, chosen.name)
     if schedule == schedules.NO_GRAD:
-        return LogprobKL(*_fwd(*args, scales=each)[:3])
-    return LogprobKL(*_SelectedLogprobKL.apply(*args, each))
+        return LogprobKL(*_fwd(*args, scales=each, ref_scales=ref_each)[:3])
+    return LogprobKL(*_SelectedLogprobKL.apply(*args, each, ref_each))
 
 
 def explain_selected_logprob_kl(
@@ -129,6 +139,8 @@ def explain_selected_logprob_kl(
     ref_bias: Tensor | None = None,  # (V,)
     scale: Scale = 1.0,  # a number, or (M,)
     softcap: float | None = None,
+    ref_scale: Scale | None = None,
+    ref_softcap: float | None = None,
     budget: int | None = None,  # bytes
     impl: str = "auto",
 ) -> Explanation:
@@ -146,8 +158,10 @@ def explain_selected_logprob_kl(
         direction: "ref||policy" or "policy||ref".
         bias: (V,) of the policy's head, in the dtype of hidden.
         ref_bias: (V,) of the reference's head, in the dtype of hidden.
-        scale: multiplies both heads' logits before the bias: a number other than 0, or (M,).
-        softcap: of both heads' logits; None: not.
+        scale: multiplies the logits before the bias: a number other than 0, or (M,).
+        softcap: of the logits; None: not.
+        ref_scale: of the reference's head: a number above 0, or (M,); None: the policy's.
+        ref_softcap: of the reference's head; None: the policy's; math.inf: none.
         budget: bytes of logits or probabilities alive at once; None: by device.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
 
@@ -158,7 +172,7 @@ def explain_selected_logprob_kl(
         ValueError: as `selected_logprob_kl`, but for index values, which are not read.
     """
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    _check(*heads, rows, targets, direction, scale, softcap)
+    _check(*heads, rows, targets, direction, scale, softcap, ref_scale, ref_softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
     layout = chosen.kernels.layout_of(hidden, weight)
     need = needs_grad(hidden, weight, bias)
@@ -177,6 +191,8 @@ def _check(
     direction: str,
     scale: Scale,
     softcap: float | None,
+    ref_scale: Scale | None,
+    ref_softcap: float | None,
 ) -> None:
     check_head(hidden, weight, bias)
     check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
@@ -191,9 +207,14 @@ def _check(
     check_indices(rows, targets)
     check_one_device(hidden, weight, ref_hidden, ref_weight, rows, targets, bias, ref_bias)
     check_softcap(softcap)
+    check_softcap(ref_softcap, prefix="ref_")
     check_scale(scale, rows, hidden)
     if not isinstance(scale, Tensor) and scale == 0:  # the bias gradient is found by dividing by it
         raise ValueError(f"expected a scale other than 0, got {scale}")
+    if isinstance(ref_scale, Tensor):
+        check_scale(ref_scale, rows, hidden, prefix="ref_")
+    elif ref_scale is not None and not 0 < ref_scale < math.inf:
+        raise ValueError(f"expected a ref_scale above 0 or None, got {ref_scale}")
     if direction not in DIRECTIONS:
         raise ValueError(f'expected direction "ref||policy" or "policy||ref", got "{direction}"')
 
@@ -203,17 +224,18 @@ class _SelectedLogprobKL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor,
         ref_weight: Tensor, ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float,
-        softcap: float | None, direction: str, schedule: str, budget: int, impl: str,
-        scales: Tensor | None,
+        softcap: float | None, ref_scale: float | None, ref_softcap: float | None, beta: float,
+        schedule: str, budget: int, impl: str, scales: Tensor | None, ref_scales: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ref: tuple[Tensor | None, ...] = (ref_hidden, ref_weight, ref_bias)
-        settings = (scale, softcap, direction, schedule, budget)
-        found = _fwd(hidden, weight, bias, *ref, rows, targets, *settings, impl, scales=scales)
+        settings = (scale, softcap, ref_scale, ref_softcap, beta, schedule, budget)
+        each: dict[str, Tensor | None] = {"scales": scales, "ref_scales": ref_scales}
+        found = _fwd(hidden, weight, bias, *ref, rows, targets, *settings, impl, **each)
         logp, ref_logp, kl = found[:3]
         # the reference's hidden states are held only where they are multiplied again
         if schedule not in (schedules.PARTIAL, schedules.RECOMPUTE):
             ref = (None, None, None)
-        ctx.save_for_backward(scales, hidden, weight, bias, *ref, rows, targets, *found)
+        ctx.save_for_backward(scales, ref_scales, hidden, weight, bias, *ref, rows, targets, *found)
         ctx.mark_non_differentiable(ref_logp)
         ctx.settings, ctx.impl = settings, impl
         return logp, ref_logp, kl
@@ -224,9 +246,10 @@ class _SelectedLogprobKL(torch.autograd.Function):
         ctx: Any, grad_logp: Tensor, _: Tensor, grad_kl: Tensor
     ) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
-        scales, *tensors = ctx.saved_tensors
-        grads = _bwd(grad_logp, grad_kl, *tensors, *ctx.settings, *need, ctx.impl, scales=scales)
-        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 12
+        scales, ref_scales, *tensors = ctx.saved_tensors
+        each = {"scales": scales, "ref_scales": ref_scales}
+        grads = _bwd(grad_logp, grad_kl, *tensors, *ctx.settings, *need, ctx.impl, **each)
+        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 15
 
 
 # The operator boundary: one opaque node per direction for torch.compile, FakeTensor, the
@@ -235,8 +258,9 @@ class _SelectedLogprobKL(torch.autograd.Function):
 torch.library.define(
     "sepo::selected_logprob_kl_fwd",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight,"
-    " Tensor? ref_bias, Tensor rows, Tensor targets, float scale, float? softcap, str direction,"
-    " str schedule, SymInt budget, str impl, *, Tensor? scales=None)"
+    " Tensor? ref_bias, Tensor rows, Tensor targets, float scale, float? softcap, float? ref_scale,"
+    " float? ref_softcap, float beta, str schedule, SymInt budget, str impl, *,"
+    " Tensor? scales=None, Tensor? ref_scales=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
@@ -244,8 +268,9 @@ torch.library.define(
     "(Tensor grad_logp, Tensor grad_kl, Tensor hidden, Tensor weight, Tensor? bias,"
     " Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor rows, Tensor targets,"
     " Tensor logp, Tensor ref_logp, Tensor kl, Tensor state, Tensor first, Tensor second,"
-    " float scale, float? softcap, str direction, str schedule, SymInt budget, bool need_hidden,"
-    " bool need_weight, bool need_bias, str impl, *, Tensor? scales=None)"
+    " float scale, float? softcap, float? ref_scale, float? ref_softcap, float beta, str schedule,"
+    " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl, *,"
+    " Tensor? scales=None, Tensor? ref_scales=None)"
     " -> (Tensor, Tensor, Tensor)",
 )
 _BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
@@ -254,31 +279,33 @@ _BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 def _run_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor,
     ref_bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any,
-    scales: Tensor | None = None,
+    **each: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
-    check_scale_values(scales)
+    check_scale_values(each.get("scales"))
+    check_scale_values(each.get("ref_scales"), prefix="ref_")
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
-        return _BY_NAME[args[-1]].fwd(*heads, as_int32(rows), targets, *args[:-1], scales=scales)
+        return _BY_NAME[args[-1]].fwd(*heads, as_int32(rows), targets, *args[:-1], **each)
 
 
 def _run_bwd(
     grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, rows: Tensor,
-    *args: Any, scales: Tensor | None = None,
+    *args: Any, **each: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     upstream = (grad_logp, grad_kl)
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
-        return _BY_NAME[args[-1]].bwd(*upstream, *heads, as_int32(rows), *args[:-1], scales=scales)
+        return _BY_NAME[args[-1]].bwd(*upstream, *heads, as_int32(rows), *args[:-1], **each)
 
 
 def _fake_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor,
     ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float, softcap: float | None,
-    direction: str, schedule: str, budget: int, impl: str, scales: Tensor | None = None,
+    ref_scale: float | None, ref_softcap: float | None, beta: float, schedule: str, budget: int,
+    impl: str, **each: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels, M = _BY_NAME[impl].kernels, rows.shape[0]
     num_saved = schedules.saved_rows(M, kernels.layout_of(hidden, weight), budget, schedule)
@@ -286,12 +313,7 @@ def _fake_fwd(
 
 
 def _fake_bwd(
-    grad_logp: Tensor,
-    grad_kl: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    *args: Any,
-    scales: Tensor | None = None,
+    grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, *args: Any, **each: Any
 ) -> tuple[Tensor, ...]:
     need_hidden, need_weight, need_bias = args[-4:-1]
     return (
