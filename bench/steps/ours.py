@@ -52,7 +52,7 @@ def contenders(
     first, name = attn_impls[0], NAMES["sepo"]
     return [
         *(make(NAMES[objective], objective, impl) for impl in attn_impls for objective in NAMES),
-        make(f"{name}, cheap again", "sepo", first, recompute="cheap"),
+        make(f"{name}, cheap again", "sepo", first, selective=True),
         make(f"{name}, checkpointing", "sepo", first, checkpointing=True),
     ]
 
@@ -69,7 +69,7 @@ def kl_contenders(
     if objective == "tdpo2":  # a mask reads the reference's layers, which no store keeps
         found.append(make(", cached rows", *cached(weights, rounds)))
     again = make(", checkpointing", checkpointing=True)
-    return [*found, make(", cheap again", recompute="cheap"), replace(again, rounds=0)]
+    return [*found, make(", cheap again", selective=True), replace(again, rounds=0)]
 
 
 def contender(
@@ -83,7 +83,7 @@ def contender(
     reference: PreTrainedModel | CachedReference | None = None,
     impl: str | None = None,
     checkpointing: bool = False,
-    recompute: str = "nothing",  # as SePOConfig takes it
+    selective: bool = False,  # --selective_checkpointing
 ) -> Contender:
     arguments = SETTINGS[objective] if settings is None else settings
     about = dict(objective=objective, ours=True, group="sepo", attention=impl or "")
@@ -94,7 +94,8 @@ def contender(
     config = lambda pairs: SePOConfig(
         output_dir=TRAINERS, method=objective, pairs_per_step=len(pairs), bf16=bf16,
         max_tokens_per_batch=1 << 30,  # the step in one micro-batch, as TRL's
-        recompute=recompute, use_cpu=on_cpu, report_to="none", disable_tqdm=True, **arguments,
+        selective_checkpointing=selective, use_cpu=on_cpu, report_to="none", disable_tqdm=True,
+        **arguments,
     )  # fmt: skip
     model = weights.twin()
     try:

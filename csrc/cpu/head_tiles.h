@@ -160,9 +160,10 @@ class Partial {
     for (size_t i = m; i < data_.size(); i += padded_) total += data_[i];
     return total;
   }
-  float max(int64_t m) const {  // NaN if there is one
+  float max(int64_t m) const { return max(m, 0, data_.size() / padded_); }  // NaN if there is one
+  float max(int64_t m, int64_t first, int64_t last) const {  // of some groups
     float top = start_;
-    for (size_t i = m; i < data_.size(); i += padded_)
+    for (size_t i = first * padded_ + m; i < static_cast<size_t>(last * padded_); i += padded_)
       if (std::isnan(data_[i]) || data_[i] > top) top = data_[i];
     return top;
   }

@@ -29,6 +29,23 @@ std::tuple<Tensor, Tensor, Tensor> logprob_rows(
     const Tensor& z, const Maybe& bias, const Tensor& targets, double scale,
     std::optional<double> softcap, const Maybe& dlogits, const Maybe& scales);
 
+Tensor stats_fused(
+    const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& targets, double scale,
+    std::optional<double> softcap, const Maybe& dlogits, const Maybe& logits, const Maybe& scales);
+void stats_gradient(
+    const Tensor& logits, int64_t start, std::optional<double> softcap, const Tensor& targets,
+    const Tensor& numbers, Tensor out);
+void stats_recompute(
+    const Tensor& x, const Tensor& weight, const Maybe& bias, double scale,
+    std::optional<double> softcap, const Tensor& targets, const Tensor& numbers, Tensor out,
+    const Maybe& scales);
+Tensor stats_rows(
+    const Tensor& z, const Maybe& bias, const Tensor& targets, double scale,
+    std::optional<double> softcap, const Maybe& dlogits, const Maybe& scales);
+void stats_gradient_rows(
+    Tensor z, int64_t start, const Maybe& bias, double scale, std::optional<double> softcap,
+    bool finished, const Tensor& targets, const Tensor& numbers, Tensor out, const Maybe& scales);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> kl_fused(
     const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& ref_x,
     const Tensor& ref_weight, const Maybe& ref_bias, const Tensor& targets, double scale,

@@ -2,62 +2,11 @@
 // row that the first of them brought into cache.
 #include <tuple>
 
-#include "head_rows.h"
+#include "logprob_row.h"
 #include "operators.h"
 
 namespace sepo {
 namespace {
-
-// Sums exp(z - c); overwrites z with exp(z - c) * cap'(z) if WRITE_DLOGITS
-template <typename T, bool WRITE_DLOGITS>
-double exponentials(T* z, int64_t V, T c, const Finish<T>& finish) {
-  const VecOf<T> reference(c);
-  double total = 0;  // of blocks: the fewer lanes a vector has, the longer the sum in each
-  for (int64_t start = 0; start < V; start += SUM_BLOCK) {
-    VecOf<T> sum(T(0));
-    for (int64_t v = start; v < std::min(V, start + SUM_BLOCK); v += VecOf<T>::size()) {
-      const int64_t width = std::min<int64_t>(VecOf<T>::size(), V - v);
-      const VecOf<T> y = VecOf<T>::loadu(z + v, width);
-      VecOf<T> e = (y - reference).exp();
-      sum = sum + only(e, width);
-      if constexpr (WRITE_DLOGITS) {
-        if (finish.softcap) e = e * finish.derivative(y);
-        e.store(z + v, width);
-      }
-    }
-    total += sum_lanes(sum);
-  }
-  return total;
-}
-
-struct Row {
-  double logp, lse, row_scale;
-};
-
-// Computes row m from z (V,), before scale, bias and cap, overwritten; dlogits (V,) or null, or z
-template <typename T, typename To>
-Row do_row(T* z, To* dlogits, int64_t V, int64_t m, int64_t target, const Finish<T>& finish) {
-  const T top = finish(z, V, m), at_target = z[target], distance = at_target - top;
-  z[target] = -std::numeric_limits<T>::infinity();  // summed apart: see logp below
-  const T tail = dlogits ? exponentials<T, true>(z, V, top, finish)
-                       : exponentials<T, false>(z, V, top, finish);
-  const T sum = tail + std::exp(distance);
-  // log1p keeps the relative precision of a row that is sure of its target
-  const T logp = distance == T(0) ? -std::log1p(tail) : distance - std::log(sum);
-  T row_scale(1);
-  if (dlogits) {
-    const T entry = -tail * finish.derivative(at_target);
-    if (static_cast<void*>(dlogits) == static_cast<void*>(z)) {
-      z[target] = entry;
-      row_scale = T(1) / sum;
-    } else if constexpr (!std::is_same_v<T, To>) {
-      const VecOf<T> factor(T(1) / sum);
-      z[target] = entry;
-      at::vec::map([factor](VecOf<T> e) { return e * factor; }, dlogits, z, V);
-    }
-  }
-  return {logp, at_target - logp, row_scale};
-}
 
 template <typename T, typename To>
 void do_rows(
@@ -75,7 +24,9 @@ void do_rows(
   at::parallel_for(0, z.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       To* row = to ? to + m * dlogits_stride : nullptr;
-      const Row r = do_row<T, To>(at + m * stride, row, V, m, target[m], finish);
+      NothingMore<T> nothing;
+      const T top = finish(at + m * stride, V, m);
+      const Row r = do_row<T, To>(at + m * stride, row, V, top, target[m], finish, nothing);
       out[0][m] = r.logp, out[1][m] = r.lse, out[2][m] = r.row_scale;
     }
   });

@@ -74,19 +74,21 @@ def _numbers(
     z: Tensor,  # (tile, V) capped logits
     targets: Tensor,  # (tile,)
 ) -> tuple[Tensor, ...]:  # as StatisticsKernels has them, (tile,) each
-    top, mean_logit = z.amax(-1), z.mean(-1)
-    top1 = (z.argmax(-1) == targets).to(z.dtype)
+    (top, first), mean_logit = z.max(-1), z.mean(-1)
     shifted = z - top[:, None]
     logp = shifted.gather(-1, targets[:, None])[:, 0]
-    e = shifted.exp()
-    total = e.sum(-1)
-    log_total = total.log()
+    # without the largest, whose share is 1: so a confident row keeps the digits of the others
+    e = shifted.exp().scatter_(-1, first[:, None], 0)
+    others = e.sum(-1)
+    total, log_total = 1 + others, others.log1p()
     # both terms of the entropy are positive, because nothing shifted is; finite, so that 0 log 0 = 0
-    shifted.clamp_(min=torch.finfo(z.dtype).min).mul_(e)
-    entropy = log_total - shifted.sum(-1) / total
-    log_sum_sq = e.square_().sum(-1).log() - 2 * log_total
+    weighted = shifted.clamp_(min=torch.finfo(z.dtype).min).mul_(e).sum(-1)
+    entropy = log_total - weighted / total
+    log_sum_sq = e.square_().sum(-1).log1p() - 2 * log_total
+    top1 = (first == targets).to(z.dtype)
     return (
         logp - log_total, top + log_total, 1 / total, entropy, log_sum_sq, mean_logit, top1, top,
+        log_total,
     )  # fmt: skip
 
 

@@ -50,9 +50,11 @@ class StatisticsKernels(NamedTuple):
 
     forward(x (chunk, D), weight (V, D), bias (V,) | None, targets (chunk,), scale, softcap,
             dlogits (chunk, V) | None, logits (chunk, V) | None, keep=False)
-            -> logp, lse, row_scale, entropy, log_sum_sq, mean_logit, top1, reference: (chunk,) each
+            -> logp, lse, row_scale, entropy, log_sum_sq, mean_logit, top1, reference, log_sum,
+            (chunk,) each
         logp, lse, dlogits and, if they are asked for, row_scale are selected_logprob's, bit for
-        bit; else row_scale is 1 / sum of e^(z - reference). top1 is 1 or 0
+        bit; else row_scale is 1 / sum of e^(z - reference). top1 is 1 or 0; log_sum is the sum's
+        logarithm: lse keeps few digits where the target is far below
         keep: without dlogits; `logits` is left as `gradient` reads it, of a fused one too
     gradient(logits (chunk, columns), start, bias, scale, softcap, rows: Rows, out (chunk, columns))
         writes dZ in columns [start, start + columns), times the scale, from what forward has kept;
@@ -68,7 +70,7 @@ class StatisticsKernels(NamedTuple):
     gradient: Callable[..., None]
     recompute: Callable[..., None]
     fused: Callable[[torch.dtype], bool]
-    numbers: int = 8
+    numbers: int = 9
     fused_sums: int = FUSED_SUMS
 
 

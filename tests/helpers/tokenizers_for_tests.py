@@ -1,6 +1,7 @@
 """Small real tokenizers, built in memory: three families, each with its own way to go wrong."""
 
 import json
+from copy import deepcopy
 from functools import cache
 
 from tokenizers import (
@@ -15,8 +16,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sepo.data.read.formats import Messages, PlainText
-from sepo.data.read.tokenise import tokenise
+from sepo.data.read.formats import DroppedRow, DropReason, Messages, PlainText
+from sepo.data.read.tokenise import Tokenised, tokenise
 
 CORPUS = [
     "<|im_start|>user\nWhat is the name of the river?<|im_end|>\n<|im_start|>assistant\nThe Rhine.",
@@ -150,3 +151,21 @@ def one(preference, tokenizer, **options):
 
 def text_ids(tokenizer, text) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def kept(preference, tokenizer, **options):
+    result = one(preference, tokenizer, **options)
+    assert isinstance(result, Tokenised), result
+    return result.pair, result.notes
+
+
+def dropped(preference, tokenizer, **options) -> DropReason:
+    result = one(preference, tokenizer, **options)
+    assert isinstance(result, DroppedRow) and result.id == "7", result
+    return result.why
+
+
+def with_template(tokenizer, template):
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer

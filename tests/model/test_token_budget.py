@@ -44,15 +44,15 @@ LORA_8B = held_bytes(int(2 * 8.03e9), trained=42_000_000, weight_bytes=4, state_
 
 
 @pytest.mark.parametrize(
-    ("memory", "held", "sizes", "kept", "tokens"),
+    ("memory", "held", "sizes", "saved", "tokens"),
     [
         (H100, whole(1.24e9, LLAMA_1B), LLAMA_1B, "all", 32768),
-        (H100, whole(1.24e9, LLAMA_1B), LLAMA_1B, "cheap", 47104),
+        (H100, whole(1.24e9, LLAMA_1B), LLAMA_1B, "gemms", 47104),
         (H100, whole(1.24e9, LLAMA_1B), LLAMA_1B, "inputs", 65536),
         (H200, whole(1.24e9, LLAMA_1B), LLAMA_1B, "all", 65536),
         # 22 layers of 78 KiB a token: 32 768 would take 96 % of the memory, beside the logits
         (H100, whole(1.1e9, TINYLLAMA), TINYLLAMA, "all", 30720),
-        (H100, whole(1.1e9, TINYLLAMA), TINYLLAMA, "cheap", 46080),
+        (H100, whole(1.1e9, TINYLLAMA), TINYLLAMA, "gemms", 46080),
         (H100, LORA_8B, LLAMA_8B, "all", 10240),
         (H100, LORA_8B, LLAMA_8B, "inputs", 65536),
         (H100, whole(8.03e9, LLAMA_8B), LLAMA_8B, "inputs", 2048),  # does not fit at all
@@ -60,8 +60,8 @@ LORA_8B = held_bytes(int(2 * 8.03e9), trained=42_000_000, weight_bytes=4, state_
         (RTX_4090, LORA_8B, LLAMA_8B, "inputs", 7168),
     ],
 )
-def test_tokens_of_known_models(memory, held, sizes, kept, tokens):
-    a_token = token_bytes(sizes, kept=kept, itemsize=2, fused=True)
+def test_tokens_of_known_models(memory, held, sizes, saved, tokens):
+    a_token = token_bytes(sizes, saved=saved, itemsize=2, fused=True)
     assert token_budget(memory, held, a_token) == tokens
 
 
@@ -115,14 +115,14 @@ def kept_bytes(model, tokens: int, bf16: bool) -> tuple[int, int]:
 
 def a_layer_keeps(arch: str, bf16: bool, fused: bool, **more) -> tuple[float, Sizes]:
     """Bytes a token, as the slope over layers and tokens."""
-    kept = {}
+    saved = {}
     for layers in (1, 3):
         model = prepare_model(tiny_model(arch, num_hidden_layers=layers, **more)).train()
         if fused:
             use_liger(model)
         (few, n), (many, m) = (kept_bytes(model, tokens, bf16) for tokens in (100, 300))
-        kept[layers] = (many - few) / (m - n)
-    return (kept[3] - kept[1]) / 2, budget.sizes_of(model)
+        saved[layers] = (many - few) / (m - n)
+    return (saved[3] - saved[1]) / 2, budget.sizes_of(model)
 
 
 @pytest.mark.native
@@ -140,8 +140,8 @@ def test_a_layer_keeps_what_the_formula_says(monkeypatch, arch, fused, bf16):
         pytest.importorskip("liger_kernel", reason="liger-kernel is for GPUs")
         launch_nothing(monkeypatch)
     measured, sizes = a_layer_keeps(arch, bf16, fused, **more)
-    said = layer_bytes(sizes, kept="all", itemsize=2 if bf16 else 4, fused=fused)
-    # more than is kept by a norm after a block, whose input is in 16 bits (gemma2)
+    said = layer_bytes(sizes, saved="all", itemsize=2 if bf16 else 4, fused=fused)
+    # more than is saved by a norm after a block, whose input is in 16 bits (gemma2)
     assert 0.97 * measured <= said <= 1.12 * measured, (measured, said)
 
 
@@ -192,8 +192,8 @@ def test_a_gpu_decides_and_a_resumed_run_on_another_says_so(tmp_path, monkeypatc
     ("args", "more"),
     [
         (dict(), dict()),
-        (dict(selective_checkpointing=True), dict(kept="cheap")),
-        (dict(gradient_checkpointing=True), dict(kept="inputs")),
+        (dict(selective_checkpointing=True), dict(saved="gemms")),
+        (dict(gradient_checkpointing=True), dict(saved="inputs")),
         (dict(bf16=True), dict(itemsize=2, cast=True)),
         (dict(optim="adafactor"), dict(state_bytes=1)),
         (dict(fused_layers="compile"), dict(fused=True)),
@@ -205,7 +205,7 @@ def test_flags_that_change_memory(tmp_path, monkeypatch, args, more):
     sizes, P = budget.sizes_of(model), sum(p.numel() for p in model.parameters())
     usual = dict(optim="adamw_torch_fused", fused_layers="none") | args
     config = SePOConfig(output_dir=str(tmp_path), use_cpu=True, max_length=100, **usual)
-    how = dict(kept="all", itemsize=4, fused=False, cast=False, state_bytes=8) | more
+    how = dict(saved="all", itemsize=4, fused=False, cast=False, state_bytes=8) | more
     head = sizes.vocabulary * sizes.hidden
     held = held_bytes(
         4 * P, trained=P, weight_bytes=4, state_bytes=how.pop("state_bytes"), head=head,
@@ -227,12 +227,12 @@ def test_flags_that_change_memory(tmp_path, monkeypatch, args, more):
 
 def test_checkpoints_keep_less():
     sizes = LLAMA_1B
-    kept = [
-        layer_bytes(sizes, kept=how, itemsize=2, fused=True)
-        for how in ("nothing", "inputs", "cheap", "all")
+    saved = [
+        layer_bytes(sizes, saved=how, itemsize=2, fused=True)
+        for how in ("nothing", "inputs", "gemms", "all")
     ]
-    assert kept == sorted(kept) and kept[0] == 0
-    assert layer_bytes(sizes, kept="all", itemsize=2, fused=False) > kept[-1]
+    assert saved == sorted(saved) and saved[0] == 0
+    assert layer_bytes(sizes, saved="all", itemsize=2, fused=False) > saved[-1]
 
 
 def test_scoring_takes_the_device_that_holds_least(monkeypatch):

@@ -167,8 +167,8 @@ def _choose(
 
 def _public(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return what SelectedStats names of what the operator returns."""
-    logp, lse, _, entropy, log_sum_sq, mean_logit, top1, *_ = found
-    return logp, entropy, log_sum_sq, mean_logit, lse, top1 > 0
+    logp, _, _, entropy, log_sum_sq, mean_logit, top1, reference, log_sum, _ = found
+    return logp, entropy, log_sum_sq, mean_logit, reference + log_sum, top1 > 0
 
 
 class _SelectedStats(torch.autograd.Function):
@@ -181,7 +181,7 @@ class _SelectedStats(torch.autograd.Function):
         head = hidden, weight, bias, rows, targets
         settings = entropy_grad, schedule, budget, impl
         found = _fwd(*head, scale, softcap, *settings, scales=scales)
-        logp, lse, row_scale, entropy, *_, reference, saved = found
+        logp, lse, row_scale, entropy, *_, reference, _, saved = found
         numbers = (entropy, reference, row_scale) if entropy_grad else (row_scale,)
         ctx.save_for_backward(scales, *head, logp, lse, *numbers, saved)
         ctx.settings = scale, softcap, schedule, budget
@@ -214,7 +214,7 @@ torch.library.define(
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, float scale,"
     " float? softcap, bool entropy_grad, str schedule, SymInt budget, str impl, *,"
     " Tensor? scales=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
-    " Tensor)",
+    " Tensor, Tensor)",
 )
 torch.library.define(
     "sepo::selected_stats_bwd",
@@ -258,7 +258,7 @@ def _fake_fwd(
     num_saved = schedules.saved_rows(M, layout, budget, schedule)
     saved = new_saved(hidden, schedule, M, num_saved, layout)
     number = lambda: hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
-    return *(number() for _ in range(8)), saved
+    return *(number() for _ in range(9)), saved
 
 
 def _fake_bwd(

@@ -46,8 +46,8 @@ def place_and_prepare(
         model.to(args.device)
     base = base_of(model)
     if args.fused_layers == "liger" and (policy or why_not_liger(base, base.device) is None):
-        keep_products = args.selective_checkpointing
-        fuse_layers(model, args.liger_kernel_config, keep_products=keep_products)
+        save_gemms = args.selective_checkpointing
+        fuse_layers(model, args.liger_kernel_config, save_gemms=save_gemms)
     prepare_model(model, attn_impl=args.attn_impl)
 
 
@@ -78,7 +78,7 @@ def fuse_layers(
     model: nn.Module,  # prepared; or a PeftModel around one; where it will run
     kernels: dict[str, bool] | None = None,  # see use_liger
     *,
-    keep_products: bool = False,
+    save_gemms: bool = False,
 ) -> None:
     """Let Liger's kernels compute the model's layers, and hold them against what they replace.
 
@@ -89,7 +89,7 @@ def fuse_layers(
     # FSDP and ZeRO move a model when training starts, and shard it: it was compared as it was
     here = runs_triton(base.device)
     expected = probed(model) if here and has_storage(base) else None
-    undo = use_liger(base, kernels, keep_products=keep_products)
+    undo = use_liger(base, kernels, save_gemms=save_gemms)
     if expected is not None:
         error = (probed(model) - expected).abs().max().item()
         if not error <= (allowed := rounding(base, expected)):

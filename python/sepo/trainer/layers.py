@@ -20,7 +20,7 @@ from sepo.errors import InputError, one_line
 from sepo.trainer.config import FusedLayers
 from sepo_kernels.devices import INTERPRET
 
-DEAR = {  # by namespace: matrix products, and every attention that a packed batch may take
+OPS_TO_SAVE = {  # by namespace: GEMMs, and every attention that a packed batch may take
     "aten": (
         "mm",
         "addmm",
@@ -46,15 +46,15 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def recompute_cheap(model: PreTrainedModel) -> None:
-    """Keep what products and attention put out, and make everything between them again in backward.
+def checkpoint_selectively(model: PreTrainedModel) -> None:
+    """Save the outputs of GEMMs and attention; recompute everything between them in backward.
 
     Norms, activations, rotations and casts take most of a layer's memory and little of its time.
     The gradient is the same, bit for bit.
     """
-    keep = [
+    saved = [
         operator.default
-        for namespace, names in DEAR.items()
+        for namespace, names in OPS_TO_SAVE.items()
         for name in names
         if (operator := getattr(getattr(torch.ops, namespace), name, None)) is not None
     ]
@@ -62,7 +62,7 @@ def recompute_cheap(model: PreTrainedModel) -> None:
     (enable or model.gradient_checkpointing_enable)(  # its name before transformers 5.20
         {
             "use_reentrant": False,
-            "context_fn": partial(create_selective_checkpoint_contexts, keep),
+            "context_fn": partial(create_selective_checkpoint_contexts, saved),
         }
     )
 
@@ -136,7 +136,7 @@ def use_liger(
     model: PreTrainedModel,  # one that why_not_liger finds nothing against
     kernels: dict[str, bool] | None = None,  # by Liger's names for them; None: all for layers
     *,
-    keep_products: bool = False,  # what a projection put out is read again: never write into it
+    save_gemms: bool = False,  # their outputs are read in backward: never write into one
 ) -> Callable[[], None]:  # takes it all back
     """Let Liger's kernels compute norms, gated activations and rotations of this model, in place.
 
@@ -174,7 +174,7 @@ def use_liger(
         for file, names in theirs.items():
             functions = {name: f for name, f in names.items() if isinstance(f, FunctionType)}
             rotations[file.__name__] = {
-                name: _without_writing(new) if keep_products else new
+                name: _without_writing(new) if save_gemms else new
                 for name, old in functions.items()
                 if (new := vars(file)[name]) is not old
             }
@@ -218,7 +218,7 @@ def _which_calls(forward: FunctionType, functions: dict[str, Callable]) -> Funct
 
 
 def _without_writing(rotate: Callable) -> Callable:
-    """Liger rotates in place, and tells nobody: what is kept for backward would be rotated twice."""
+    """Liger rotates in place, and tells nobody: what is saved for backward would be rotated twice."""
 
     def rotated(q, k, *args, **kwargs):
         return rotate(q.clone(), k.clone(), *args, **kwargs)
@@ -231,7 +231,7 @@ def compile_layers(model: nn.Module, plugin: TorchDynamoPlugin) -> None:
 
     Parts, because activation checkpointing wraps a layer and the compiler does not look through
     it: compiled parts are recomputed as they ran first. All layers share the code of one, and
-    sizes are dynamic from the start, or the second batch would compile everything again.
+    sizes are dynamic from the start, or the second batch would recompile everything.
     """
     # every part is called by the same code, nn.Module's: kinds of parts, times training, evaluating
     # and references, share its limit, beyond which they would run as they are, and nobody be told

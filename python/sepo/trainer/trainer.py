@@ -37,7 +37,7 @@ from sepo.trainer.adapters import add_adapters, check_adapters
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.fused import compile_parts, place_and_prepare, settle_layers
 from sepo.trainer.identity import describe_run
-from sepo.trainer.layers import disable_dropout, recompute_cheap
+from sepo.trainer.layers import checkpoint_selectively, disable_dropout
 from sepo.trainer.mask import MaskedTrainer, add_mask
 from sepo.trainer.methods import METHODS, idle_settings, reduce_segments
 from sepo.trainer.metrics import RunningMeans, Throughput, pair_metrics, token_metrics
@@ -126,7 +126,7 @@ class SePOTrainer(MaskedTrainer):
         parts_of = lambda step: self._parts(self._train_plan(step))
         self._feed = StepFeed(parts_of, lambda parts: self._batches(self._to_train, parts))
         if args.selective_checkpointing:
-            recompute_cheap(base_of(model))
+            checkpoint_selectively(base_of(model))
         for one in models.values():
             compile_parts(one, args, self.accelerator)
         # accelerate would compile the model whole: for every batch anew

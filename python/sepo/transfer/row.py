@@ -10,7 +10,7 @@ import numpy as np
 from sepo.data.align import Placed, TokenBytes, shift, transfer_scores, transfer_selection
 from sepo.data.read.formats import DroppedRow
 from sepo.data.read.render import Span
-from sepo.data.selection import select_positions
+from sepo.data.selection import Selection
 from sepo.data.store.part import TOKENS
 from sepo.data.types import ScoredPair, TokenPair
 
@@ -87,7 +87,7 @@ class RowAligner:
     is_same: bool  # the two tokenizers
     mode: Mode
     aggregate: Aggregate
-    fraction: float
+    selection: Selection  # overlap: of the oracle's tokens
 
     def __call__(
         self,
@@ -161,9 +161,7 @@ class RowAligner:
     def _weights(
         self, score: np.ndarray, source: np.ndarray, target: np.ndarray, side: str, found: Counter
     ) -> np.ndarray | SkippedRow:  # (T,) float32
-        positions = select_positions(
-            score, self.fraction, "highest" if side == "chosen" else "lowest"
-        )
+        positions = self.selection.by_score(score, side)
         selected = transfer_selection(positions, source, target)
         if len(selected) == 0:
             return SkippedRow.UNSELECTED

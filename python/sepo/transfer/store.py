@@ -17,6 +17,7 @@ from sepo.data.read.formats import Preference, TokenIds, find_format
 from sepo.data.read.load import load_rows
 from sepo.data.read.read import PairSet, named_rows
 from sepo.data.read.render import spans
+from sepo.data.selection import Selection
 from sepo.data.store.manifest import begun_with
 from sepo.data.store.store import (
     FORMAT,
@@ -82,7 +83,7 @@ def transfer_store(
             == tokenizer_hash(policy_tokenizer, like=store.manifest["tokenizer"]),
             mode=mode,
             aggregate=aggregate,
-            fraction=fraction,
+            selection=Selection("selected", fraction=fraction),
         )
         read = lambda one: (spans(one, oracle_tokenizer), spans(one, policy_tokenizer))
         rows = tqdm(preferences, desc="align", unit="row", disable=not progress)
