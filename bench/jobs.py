@@ -96,9 +96,9 @@ def _cases(suite: str, device: str, steps: dict) -> Iterator[tuple[Any, tuple[Co
         found = [(attention, ATTENTION), (block_mask, (block_mask.MASK,))]
     else:
         from bench import contenders
-        from bench.operations import head, kl, topk
+        from bench.operations import head, kl, stats, topk
 
-        found = {"head": [(head, contenders.HEAD), (kl, contenders.KL)],
+        found = {"head": [(head, contenders.HEAD), (kl, contenders.KL), (stats, contenders.STATS)],
                  "select": [(topk, contenders.TOPK)]}[suite]  # fmt: skip
     return ((case, who) for module, who in found for case in module.cases(device))
 

@@ -35,6 +35,22 @@ def _logprob_kl(inputs, impl: str, M: int | None = None) -> dict:
     return inputs.result(logp, ref_logp, kl, hidden, weight)
 
 
+def _stats(inputs, impl: str, M: int | None = None) -> dict:
+    hidden, weight = inputs.leaves()
+    found = ops.selected_stats(
+        hidden, weight, inputs.rows[:M], inputs.targets[:M], impl=impl,
+        entropy_grad=inputs.case.entropy_grad,
+    )  # fmt: skip
+    values = {name: x.detach() for name, x in found._asdict().items() if name != "top1"}
+    return values | gradients(inputs.loss(found.logp, found.entropy), None, hidden, weight)
+
+
+def _stats_schedule(inputs, impl: str) -> str:
+    args = *inputs.leaves(), inputs.rows, inputs.targets
+    told = ops.explain_selected_stats(*args, entropy_grad=inputs.case.entropy_grad, impl=impl)
+    return f"{told.impl}, {told.schedule}, {told.gemms} products"
+
+
 def _topk(inputs, impl: str, M: int | None = None) -> dict:
     cu = inputs.cu_tokens if M is None else inputs.cu_tokens[: M + 1]
     score = inputs.score if M is None else inputs.score[: int(cu[-1])]
@@ -84,3 +100,10 @@ def _providers(op: str, run: Callable, note: Callable | None = None) -> tuple[Co
 HEAD = _providers("selected_logprob", _logprob, _schedule)
 KL = _providers("selected_logprob_kl", _logprob_kl)
 TOPK = _providers("segment_topk", _topk)
+STATS = (
+    *_providers("selected_stats", _stats, _stats_schedule),
+    Contender(
+        "sepo:selected_logprob", partial(_logprob, impl="auto"), version=version, objective="logp",
+        ours=True, note=lambda inputs: "no statistics",
+    ),
+)  # fmt: skip
