@@ -96,9 +96,10 @@ def _cases(suite: str, device: str, steps: dict) -> Iterator[tuple[Any, tuple[Co
         found = [(attention, ATTENTION), (block_mask, (block_mask.MASK,))]
     else:
         from bench import contenders
-        from bench.operations import head, k_targets, kl, topk
+        from bench.operations import head, k_targets, kl, stats, topk
 
-        heads = [(head, contenders.HEAD), (kl, contenders.KL), (k_targets, contenders.K_TARGETS)]
+        heads = [(head, contenders.HEAD), (kl, contenders.KL), (stats, contenders.STATS)]
+        heads.append((k_targets, contenders.K_TARGETS))
         found = {"head": heads, "select": [(topk, contenders.TOPK)]}[suite]
     return ((case, who) for module, who in found for case in module.cases(device))
 

@@ -27,6 +27,15 @@ def divergence(log_p: Tensor, log_q: Tensor, direction: str) -> Tensor:  # (...,
     return (first.exp() * (first - second)).sum(-1)
 
 
+def statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:  # (M, V), (M,) -> (M,) each
+    """logp, entropy, log sum p^2, mean logit and log-sum-exp."""
+    log_p = log_softmax(logits)
+    z = logits.to(log_p.dtype)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    squares = (2 * log_p.detach()).logsumexp(-1)
+    return of_targets(log_p, targets), entropy, squares, z.mean(-1), z.logsumexp(-1)
+
+
 def selected_logprob(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)

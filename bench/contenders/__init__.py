@@ -5,6 +5,7 @@ from bench.contenders.k_targets import K_TARGETS
 
 HEAD = (plain.GEMM, *ours.HEAD, *plain.HEAD, *peers.HEAD)
 KL = (plain.GEMM, *ours.KL, *plain.KL, *peers.KL)
+STATS = (plain.GEMM, *ours.STATS, *plain.STATS)
 TOPK = (*ours.TOPK, *plain.TOPK)
 
-__all__ = ["HEAD", "KL", "K_TARGETS", "TOPK"]
+__all__ = ["HEAD", "KL", "K_TARGETS", "STATS", "TOPK"]

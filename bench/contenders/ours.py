@@ -6,7 +6,7 @@ from functools import partial
 import sepo
 from bench.contender import Contender, gradients
 from sepo import ops
-from sepo_kernels import segment_topk, selected_logprob, selected_logprob_kl
+from sepo_kernels import segment_topk, selected_logprob, selected_logprob_kl, selected_stats
 from sepo_kernels.registry import Impl, pick
 
 version = lambda: f"sepo {sepo.__version__}"
@@ -31,6 +31,22 @@ def _logprob_kl(inputs, impl: str) -> dict:
         direction=inputs.case.direction, impl=impl,
     )  # fmt: skip
     return inputs.result(logp, ref_logp, kl, hidden, weight)
+
+
+def _stats(inputs, impl: str) -> dict:
+    hidden, weight = inputs.leaves()
+    found = ops.selected_stats(
+        hidden, weight, inputs.rows, inputs.targets, impl=impl,
+        entropy_grad=inputs.case.entropy_grad,
+    )  # fmt: skip
+    values = {name: x.detach() for name, x in found._asdict().items() if name != "top1"}
+    return values | gradients(inputs.loss(found.logp, found.entropy), None, hidden, weight)
+
+
+def _stats_schedule(inputs, impl: str) -> str:
+    args = *inputs.leaves(), inputs.rows, inputs.targets
+    told = ops.explain_selected_stats(*args, entropy_grad=inputs.case.entropy_grad, impl=impl)
+    return f"{told.impl}, {told.schedule}, {told.gemms} products"
 
 
 def _topk(inputs, impl: str) -> dict:
@@ -68,3 +84,10 @@ _head = lambda inputs: (inputs.hidden, inputs.weight)
 HEAD = _providers(_logprob, selected_logprob.IMPLS, _head, _schedule)
 KL = _providers(_logprob_kl, selected_logprob_kl.IMPLS, _head)
 TOPK = _providers(_topk, segment_topk.IMPLS, lambda inputs: (inputs.score, inputs.cu_tokens))
+STATS = (
+    *_providers(_stats, selected_stats.IMPLS, _head, _stats_schedule),
+    Contender(
+        "sepo:selected_logprob", partial(_logprob, impl="auto"), version=version, objective="logp",
+        ours=True, note=lambda inputs: "no statistics",
+    ),
+)  # fmt: skip

@@ -64,7 +64,7 @@ def high_entropy_rows(
         scale: multiplies the logits before the bias: a number, or (M,), one a row.
         softcap: logits = softcap * tanh(logits / softcap); None: not.
         budget: bytes of logits alive at once; None: by device.
-        impl: of `selected_stats`: "auto", "native", "triton", "chunked".
+        impl: of `selected_stats`: "auto", "native", "chunked".
 
     Returns:
         HighEntropyRows: indices (K,) int32, ascending, cu_rows (S + 1,) int32, stats (M,) each.
