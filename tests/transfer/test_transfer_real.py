@@ -10,7 +10,7 @@ from vocabularies import NASTY, REAL, table
 
 from sepo.data.read.read import read_pairs
 from sepo.data.read.render import spans
-from sepo.data.selection import select_positions
+from sepo.data.selection import Selection, select_positions
 from sepo.transfer.row import RowAligner
 from sepo.transfer.store import read_preferences
 
@@ -51,7 +51,7 @@ def test_there_and_back_selects_the_same_bytes(other):
 
 
 def carry_pairs(source, target, scored, targets, texts):
-    options = dict(is_same=False, mode="score", aggregate="mean", fraction=0.3)
+    options = dict(is_same=False, mode="score", aggregate="mean", selection=Selection("selected"))
     carry = RowAligner(table(source), table(target), **options)
     read = [(spans(text, REAL[source]()), spans(text, REAL[target]())) for text in texts]
     return [carry(*row, Counter()) for row in zip(scored, targets, read, strict=True)]

@@ -131,7 +131,7 @@ def _sft(model: str) -> float:
 
 
 def _parts() -> list[str]:
-    """What is left is what is published and not modelled."""
+    """Return what is published and not modelled."""
     shown = (
         Figure("Pythia-1.4B", "dpo", published.TABLE_5["Pythia-1.4B"][1], True),
         *(

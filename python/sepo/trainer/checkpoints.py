@@ -128,7 +128,7 @@ def completed_step(checkpoint: str | Path | None) -> int:
 
 
 def whole_mark(checkpoint: str | Path) -> dict:
-    """What was written about a checkpoint. Raises InputError for one without a whole mark."""
+    """Return what was written about a checkpoint. Raises InputError for one without a whole mark."""
     if (mark := read_mark(checkpoint)) is None:
         raise InputError(f"{checkpoint} is not a complete checkpoint: {NO_MARK}")
     return mark
