@@ -9,6 +9,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from bench import ledger, measure, precision
@@ -137,7 +138,7 @@ class Job:
             row.seconds, row.status = inputs.scaled(seconds), "measured"
             inputs.describe(contender, row, self._done)
             if row.seconds:
-                low, row.median, high = measure.quartiles(row.seconds)
+                low, row.median, high = np.percentile(row.seconds, (25, 50, 75)).tolist()
                 row.quartiles = low, high
                 row.roof = roof.share(row.flop, row.bytes, row.median)
                 row.rate = contender.rate(inputs, row.median)

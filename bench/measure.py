@@ -60,14 +60,6 @@ def recover(device: str) -> None:
         raise SystemExit(ledger.BROKEN) from error
 
 
-def quartiles(seconds: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile; of one value, three times that."""
-    if len(seconds) == 1:
-        return (seconds[0],) * 3
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return low, middle, high
-
-
 def peak_bytes(call: Callable[[], object], device: str) -> int:
     """The allocator's peak above what is alive now; what a library maps by itself is not seen."""
     if device == "cuda":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 
 def log_softmax(logits: Tensor) -> Tensor:  # (..., V) -> float32, or float64 of float64
@@ -69,10 +70,15 @@ def padded(
 ) -> tuple[Tensor, Tensor]:  # tokens and attention mask, (2P, L) int64
     """Each response after its prompt, filled up to the longest; chosen, rejected, chosen, ..."""
     sequences = [np.concatenate([p.prompt, y]) for p in pairs for y in (p.chosen, p.rejected)]
-    longest = max(map(len, sequences))
-    ids = np.stack([np.pad(x, (0, longest - len(x))) for x in sequences]).astype(np.int64)
-    mask = np.stack([np.arange(longest) < len(x) for x in sequences]).astype(np.int64)
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    ids, real = stacked(sequences)
+    return ids.to(device), real.long().to(device)
+
+
+def stacked(sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Rows (B, L) int64 filled up with zeros, and which of their places are not filling."""
+    rows = pad_sequence([torch.from_numpy(x).long() for x in sequences], batch_first=True)
+    lengths = torch.tensor([*map(len, sequences)])
+    return rows, torch.arange(rows.shape[1]) < lengths[:, None]
 
 
 def vocabulary_logp(

@@ -61,6 +61,8 @@ class Layout(Protocol):
     def widest_gradient_bytes(self) -> int: ...  # of the widest that a GPU makes use of
     @property
     def frozen_head_first(self) -> bool: ...  # it takes no more GEMMs than `save`
+    @property
+    def has_frozen_head(self) -> bool: ...  # else a frozen head is saved or recomputed as any
 
     def row_bytes(self, gradient: bool) -> int: ...  # in a chunk of another schedule than `save`
     def saved_text(self, M: int) -> str: ...  # the blocks that `save` saves, and the verb "take"
@@ -111,7 +113,7 @@ def choose(
         return FROZEN_HEAD
     if save_bytes(M, layout) <= budget:
         return SAVE
-    if not need_head:
+    if not need_head and layout.has_frozen_head:
         return FROZEN_HEAD
     num_saved = saved_rows(M, layout, budget, PARTIAL)
     return (SAVE if num_saved >= M else PARTIAL) if num_saved else RECOMPUTE

@@ -22,6 +22,7 @@ from sepo_kernels.triton_rows import (
     expm1,
     load,
     load_logits,
+    load_scale,
     load_target,
     log1p,
     logp_dlogits,
@@ -51,6 +52,8 @@ def kl_row(
     V,
     has_bias,
     has_ref_bias,
+    scales_ptr,  # (rows,); anything if not has_scales
+    has_scales,
     scale,
     softcap,
     CAPPED: tl.constexpr,
@@ -59,6 +62,7 @@ def kl_row(
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # int64 before the multiply: rows * V passes 2**31
+    scale = load_scale(scales_ptr, has_scales, scale, row)
     logits_ptr += row * stride_logits
     ref_logits_ptr += row * stride_ref_logits
     first_ptr += row * stride_first
@@ -137,6 +141,8 @@ def kl_ratios(
     V,
     has_bias,
     has_ref_bias,
+    scales_ptr,  # (rows,); anything if not has_scales
+    has_scales,
     scale,
     softcap,
     CAPPED: tl.constexpr,
@@ -144,6 +150,7 @@ def kl_ratios(
 ):
     """Write the blocks of `kl_row` a second time."""
     row = tl.program_id(0).to(tl.int64)
+    scale = load_scale(scales_ptr, has_scales, scale, row)
     start = tl.program_id(1) * BLOCK_V
     logits_ptr += row * stride_logits
     ref_logits_ptr += row * stride_ref_logits

@@ -6,7 +6,15 @@ For float16 and float32 inputs, after `kl_row` has summed: see configs.one_pass.
 import triton
 import triton.language as tl
 
-from sepo_kernels.triton_rows import UNSPECIALISED, expm1, load, load_logits, logp_dlogits, store
+from sepo_kernels.triton_rows import (
+    UNSPECIALISED,
+    expm1,
+    load,
+    load_logits,
+    load_scale,
+    logp_dlogits,
+    store,
+)
 
 
 @triton.jit(**UNSPECIALISED)
@@ -28,6 +36,8 @@ def kl_dlogits(
     V,
     has_bias,
     has_ref_bias,
+    scales_ptr,  # (rows,); anything if not has_scales
+    has_scales,
     scale,
     softcap,
     CAPPED: tl.constexpr,
@@ -35,6 +45,7 @@ def kl_dlogits(
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    scale = load_scale(scales_ptr, has_scales, scale, row)
     start = tl.program_id(1) * BLOCK_V
     logits_ptr += row * stride_logits
     ref_logits_ptr += row * stride_ref_logits

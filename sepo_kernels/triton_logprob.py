@@ -16,6 +16,7 @@ from sepo_kernels.triton_rows import (
     LOWEST,
     UNSPECIALISED,
     load_logits,
+    load_scale,
     load_target,
     log1p,
     logp_dlogits,
@@ -37,6 +38,8 @@ def logprob_row(
     stride_dlogits,
     V,
     has_bias,
+    scales_ptr,  # (rows,); anything if not has_scales
+    has_scales,
     scale,
     softcap,
     CAPPED: tl.constexpr,
@@ -44,6 +47,7 @@ def logprob_row(
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # int64 before the multiply: rows * V passes 2**31
+    scale = load_scale(scales_ptr, has_scales, scale, row)
     logits_ptr += row * stride_logits
     dlogits_ptr += row * stride_dlogits
     target = tl.load(targets_ptr + row)
@@ -93,12 +97,15 @@ def logprob_dlogits(
     stride_dlogits,
     V,
     has_bias,
+    scales_ptr,  # (rows,); anything if not has_scales
+    has_scales,
     scale,
     softcap,
     CAPPED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    scale = load_scale(scales_ptr, has_scales, scale, row)
     start = tl.program_id(1) * BLOCK_V
     logits_ptr += row * stride_logits
     dlogits_ptr += row * stride_dlogits

@@ -16,14 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sepo_kernels.configs import CONFIGS
+from sepo_kernels.scales import Scale
 
 # arguments that Triton must not specialise on: one compilation serves all values of V (whose last
 # tile is narrower than 1 in 16 of most rows) and of flags, and any alignment of one number a row
 UNSPECIALISED = {
-    "do_not_specialize": ["V", "has_bias", "has_ref_bias", "column"],
+    "do_not_specialize": ["V", "has_bias", "has_ref_bias", "has_scales", "column"],
     "do_not_specialize_on_alignment": [
         "targets_ptr", "logp_ptr", "ref_logp_ptr", "lse_ptr", "reference_ptr", "row_scale_ptr",
-        "kl_ptr", "state_ptr", "grad_logp_ptr", "grad_kl_ptr",
+        "kl_ptr", "state_ptr", "grad_logp_ptr", "grad_kl_ptr", "scales_ptr",
     ],
 }  # fmt: skip
 # finite: in a tile of nothing but -inf (a padded vocabulary's bias), e^(-inf - top) = 0 needs a top
@@ -57,6 +58,22 @@ def bias_argument(
 ) -> Tensor:  # (V,) float32
     """Return the bias as the kernels take it; without one, a tensor that they do not read."""
     return logits.new_empty((1,)) if bias is None else bias.float().contiguous()
+
+
+def scale_arguments(
+    scale: Scale,  # a number, or (rows,)
+    logits: Tensor,  # (rows, V) float32
+) -> tuple[Tensor, int, float]:  # (rows,), has_scales, scale
+    """Return the scale as the kernels take it; a number comes with a tensor that is not read."""
+    if isinstance(scale, Tensor):
+        return scale.contiguous(), 1, 1.0
+    return logits.new_empty((1,)), 0, scale
+
+
+@triton.jit
+def load_scale(scales_ptr, has_scales, scale, row):
+    """Return what multiplies a row's logits."""
+    return tl.load(scales_ptr + row, mask=has_scales != 0, other=scale)
 
 
 @triton.jit

@@ -1,12 +1,26 @@
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import: no test looks for a hub
 
 import pytest
 import torch
 
+# an assertion of theirs shows its values too
+HELPERS = (Path(__file__).parent / "helpers").glob("*.py")
+pytest.register_assert_rewrite("trainer", *(path.stem for path in HELPERS))
+
 # the tensors are small: threads would wait for each other longer than they work
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item):
+    """Skip what is marked `native` where the native kernels were left out."""
+    if item.get_closest_marker("native"):
+        from native_kernels import LACKING  # by then every test has said how sepo is imported
+
+        if LACKING:
+            pytest.skip(LACKING)
 
 
 @pytest.fixture(autouse=True)

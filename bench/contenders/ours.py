@@ -1,23 +1,21 @@
 """sepo.ops: what "auto" takes, and every named implementation that can run and is not that one."""
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-
-import torch
 
 import sepo
 from bench.contender import Contender, gradients
 from sepo import ops
+from sepo_kernels import segment_topk, selected_logprob, selected_logprob_kl
+from sepo_kernels.registry import Impl, pick
 
 version = lambda: f"sepo {sepo.__version__}"
 
 
-def _logprob(inputs, impl: str, M: int | None = None) -> dict:
+def _logprob(inputs, impl: str) -> dict:
     hidden, weight = inputs.leaves()
-    rows, targets = inputs.rows[:M], inputs.targets[:M]
-    logp = ops.selected_logprob(hidden, weight, rows, targets, impl=impl)
-    return {"logp": logp.detach(), **gradients(logp, inputs.upstream[:M], hidden, weight)}
+    logp = ops.selected_logprob(hidden, weight, inputs.rows, inputs.targets, impl=impl)
+    return {"logp": logp.detach(), **gradients(logp, inputs.upstream, hidden, weight)}
 
 
 def _schedule(inputs, impl: str) -> str:
@@ -26,61 +24,47 @@ def _schedule(inputs, impl: str) -> str:
     return f"{told.impl}, {told.schedule}, {told.gemms} products"
 
 
-def _logprob_kl(inputs, impl: str, M: int | None = None) -> dict:
+def _logprob_kl(inputs, impl: str) -> dict:
     hidden, weight = inputs.leaves()
     logp, ref_logp, kl = ops.selected_logprob_kl(
-        hidden, weight, inputs.ref_hidden, inputs.ref_weight, inputs.rows[:M], inputs.targets[:M],
+        hidden, weight, inputs.ref_hidden, inputs.ref_weight, inputs.rows, inputs.targets,
         direction=inputs.case.direction, impl=impl,
     )  # fmt: skip
     return inputs.result(logp, ref_logp, kl, hidden, weight)
 
 
-def _topk(inputs, impl: str, M: int | None = None) -> dict:
-    cu = inputs.cu_tokens if M is None else inputs.cu_tokens[: M + 1]
-    score = inputs.score if M is None else inputs.score[: int(cu[-1])]
-    index, cu_rows = ops.segment_topk(score, cu, inputs.case.fraction, "alternate", impl=impl)
+def _topk(inputs, impl: str) -> dict:
+    args = inputs.score, inputs.cu_tokens, inputs.case.fraction, "alternate"
+    index, cu_rows = ops.segment_topk(*args, impl=impl)
     return {"index": index, "cu_rows": cu_rows}
 
 
-def _reason(run: Callable, inputs, impl: str) -> str | None:
-    """Why an implementation cannot run these tensors, in its own words, from a call of one row."""
+def _why_not(inputs, impls: Sequence[Impl], name: str, tensors: Callable) -> str:
+    """Why an implementation is not measured by its name."""
     try:
-        with torch.no_grad():
-            run(inputs, impl=impl, M=1)
+        pick(impls, name, *tensors(inputs))
     except ValueError as error:
         return str(error)
+    taken = pick(impls, "auto", *tensors(inputs)).name
+    return 'it is what "auto" takes here' if taken == name else ""
 
 
-def _taken(run: Callable, inputs, names: tuple[str, ...]) -> str:
-    """What "auto" means here: the first in priority order that can run."""
-    return next((n for n in names if _reason(run, inputs, n) is None), "auto")
-
-
-def _why_not_named(inputs, run: Callable, names: tuple[str, ...], name: str) -> str | None:
-    if reason := _reason(run, inputs, name):
-        return reason
-    if _taken(run, inputs, names) == name:
-        return 'it is what "auto" takes here'
-
-
-def _providers(op: str, run: Callable, note: Callable | None = None) -> tuple[Contender, ...]:
-    if not hasattr(ops, op):
-        why_not = lambda inputs: f"sepo.ops.{op} is not there yet"
-        return (Contender("sepo", run, why_not, version, ours=True),)
-    names = tuple(impl.name for impl in importlib.import_module(f"sepo_kernels.{op}").IMPLS)
-    if note is None:
-        note = lambda inputs, impl: impl if impl != "auto" else _taken(run, inputs, names)
-    shared = dict(version=version, ours=True)
-    auto = Contender("sepo", partial(run, impl="auto"), note=partial(note, impl="auto"), **shared)
-    return auto, *(
-        Contender(
-            f"sepo:{name}", partial(run, impl=name), note=partial(note, impl=name),
-            why_not=partial(_why_not_named, run=run, names=names, name=name), **shared,
-        )
-        for name in names
+def _providers(
+    run: Callable,
+    impls: Sequence[Impl],
+    tensors: Callable,  # inputs -> what an implementation is chosen by
+    note: Callable | None = None,
+) -> tuple[Contender, ...]:
+    note = note or (lambda inputs, impl: pick(impls, impl, *tensors(inputs)).name)
+    make = lambda label, impl, *why_not: Contender(
+        label, partial(run, impl=impl), *why_not, version=version, ours=True,
+        note=partial(note, impl=impl),
     )  # fmt: skip
+    why_not = lambda name: partial(_why_not, impls=impls, name=name, tensors=tensors)
+    return make("sepo", "auto"), *(make(f"sepo:{x.name}", x.name, why_not(x.name)) for x in impls)
 
 
-HEAD = _providers("selected_logprob", _logprob, _schedule)
-KL = _providers("selected_logprob_kl", _logprob_kl)
-TOPK = _providers("segment_topk", _topk)
+_head = lambda inputs: (inputs.hidden, inputs.weight)
+HEAD = _providers(_logprob, selected_logprob.IMPLS, _head, _schedule)
+KL = _providers(_logprob_kl, selected_logprob_kl.IMPLS, _head)
+TOPK = _providers(_topk, segment_topk.IMPLS, lambda inputs: (inputs.score, inputs.cu_tokens))

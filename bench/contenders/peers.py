@@ -5,12 +5,21 @@ selected carry -100, and are computed all the same.
 """
 
 from functools import partial
+from importlib import import_module
 
 import torch
 
 from bench.contender import Contender, gradients, installed, missing
 
 _lacks = lambda package: lambda inputs: missing(package)
+
+
+def _unable(what: str, module: str) -> str | None:
+    """Why a module of a package does not load: it is too old, or lacks the compiler of its kernels."""
+    try:
+        import_module(module)
+    except ImportError as error:
+        return f"{what}: {error}"
 
 
 def _cce(inputs) -> dict:
@@ -43,12 +52,7 @@ def _trl(inputs) -> dict:
 
 
 def _no_divergence(inputs) -> str | None:
-    if reason := missing("trl"):
-        return reason
-    try:
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: F401
-    except ImportError as error:
-        return f"this trl has no chunked divergence ({error})"
+    return missing("trl") or _unable("trl", "trl.kernels.chunked_divergence")
 
 
 def _divergence(inputs) -> dict:
@@ -82,15 +86,19 @@ def _no_triton(inputs) -> str | None:
     return missing("liger-kernel")
 
 
-def _gathered(inputs) -> dict:
-    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
+def _liger_rows(inputs, name: str, *options) -> dict:
+    from liger_kernel import ops
 
     hidden, weight = inputs.leaves()
-    mask, none = inputs.labels != -100, (None, None, -100, 0.0, 0.0, "none")
-    nll = LigerFusedLinearCrossEntropyFunction.apply(
-        hidden[mask], weight, inputs.labels[mask], *none
-    )[0]
+    mask = inputs.labels != -100
+    nll = getattr(ops, name).apply(hidden[mask], weight, inputs.labels[mask], *options)
+    nll = nll[0] if isinstance(nll, tuple) else nll
     return {"logp": -nll.detach(), **gradients(nll, -inputs.upstream, hidden, weight)}
+
+
+def _gathered(inputs) -> dict:
+    none = None, None, -100, 0.0, 0.0, "none"
+    return _liger_rows(inputs, "LigerFusedLinearCrossEntropyFunction", *none)
 
 
 def _no_sm90(inputs, exactly: bool = False) -> str | None:
@@ -102,32 +110,17 @@ def _no_sm90(inputs, exactly: bool = False) -> str | None:
 
 
 def _no_hopper(inputs) -> str | None:
-    if reason := _no_sm90(inputs, exactly=True) or missing("liger-kernel"):
-        return reason
-    try:
-        from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90  # noqa: F401
-    except ImportError as error:
-        return f"liger-kernel[cutedsl]: {error}"
+    absent = _no_sm90(inputs, exactly=True) or missing("liger-kernel")
+    module = "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90"
+    return absent or _unable("liger-kernel[cutedsl]", module)
 
 
 def _hopper(inputs) -> dict:
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
-
-    hidden, weight = inputs.leaves()
-    mask = inputs.labels != -100
-    nll = LigerFusedLinearScaledCrossEntropyFunction.apply(
-        hidden[mask], weight, inputs.labels[mask]
-    )
-    return {"logp": -nll.detach(), **gradients(nll, -inputs.upstream, hidden, weight)}
+    return _liger_rows(inputs, "LigerFusedLinearScaledCrossEntropyFunction")
 
 
 def _no_quack(inputs) -> str | None:
-    if reason := _no_sm90(inputs):
-        return reason
-    try:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy  # noqa: F401
-    except ImportError as error:  # it, or the compiler of its kernels
-        return f"quack-kernels: {error}"
+    return _no_sm90(inputs) or _unable("quack-kernels", "quack.linear_cross_entropy")
 
 
 def _quack(inputs) -> dict:

@@ -64,14 +64,9 @@ def _lce_chunked(inputs) -> dict:
 
 def _topk_loop(inputs) -> dict:
     """Selection as trainers write it: one torch.topk a segment."""
-    cu = inputs.cu_tokens.tolist()
-    index, cu_rows = [], [0]
-    for s, (start, stop) in enumerate(zip(cu[:-1], cu[1:], strict=True)):
-        K = inputs.count(stop - start)
-        top = inputs.score[start:stop].topk(K, largest=s % 2 == 0).indices
-        index.append(top.sort().values + start)
-        cu_rows.append(cu_rows[-1] + K)
-    return {"index": torch.cat(index), "cu_rows": torch.tensor(cu_rows)}
+    take = lambda score, K, highest: score.topk(K, largest=highest).indices
+    index, cu_rows = inputs.each_segment(take)
+    return {"index": index, "cu_rows": cu_rows}
 
 
 GEMM = Contender("gemm", _gemms, gated=False, note=_note, rate=_flops)

@@ -53,6 +53,9 @@ class Inputs:
     baselines: ClassVar[dict[str, dict[str, float]]] = {}  # errors of others, in this dtype
     number = 0  # of the round
 
+    def __init__(self, case, device: str):
+        self.case, self.device = case, device
+
     def passes(self, contender: Contender) -> Iterator[tuple[tuple[str, ...], dict]]:
         """Fields of a row for the errors of a call, and their limits, for each call of the gate."""
         limits = self.limits(contender.ours, contender.objective) if contender.gated else {}
@@ -89,7 +92,7 @@ class HeadInputs(Inputs):
     """Of heads, whose subclasses say `names`, `values` and `plain`; half the rows are confident."""
 
     def __init__(self, case, device: str):
-        self.case, self.device = case, device
+        super().__init__(case, device)
         self.generator = seeded(device)
         self._truths: dict[str, dict] = {}
 
@@ -175,8 +178,8 @@ class HeadInputs(Inputs):
     def limits(self, ours: bool, objective: str) -> dict[str, float]:
         """The largest errors that are given a speed."""
         limit = 1e-4 if ours else 0.1 if self.case.dtype.itemsize == 2 else 1e-3
-        grads = precision.gradient_limits(self.yardstick(objective), ours, self.case.dtype)
-        return dict.fromkeys(("logp", "loss", "ref_logp", "kl"), limit) | grads
+        found = precision.limits(self.yardstick(objective), ours, self.case.dtype)
+        return found | dict.fromkeys(("logp", "loss", "ref_logp", "kl"), limit)
 
     def yardstick(self, objective: str) -> dict[str, float]:
         return self.baselines.get("plain", {})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench import precision
 from bench.operations import Case, Inputs, seeded
+from bench.plain import stacked
 from bench.precision import product
 from bench.steps.pairs import drawn_pairs
 from sepo.cost.work import OURS, needed_size
@@ -37,7 +38,7 @@ class AttentionInputs(Inputs):
     """One packed batch of drawn lengths, and the same rows as padded sequences."""
 
     def __init__(self, case: AttentionCase, device: str):
-        self.case, self.device = case, device
+        super().__init__(case, device)
         self.batch = _batch(case).to(device)
         N, E = len(self.batch.tokens), case.width
         g = seeded(device)
@@ -73,12 +74,9 @@ class AttentionInputs(Inputs):
     def places(self) -> tuple[Tensor, Tensor]:  # rows (2P, L) int64, which of them are tokens
         sequences = []
         for start, prefix, middle, end in self.batch.spans:
-            rejected = np.r_[start:prefix, middle:end]
-            sequences += [np.arange(start, middle), rejected]
-        longest = max(map(len, sequences))
-        rows = np.stack([np.pad(x, (0, longest - len(x))) for x in sequences])
-        real = np.stack([np.arange(longest) < len(x) for x in sequences])
-        return torch.from_numpy(rows).to(self.device), torch.from_numpy(real).to(self.device)
+            sequences += [np.r_[start:middle], np.r_[start:prefix, middle:end]]
+        rows, real = stacked(sequences)
+        return rows.to(self.device), real.to(self.device)
 
     @cached_property
     def owned(self) -> Tensor:  # (2P, L): the copy whose output counts; a prompt's is the chosen's
@@ -153,10 +151,8 @@ class AttentionInputs(Inputs):
         return {name: precision.relative_error(result[name], self._truth[name]) for name in NAMES}
 
     def limits(self, ours: bool, objective: str) -> dict[str, float]:
-        """The largest errors that are given a speed: those of the gradients, for the output too."""
-        plain = {f"grad_{name}": error for name, error in self.baselines["plain"].items()}
-        found = precision.gradient_limits(plain, ours, self.case.dtype)
-        return {name.removeprefix("grad_"): limit for name, limit in found.items()}
+        """The largest errors that are given a speed: the output's too is relative."""
+        return precision.limits(self.baselines["plain"], ours, self.case.dtype)
 
     @cached_property
     def baselines(self) -> dict[str, dict[str, float]]:

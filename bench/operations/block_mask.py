@@ -29,9 +29,6 @@ class MaskCase(Case):
 class MaskInputs(Inputs):
     gradient_bytes, flop = 0, 0.0
 
-    def __init__(self, case: MaskCase, device: str):
-        self.case, self.device = case, device
-
     @cached_property
     def spans(self) -> tuple[tuple[int, int, int, int], ...]:
         """Of drawn pairs, the last of which is cut where the tokens end."""

@@ -1,10 +1,13 @@
 """segment_topk: the highest (chosen) or lowest (rejected) 30 % of each segment's scores."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +36,7 @@ class TopkInputs(Inputs):
     flop = 0.0
 
     def __init__(self, case: TopkCase, device: str):
-        self.case, self.device = case, device
+        super().__init__(case, device)
         g = torch.Generator().manual_seed(0)
         length = torch.randint(case.shortest, case.longest + 1, (case.S,), generator=g)
         cu = torch.nn.functional.pad(length.cumsum(0), (1, 0))
@@ -50,16 +53,19 @@ class TopkInputs(Inputs):
     def count(self, tokens: int) -> int:
         return max(1, math.floor(self.case.fraction * tokens + 1e-9))
 
+    def each_segment(self, take: Callable) -> tuple[Tensor, Tensor]:  # index (M,), cu_rows (S + 1,)
+        """A segment at a time by `take`, of scores, count, highest: even ones highest, odd lowest."""
+        cu, index = self.cu_tokens.tolist(), []
+        for s, (start, stop) in enumerate(pairwise(cu)):
+            taken = take(self.score[start:stop], self.count(stop - start), s % 2 == 0)
+            index.append(taken.sort().values + start)
+        return torch.cat(index), torch.tensor([0, *accumulate(map(len, index))])
+
     @cached_property
-    def _truth(self) -> tuple[Tensor, Tensor]:  # index (M,), cu_rows (S + 1,)
-        """Ties to the earlier token, even segments highest, odd ones lowest."""
-        score, cu = self.score.cpu(), self.cu_tokens.tolist()
-        index, cu_rows = [], [0]
-        for s, (start, stop) in enumerate(zip(cu[:-1], cu[1:], strict=True)):
-            order = score[start:stop].argsort(stable=True, descending=s % 2 == 0)
-            index.append(order[: self.count(stop - start)].sort().values + start)
-            cu_rows.append(cu_rows[-1] + len(index[-1]))
-        return torch.cat(index), torch.tensor(cu_rows)
+    def _truth(self) -> tuple[Tensor, Tensor]:
+        """Ties to the earlier token."""
+        order = lambda score, highest: score.cpu().argsort(stable=True, descending=highest)
+        return self.each_segment(lambda score, K, highest: order(score, highest)[:K])
 
     def due(self, objective: str) -> tuple[str, ...]:
         """What a provider must give to be gated."""
@@ -74,7 +80,7 @@ class TopkInputs(Inputs):
         if objective == "any tie":
             segment = torch.repeat_interleave(torch.arange(len(cu_rows) - 1), cu_rows.diff())
             score, owner = self.score.cpu(), self.cu_tokens.cpu()[1:].long()
-            ranked = lambda chosen: _sorted_by_segment(score[chosen], segment)
+            ranked = lambda chosen: score[chosen][np.lexsort((score[chosen], segment))]
             strayed = torch.searchsorted(owner, got, right=True) != segment
             repeated = len(got) - len(got.unique())
             return {"wrong": float(((ranked(got) != ranked(index)) | strayed).sum() + repeated)}
@@ -82,11 +88,6 @@ class TopkInputs(Inputs):
 
     def limits(self, ours: bool, objective: str) -> dict[str, float]:
         return {"wrong": 0.0}
-
-
-def _sorted_by_segment(values: Tensor, segment: Tensor) -> Tensor:
-    order = values.argsort(stable=True)
-    return values[order[segment[order].argsort(stable=True)]]
 
 
 def cases(device: str) -> list[TopkCase]:

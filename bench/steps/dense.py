@@ -106,6 +106,6 @@ def _contender(
     return Contender(
         f"dense {objective}" + (", checkpointing" if checkpointing else ""), step,
         objective=objective, group="dense", lower=step.lower, keeps_bytes=num_bytes(reference),
-        work=lambda number: work.padded(policy, rounds[number], forwards=1),
+        work=lambda number: work.padded(policy, rounds[number], live=True),
         note=lambda inputs: "tokens and rows once more by the reference",
     )  # fmt: skip

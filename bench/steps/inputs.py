@@ -109,10 +109,8 @@ class Steps:
         """The work of a pair: of all rounds, so that all rows have the same."""
         done = self.rounds[1 : 1 + rounds]
         each, pairs = [contender.work(n + 1) for n in range(rounds)], sum(map(len, done))
-        row.tokens, row.rows = (
-            sum(w.tokens for w in each) / pairs,
-            sum(w.rows for w in each) / pairs,
-        )
+        row.tokens = sum(w.tokens for w in each) / pairs
+        row.rows = sum(w.rows for w in each) / pairs
         row.flop = sum(w.flops for w in each) / pairs
         # weights read forward and backward; gradients written and read, both moments read and
         # written, weights read and written

@@ -1,19 +1,18 @@
 """The models of a step, and the one set of weights that all its contenders train in turn."""
 
 import copy
-import shutil
-import tempfile
-import weakref
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bench.steps.pairs import ROOT
+from sepo.cost import decoder
 from sepo.demo.smollm2 import find_gguf, save_smollm2
 from sepo.errors import InputError
 
 SMOLLM2 = "smollm2"
+TRAINERS = str(ROOT / "runs/bench/trainers")  # made by each, and written to by none: no loop runs
 LEARNING_RATE = 1e-6  # small: nobody's step may change what the others compute
 # shapes alone, with random weights: nothing has to be downloaded
 SHAPES = {
@@ -27,12 +26,9 @@ SHAPES = {
         num_key_value_heads=8, head_dim=64, vocab_size=128256, max_position_embeddings=8192,
         tie_word_embeddings=True,
     ),
-    # as wide as Llama-3.1-8B and a quarter as deep: with AdamW's moments in float32 all of it
-    # would fill the largest GPU
+    # a quarter as deep: with AdamW's moments in float32 all of it would fill the largest GPU
     "llama-8b-shape-8-layers": dict(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=8, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=8192,
-        tie_word_embeddings=False,
+        decoder.SHAPES["LLaMA3-8B"][1], num_hidden_layers=8, max_position_embeddings=8192
     ),
 }  # fmt: skip
 
@@ -64,14 +60,6 @@ def smollm2_here() -> str:
     except InputError:
         return "smollm2-shape"
     return SMOLLM2
-
-
-class Folder:
-    """A folder that goes with the last who knows of it; a TemporaryDirectory would warn of that."""
-
-    def __init__(self):
-        self.name = tempfile.mkdtemp()
-        weakref.finalize(self, shutil.rmtree, self.name, ignore_errors=True)
 
 
 class Weights:

@@ -2,18 +2,18 @@
 
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from bench.contender import Contender
 from bench.steps import work
-from bench.steps.models import Folder, Weights, checkpoint_layers, num_bytes, twin
+from bench.steps.models import TRAINERS, Weights, checkpoint_layers, num_bytes, twin
 from bench.steps.objectives import SETTINGS, segments
+from sepo.cost.work import Schedule
 from sepo.data.hidden import HiddenRows, StoredHead
-from sepo.data.segments import num_selected
 from sepo.data.types import ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.masks import SparseMask, num_layers
@@ -52,7 +52,7 @@ def contenders(
     first, name = attn_impls[0], NAMES["sepo"]
     return [
         *(make(NAMES[objective], objective, impl) for impl in attn_impls for objective in NAMES),
-        make(f"{name}, cheap again", "sepo", first, recompute="cheap"),
+        make(f"{name}, cheap again", "sepo", first, selective=True),
         make(f"{name}, checkpointing", "sepo", first, checkpointing=True),
     ]
 
@@ -69,7 +69,7 @@ def kl_contenders(
     if objective == "tdpo2":  # a mask reads the reference's layers, which no store keeps
         found.append(make(", cached rows", *cached(weights, rounds)))
     again = make(", checkpointing", checkpointing=True)
-    return [*found, make(", cheap again", recompute="cheap"), replace(again, rounds=0)]
+    return [*found, make(", cheap again", selective=True), replace(again, rounds=0)]
 
 
 def contender(
@@ -83,7 +83,7 @@ def contender(
     reference: PreTrainedModel | CachedReference | None = None,
     impl: str | None = None,
     checkpointing: bool = False,
-    recompute: str = "nothing",  # as SePOConfig takes it
+    selective: bool = False,  # --selective_checkpointing
 ) -> Contender:
     arguments = SETTINGS[objective] if settings is None else settings
     about = dict(objective=objective, ours=True, group="sepo", attention=impl or "")
@@ -91,11 +91,11 @@ def contender(
     arguments = arguments | ({"attn_impl": impl} if impl else {})
     if checkpointing:  # False is deprecated in one transformers, and None no value in another
         arguments |= {"gradient_checkpointing": True}
-    folder = Folder()
     config = lambda pairs: SePOConfig(
-        output_dir=folder.name, method=objective, pairs_per_step=len(pairs), bf16=bf16,
+        output_dir=TRAINERS, method=objective, pairs_per_step=len(pairs), bf16=bf16,
         max_tokens_per_batch=1 << 30,  # the step in one micro-batch, as TRL's
-        recompute=recompute, use_cpu=on_cpu, report_to="none", disable_tqdm=True, **arguments,
+        selective_checkpointing=selective, use_cpu=on_cpu, report_to="none", disable_tqdm=True,
+        **arguments,
     )  # fmt: skip
     model = weights.twin()
     try:
@@ -112,19 +112,12 @@ def contender(
     if checkpointing:
         checkpoint_layers(model)
 
-    def step(number: int) -> Tensor:
-        assert folder  # lives as long as the trainers that may write to it
-        return trainers[number].training_step(model, {"step": 0})
-
+    step = lambda number: trainers[number].training_step(model, {"step": 0})
     live, cached = isinstance(reference, nn.Module), isinstance(reference, CachedReference)
 
-    def asked(number: int) -> work.Work:
-        cut = segments(objective, rounds[number])
-        sizes = [(len(p), len(c.response), len(r.response)) for p, c, r in cut]
-        rows, more = sum(map(num_selected, cut)), dict(forwards=int(live), heads=int(cached))
-        flop = work.training(model, sizes, rows, prompt_once=True, **more)
-        return work.Work(sum(map(sum, sizes)), rows, flop)
-
+    # of cached rows the reference's head alone is computed
+    schedule = Schedule(reference="live" if live else "cached" if cached else "none", kl=cached)
+    asked = lambda number: work.packed(model, segments(objective, rounds[number]), schedule)
     # the gate asks for float32 first: of round 0 alone, with neither of accelerate's two autocasts
     accelerator = trainers[0].accelerator
     accelerator.autocast = nullcontext
@@ -161,11 +154,11 @@ def with_rows(reference, pairs: list[TokenPair], dtype: torch.dtype) -> list[Sco
     response_logp(reference, pairs, "reference", max_tokens=8192, hidden=rows)
     found, end = [], 0
     for pair in pairs:
-        parts = dict(id=pair.id, prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)
+        parts = {}
         for side in ("chosen", "rejected"):
             start, end = end, end + len(getattr(pair, side))
             parts[f"{side}_ref_hidden"] = HiddenRows(rows, start, end - start)
-        found.append(ScoredPair(**parts))
+        found.append(ScoredPair(**asdict(pair) | parts))
     return found
 
 

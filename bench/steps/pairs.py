@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +73,7 @@ def texts(source: Path) -> list[dict]:
 
 def text(one: Preference) -> dict:
     turn = lambda answer: answer if isinstance(answer, str) else [answer]
-    return {
-        "id": one.id, "prompt": one.prompt, "chosen": turn(one.chosen), "rejected": turn(one.rejected)
-    }  # fmt: skip
+    return dict(id=one.id, prompt=one.prompt, chosen=turn(one.chosen), rejected=turn(one.rejected))
 
 
 def drawn_pairs(count: int, vocab_size: int, max_length: int, seed: int = 0) -> list[TokenPair]:
@@ -100,9 +99,8 @@ def with_scores(pair: TokenPair) -> ScoredPair:
     """
     rng = np.random.default_rng(zlib.crc32(pair.id.encode()))
     draw = lambda tokens: rng.normal(size=len(tokens)).astype(np.float32)
-    tokens = dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)
     scores = dict(chosen_score=draw(pair.chosen), rejected_score=draw(pair.rejected))
-    return ScoredPair(id=pair.id, **tokens, **scores)
+    return ScoredPair(**asdict(pair), **scores)
 
 
 def deal(pairs: list, num_rounds: int, per_round: int, seed: int = 0) -> list[list]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from bench.steps import work
 from bench.steps.inputs import Truth
 from bench.steps.models import Weights
 from bench.steps.objectives import loss, segments
+from sepo.cost.work import Schedule
 from sepo.data.pack import pack
 from sepo.data.segments import num_selected
 from sepo.data.types import CutPair, PackedBatch, ScoredPair, Segment
@@ -37,8 +39,7 @@ def every_row(model, batch: PackedBatch, gather_first: bool = False) -> Tensor: 
     return plain.selected_logprob(*args, gather_first=gather_first)
 
 
-def selected_rows(model, batch: PackedBatch) -> Tensor:  # (M,)
-    return every_row(model, batch, gather_first=True)
+selected_rows = partial(every_row, gather_first=True)
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,8 @@ def _contender(
 
 
 def _work(saving: Saving, cut: list[CutPair], pairs: list[ScoredPair], model) -> work.Work:
-    triples = untruncated(cut, pairs) if saving.whole else cut
-    sizes = [(len(p), len(c.response), len(r.response)) for p, c, r in triples]
-    tokens = sum((1 if saving.prompt_once else 2) * p + c + r for p, c, r in sizes)
     if saving is UNPACKED:
-        tokens = 2 * len(pairs) * max(p + max(c, r) for p, c, r in sizes)
-    few = sum(map(num_selected, cut))
-    flop = work.training(model, sizes, few, prompt_once=saving.prompt_once)
-    return work.Work(tokens, tokens if saving.every else few, flop)
+        return work.padded(model, pairs, used=sum(map(num_selected, cut)))
+    triples = untruncated(cut, pairs) if saving.whole else cut
+    schedule = Schedule(prompt_once=saving.prompt_once)
+    return work.packed(model, triples, schedule, every_row=saving.every)

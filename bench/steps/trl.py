@@ -4,23 +4,17 @@ A pair comes to the collator as the token ids that everybody trains on.
 """
 
 import os
-import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from unittest.mock import patch
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer
-from transformers.models.llama import modeling_llama
 
 from bench.contender import Contender, missing
 from bench.measure import said
 from bench.steps import work
-from bench.steps.models import Folder, Weights, num_bytes, twin
+from bench.steps.models import TRAINERS, Weights, num_bytes, twin
 from sepo.data.types import ScoredPair
+from sepo.trainer.layers import use_liger
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 TEXT = [{"id": "0", "prompt": "a", "chosen": "b", "rejected": "c"}]  # what a trainer asks for
@@ -56,10 +50,9 @@ def kept(
     """Ids of the rows that DPOTrainer keeps; of all where TRL is missing."""
     if missing("trl"):
         return {row["id"] for row in rows}
-    with tempfile.TemporaryDirectory() as folder:
-        options = dict(max_length=max_length, bf16=False, checkpointing=False)
-        trainer = dpo_trainer(weights.twin(), weights.twin(), tokenizer, rows, folder, **options)
-        return set(trainer.train_dataset["id"])
+    options = dict(max_length=max_length, bf16=False, checkpointing=False)
+    trainer = dpo_trainer(weights.twin(), weights.twin(), tokenizer, rows, **options)
+    return set(trainer.train_dataset["id"])
 
 
 def contenders(
@@ -98,21 +91,20 @@ def _contender(
     variant: Variant, weights: Weights, rounds, tokenizer, *, bf16: bool, max_length: int
 ) -> Contender:
     model, is_dpo = weights.twin(), variant.objective == "dpo"
-    folder = Folder()
     options = dict(max_length=max_length, bf16=bf16, checkpointing=variant.checkpointing)
     if is_dpo:
         reference = twin(weights.reference)
-        trainer = dpo_trainer(model, reference, tokenizer, TEXT, folder.name, **options)
+        trainer = dpo_trainer(model, reference, tokenizer, TEXT, **options)
         trainer.precompute_ref_logps = variant.cached
     else:
-        trainer = simpo_trainer(model, tokenizer, TEXT, folder.name, **options)
+        trainer = simpo_trainer(model, tokenizer, TEXT, **options)
     trainer.current_gradient_accumulation_steps = 1  # Trainer's loop sets it
     if variant.checkpointing:  # so does it this
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     live = is_dpo and not variant.cached
-    layers = nullcontext
-    if variant.liger:
-        layers = liger_layers(model, *([trainer.ref_model] if live else []))
+    if variant.liger:  # layers alone, and no loss: as use_liger_kernel has them in its DPO trainer
+        for llama in (model, trainer.ref_model) if live else (model,):
+            use_liger(llama)
     if live:  # TRL has wrapped it already; without the wrapper it computes in float32
         wrapped = trainer.ref_model.forward
         trainer.ref_model.forward = getattr(trainer.ref_model, "_original_forward", wrapped)
@@ -124,62 +116,33 @@ def _contender(
 
     batch = dpo_batch if is_dpo else simpo_batch
     examples = [batch(pairs) for pairs in rounds]
-
-    def step(number: int) -> Tensor:
-        assert folder  # lives as long as the trainer that may write to it
-        with layers():
-            return trainer.training_step(model, trainer.data_collator(examples[number]))
-
-    def asked(number: int) -> work.Work:
-        # TRL's own head takes the labelled positions on a GPU, and all but the last on a CPU
-        used_alone = is_dpo and model.device.type == "cuda"
-        how = dict(forwards=int(live), used_alone=used_alone, unused=int(is_dpo))
-        return work.padded(model, rounds[number], **how)
-
+    collated = lambda number: trainer.data_collator(examples[number])
+    # TRL's own head takes the labelled positions on a GPU, and all but the last on a CPU
+    how = dict(live=live, used_alone=is_dpo and model.device.type == "cuda", unused=int(is_dpo))
     return Contender(
-        variant.name, step, objective=variant.objective, group="trl", work=asked, lower=lower,
+        variant.name, lambda number: trainer.training_step(model, collated(number)), objective=variant.objective, group="trl", lower=lower,
+        work=lambda number: work.padded(model, rounds[number], **how),
         note=lambda inputs: "tokens and rows once more by the reference" if live else "",
         keeps_bytes=num_bytes(weights.reference) if live else 0,
     )  # fmt: skip
 
 
-def liger_layers(*llamas: PreTrainedModel) -> Callable[[], AbstractContextManager]:
-    """Liger's norms and activations in these models alone, and a context with its rotation.
-
-    As use_liger_kernel has them in TRL's DPO trainer: layers, and no loss. Liger puts some of it into
-    transformers' module, where it would be everybody's.
-    """
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-    names = "LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb"
-    before = {name: getattr(modeling_llama, name) for name in names}
-    for llama in llamas:
-        apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=llama)
-    rotation = modeling_llama.apply_rotary_pos_emb
-    for name, original in before.items():
-        setattr(modeling_llama, name, original)
-    return partial(patch.object, modeling_llama, "apply_rotary_pos_emb", rotation)
-
-
 def dpo_trainer(
-    model: PreTrainedModel, reference: PreTrainedModel, tokenizer, rows: list[dict], folder: str,
-    **options,
-) -> Trainer:  # fmt: skip
+    model: PreTrainedModel, reference: PreTrainedModel, tokenizer, rows: list[dict], **options
+) -> Trainer:
     from trl import DPOConfig, DPOTrainer
 
-    config = DPOConfig(folder, beta=0.1, **_arguments(model, **options))
+    config = DPOConfig(TRAINERS, beta=0.1, **_arguments(model, **options))
     data = dict(train_dataset=_dataset(rows), processing_class=tokenizer)
     return DPOTrainer(model, ref_model=reference, args=config, **data)
 
 
-def simpo_trainer(
-    model: PreTrainedModel, tokenizer, rows: list[dict], folder: str, **options
-) -> Trainer:
+def simpo_trainer(model: PreTrainedModel, tokenizer, rows: list[dict], **options) -> Trainer:
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     # without cpo_alpha=0 it is CPO-SimPO, with a likelihood term
     simpo = dict(loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=1.0)
-    config = CPOConfig(folder, **simpo, **_arguments(model, **options))
+    config = CPOConfig(TRAINERS, **simpo, **_arguments(model, **options))
     data = dict(train_dataset=_dataset(rows), processing_class=tokenizer)
     return CPOTrainer(model, args=config, **data)
 

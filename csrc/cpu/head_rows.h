@@ -21,11 +21,16 @@ struct Finish {
   at::Tensor bias;  // (V,) of type T, or undefined
   T scale;
   std::optional<T> softcap;
+  at::Tensor scales;  // (M,) of type T, in the place of scale, or undefined
 
-  Finish(const std::optional<at::Tensor>& bias, double scale, std::optional<double> softcap)
+  Finish(const std::optional<at::Tensor>& bias, double scale, std::optional<double> softcap,
+         const std::optional<at::Tensor>& scales)
       : bias(bias ? bias->to(c10::CppTypeToScalarType<T>::value).contiguous() : at::Tensor()),
         scale(static_cast<T>(scale)),
-        softcap(softcap ? std::optional<T>(*softcap) : std::nullopt) {}
+        softcap(softcap ? std::optional<T>(*softcap) : std::nullopt),
+        scales(scales ? scales->contiguous() : at::Tensor()) {}
+
+  T scale_at(int64_t m) const { return scales.defined() ? scales.const_data_ptr<T>()[m] : scale; }
 
   // the cap's derivative at a finished logit
   T derivative(T y) const { return softcap ? T(1) - (y / *softcap) * (y / *softcap) : T(1); }
@@ -34,8 +39,9 @@ struct Finish {
     return VecOf<T>(T(1)) - relative * relative;
   }
 
-  // Finishes a row of logits in place; returns the largest, or NaN if there is one
-  T operator()(T* z, int64_t V) const {
+  // Finishes row m of logits in place; returns the largest, or NaN if there is one
+  T operator()(T* z, int64_t V, int64_t m) const {
+    const T scale = scale_at(m);
     const bool plain = scale == T(1) && !bias.defined() && !softcap;
     const T* offset = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
     const VecOf<T> factor(scale), cap(softcap.value_or(T(1)));

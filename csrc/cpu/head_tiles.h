@@ -19,24 +19,39 @@ struct Head {
   at::Tensor bias;    // (V,) bfloat16 or undefined
   float scale;
   std::optional<float> softcap;
+  std::vector<float> scales;  // of whole tiles of rows, in the place of scale, or empty
 
   Head(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-       double scale, std::optional<double> softcap)
+       double scale, std::optional<double> softcap, const std::optional<at::Tensor>& scales)
       : x(x.contiguous()),
         weight(weight.stride(1) == 1 ? weight : weight.contiguous()),
         bias(bias ? bias->contiguous() : at::Tensor()),
         scale(static_cast<float>(scale)),
-        softcap(softcap ? std::optional<float>(*softcap) : std::nullopt) {}
+        softcap(softcap ? std::optional<float>(*softcap) : std::nullopt),
+        scales(scales ? of_tiles(*scales) : std::vector<float>()) {}
 
   Head at_rows(const at::Tensor& index) const {
     Head some = *this;
     some.x = x.index_select(0, index);
+    const int64_t* row = index.const_data_ptr<int64_t>();
+    if (!scales.empty())
+      for (int64_t i = 0; i < index.size(0); ++i) some.scales[i] = scales[row[i]];
     return some;
   }
   float bias_at(int64_t v) const {
     return bias.defined() ? static_cast<float>(bias.const_data_ptr<at::BFloat16>()[v]) : 0.f;
   }
+  float scale_at(int64_t m) const { return scales.empty() ? scale : scales[m]; }
   float inverse_cap() const { return softcap ? 1.f / *softcap : 0.f; }
+
+ private:
+  static std::vector<float> of_tiles(const at::Tensor& values) {  // (M,) float32
+    const at::Tensor flat = values.contiguous();
+    const float* data = flat.const_data_ptr<float>();
+    std::vector<float> copy(data, data + flat.size(0));
+    copy.resize(ceil_div(flat.size(0), TILE_M) * TILE_M, 0.f);
+    return copy;
+  }
 };
 
 inline float dot(const at::BFloat16* a, const at::BFloat16* b, int64_t n) {
@@ -62,26 +77,33 @@ inline std::vector<float> target_logits(const Head& head, const int64_t* targets
   at::parallel_for(0, M, 64, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       const float raw = dot(x + m * D, w + targets[m] * head.weight.stride(0), D);
-      z[m] = raw * head.scale + head.bias_at(targets[m]);
+      z[m] = raw * head.scale_at(m) + head.bias_at(targets[m]);
       if (head.softcap) z[m] = *head.softcap * std::tanh(z[m] / *head.softcap);
     }
   });
   return z;
 }
 
-// Finishes logits in place (scale, bias, soft cap), for the tile that starts at entry v0
-inline void finish_logits(const Head& head, int64_t v0, int64_t count, float* z) {
-  if (head.scale == 1.f && !head.bias.defined() && !head.softcap) return;
-  const Vec scale(head.scale), cap(head.softcap.value_or(1.f)), inverse(head.inverse_cap());
+// Finishes logits in place (scale, bias, soft cap), for the tile that starts at entry v0 and row m0
+template <bool SCALE_EACH>
+void finish_tile(const Head& head, int64_t v0, int64_t m0, int64_t count, float* z) {
+  const Vec one(head.scale), cap(head.softcap.value_or(1.f)), inverse(head.inverse_cap());
   for (int64_t v = 0; v < count; ++v) {
     const Vec bias(head.bias_at(v0 + v));
     for (int64_t lane = 0; lane < TILE_M; lane += LANES) {
       float* at = z + v * TILE_M + lane;
+      const Vec scale = SCALE_EACH ? Vec::loadu(&head.scales[m0 + lane]) : one;
       Vec y = at::vec::fmadd(Vec::loadu(at), scale, bias);
       if (head.softcap) y = cap * (y * inverse).tanh();
       y.store(at);
     }
   }
+}
+
+inline void finish_logits(const Head& head, int64_t v0, int64_t m0, int64_t count, float* z) {
+  if (!head.scales.empty()) return finish_tile<true>(head, v0, m0, count, z);
+  if (head.scale == 1.f && !head.bias.defined() && !head.softcap) return;
+  finish_tile<false>(head, v0, m0, count, z);
 }
 
 using Tile = float[TILE_V * TILE_M];  // (count, TILE_M): vocabulary entries down, rows across
@@ -118,7 +140,7 @@ void for_each_tile(const Heads<N>& heads, const Visit& visit) {
       for (int64_t block = 0; block < heads.rows[0].blocks; ++block) {
         for (size_t i = 0; i < N; ++i) {
           weight[i].multiply(heads.rows[i], block, z[i]);
-          finish_logits(heads.head[i], v0, count, z[i]);
+          finish_logits(heads.head[i], v0, block * TILE_M, count, z[i]);
         }
         visit(group, v0, count, block, z);
       }
@@ -138,9 +160,10 @@ class Partial {
     for (size_t i = m; i < data_.size(); i += padded_) total += data_[i];
     return total;
   }
-  float max(int64_t m) const {  // NaN if there is one
+  float max(int64_t m) const { return max(m, 0, data_.size() / padded_); }  // NaN if there is one
+  float max(int64_t m, int64_t first, int64_t last) const {  // of some groups
     float top = start_;
-    for (size_t i = m; i < data_.size(); i += padded_)
+    for (size_t i = first * padded_ + m; i < static_cast<size_t>(last * padded_); i += padded_)
       if (std::isnan(data_[i]) || data_[i] > top) top = data_[i];
     return top;
   }

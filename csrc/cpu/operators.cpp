@@ -6,19 +6,21 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY_FRAGMENT(sepo, m) {
+  // scales, of a head: (M,) float32 or float64, one a row in the place of `scale`
   m.def("native_bfloat16_tiles() -> bool", &sepo::bfloat16_tiles);
   sepo::define_segment_operators(m);
   // writes dlogits (M, V), its rows the fast dimension: dlogits / row_scale of loops.py, zero at
   // the targets
   m.def(
       "native_logprob_fused(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float scale,"
-      " float? softcap, Tensor(a!)? dlogits) -> (Tensor logp, Tensor lse, Tensor row_scale)");
+      " float? softcap, Tensor(a!)? dlogits, Tensor? scales=None)"
+      " -> (Tensor logp, Tensor lse, Tensor row_scale)");
   // direction 0: KL(ref||policy), 1: KL(policy||ref); first, second (M, V) with the rows as their
   // fast dimension, bfloat16 and float16, are written for combine
   m.def(
       "native_kl_fused(Tensor x, Tensor weight, Tensor? bias, Tensor ref_x, Tensor ref_weight,"
       " Tensor? ref_bias, Tensor targets, float scale, float? softcap, int direction,"
-      " Tensor(a!)? first, Tensor(b!)? second)"
+      " Tensor(a!)? first, Tensor(b!)? second, Tensor? scales=None)"
       " -> (Tensor logp, Tensor ref_logp, Tensor kl, Tensor state)");
   m.def(
       "native_kl_combine(Tensor first, Tensor second, Tensor targets, int start,"
@@ -28,12 +30,34 @@ TORCH_LIBRARY_FRAGMENT(sepo, m) {
   // are written with -dlogp/dz and dKL/dz; returns logp, ref_logp and KL (3, M)
   m.def(
       "native_kl_rows(Tensor(a!) z, Tensor(b!) ref_z, Tensor? bias, Tensor? ref_bias, Tensor targets,"
-      " float scale, float? softcap, int direction, Tensor(c!)? first, Tensor(d!)? second) -> Tensor");
+      " float scale, float? softcap, int direction, Tensor(c!)? first, Tensor(d!)? second,"
+      " Tensor? scales=None) -> Tensor");
   // z (M, V) float32 or float64 GEMM, overwritten; dlogits (M, V), which may be z, is written with
   // dlogits / row_scale of loops.py
   m.def(
       "native_logprob_rows(Tensor(a!) z, Tensor? bias, Tensor targets, float scale, float? softcap,"
-      " Tensor(b!)? dlogits) -> (Tensor logp, Tensor lse, Tensor row_scale)");
+      " Tensor(b!)? dlogits, Tensor? scales=None) -> (Tensor logp, Tensor lse, Tensor row_scale)");
+  // numbers (9, M) as loops.py of selected_stats has them. dlogits as of
+  // native_logprob_fused; logits (M, V) float32, its rows the fast dimension, are kept if given
+  m.def(
+      "native_stats_fused(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float scale,"
+      " float? softcap, Tensor(a!)? dlogits, Tensor(b!)? logits, Tensor? scales=None)"
+      " -> Tensor numbers");
+  // rows (6, M): logp, entropy, reference, row_scale and the gradients of logp and entropy
+  m.def(
+      "native_stats_gradient(Tensor logits, int start, float? softcap, Tensor targets, Tensor rows,"
+      " Tensor(a!) out) -> ()");
+  m.def(
+      "native_stats_recompute(Tensor x, Tensor weight, Tensor? bias, float scale, float? softcap,"
+      " Tensor targets, Tensor rows, Tensor(a!) out, Tensor? scales=None) -> ()");
+  // z (M, V) float32 or float64 GEMM, overwritten with finished logits, or with dlogits
+  m.def(
+      "native_stats_rows(Tensor(a!) z, Tensor? bias, Tensor targets, float scale, float? softcap,"
+      " Tensor(b!)? dlogits, Tensor? scales=None) -> Tensor numbers");
+  m.def(
+      "native_stats_gradient_rows(Tensor(a!) z, int start, Tensor? bias, float scale,"
+      " float? softcap, bool finished, Tensor targets, Tensor rows, Tensor(b!) out,"
+      " Tensor? scales=None) -> ()");
   m.def(
       "native_kl_combine_rows(Tensor first, Tensor second, Tensor grad_logp, Tensor grad_kl,"
       " Tensor(a!) out) -> ()");
@@ -54,6 +78,11 @@ TORCH_LIBRARY_IMPL(sepo, CPU, m) {
   m.impl("native_segment_sum_bwd", &sepo::segment_sum_bwd);
   m.impl("native_logprob_fused", &sepo::logprob_fused);
   m.impl("native_logprob_rows", &sepo::logprob_rows);
+  m.impl("native_stats_fused", &sepo::stats_fused);
+  m.impl("native_stats_gradient", &sepo::stats_gradient);
+  m.impl("native_stats_recompute", &sepo::stats_recompute);
+  m.impl("native_stats_rows", &sepo::stats_rows);
+  m.impl("native_stats_gradient_rows", &sepo::stats_gradient_rows);
   m.impl("native_kl_fused", &sepo::kl_fused);
   m.impl("native_kl_combine", &sepo::kl_combine);
   m.impl("native_kl_rows", &sepo::kl_rows);

@@ -24,15 +24,33 @@ Tensor segment_sum_bwd(const Tensor& grad_sum, const Tensor& cu_rows, int64_t M)
 
 std::tuple<Tensor, Tensor, Tensor> logprob_fused(
     const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& targets, double scale,
-    std::optional<double> softcap, const Maybe& dlogits);
+    std::optional<double> softcap, const Maybe& dlogits, const Maybe& scales);
 std::tuple<Tensor, Tensor, Tensor> logprob_rows(
     const Tensor& z, const Maybe& bias, const Tensor& targets, double scale,
-    std::optional<double> softcap, const Maybe& dlogits);
+    std::optional<double> softcap, const Maybe& dlogits, const Maybe& scales);
+
+Tensor stats_fused(
+    const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& targets, double scale,
+    std::optional<double> softcap, const Maybe& dlogits, const Maybe& logits, const Maybe& scales);
+void stats_gradient(
+    const Tensor& logits, int64_t start, std::optional<double> softcap, const Tensor& targets,
+    const Tensor& numbers, Tensor out);
+void stats_recompute(
+    const Tensor& x, const Tensor& weight, const Maybe& bias, double scale,
+    std::optional<double> softcap, const Tensor& targets, const Tensor& numbers, Tensor out,
+    const Maybe& scales);
+Tensor stats_rows(
+    const Tensor& z, const Maybe& bias, const Tensor& targets, double scale,
+    std::optional<double> softcap, const Maybe& dlogits, const Maybe& scales);
+void stats_gradient_rows(
+    Tensor z, int64_t start, const Maybe& bias, double scale, std::optional<double> softcap,
+    bool finished, const Tensor& targets, const Tensor& numbers, Tensor out, const Maybe& scales);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kl_fused(
     const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& ref_x,
     const Tensor& ref_weight, const Maybe& ref_bias, const Tensor& targets, double scale,
-    std::optional<double> softcap, int64_t direction, const Maybe& first, const Maybe& second);
+    std::optional<double> softcap, int64_t direction, const Maybe& first, const Maybe& second,
+    const Maybe& scales);
 void kl_combine(
     const Tensor& first, const Tensor& second, const Tensor& targets, int64_t start,
     const Tensor& kl, const Tensor& state, const Tensor& grad_logp, const Tensor& grad_kl,
@@ -40,7 +58,7 @@ void kl_combine(
 Tensor kl_rows(
     const Tensor& z, const Tensor& ref_z, const Maybe& bias, const Maybe& ref_bias,
     const Tensor& targets, double scale, std::optional<double> softcap, int64_t direction,
-    const Maybe& first, const Maybe& second);
+    const Maybe& first, const Maybe& second, const Maybe& scales);
 void kl_combine_rows(
     const Tensor& first, const Tensor& second, const Tensor& grad_logp, const Tensor& grad_kl,
     Tensor out);

@@ -147,10 +147,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_fused(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const at::Tensor& ref_x, const at::Tensor& ref_weight, const std::optional<at::Tensor>& ref_bias,
     const at::Tensor& targets, double scale, std::optional<double> softcap, int64_t direction,
-    const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& second) {
+    const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& second,
+    const std::optional<at::Tensor>& scales) {
   const at::Tensor at = targets.contiguous();
   const int64_t* target_ids = at.const_data_ptr<int64_t>();
-  const Head a(x, weight, bias, scale, softcap), b(ref_x, ref_weight, ref_bias, scale, softcap);
+  const Head a(x, weight, bias, scale, softcap, scales);
+  const Head b(ref_x, ref_weight, ref_bias, scale, softcap, scales);
   const Pair target{target_logits(a, target_ids), target_logits(b, target_ids)};
   Results results =
       run(pack(a, b), target_ids, target, target, Direction(direction), first, second);

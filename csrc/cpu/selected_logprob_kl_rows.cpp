@@ -83,8 +83,10 @@ void do_rows(
     const at::Tensor& z, const at::Tensor& ref_z, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ref_bias, const at::Tensor& targets, double scale,
     std::optional<double> softcap, Direction direction, const std::optional<at::Tensor>& first,
-    const std::optional<at::Tensor>& second, at::Tensor& results) {
-  const Finish<T> finish(bias, scale, softcap), ref_finish(ref_bias, scale, softcap);
+    const std::optional<at::Tensor>& second, const std::optional<at::Tensor>& scales,
+    at::Tensor& results) {
+  const Finish<T> finish(bias, scale, softcap, scales);
+  const Finish<T> ref_finish(ref_bias, scale, softcap, scales);
   const int64_t M = z.size(0), V = z.size(1);
   T *logp = results.mutable_data_ptr<T>(), *ref_logp = logp + M, *kl = ref_logp + M;
   const int64_t* target = targets.const_data_ptr<int64_t>();
@@ -92,7 +94,7 @@ void do_rows(
     for (int64_t m = begin; m < end; ++m) {
       T *a = z.mutable_data_ptr<T>() + m * z.stride(0),
         *b = ref_z.mutable_data_ptr<T>() + m * ref_z.stride(0);
-      const T c = finish(a, V), ref_c = ref_finish(b, V);
+      const T c = finish(a, V, m), ref_c = ref_finish(b, V, m);
       const Sums<T> sums = sum_row(a, b, V, c, ref_c, direction);
       const double log_a = std::log(sums.a), log_b = std::log(sums.b), shift = log_b - log_a;
       const T at = a[target[m]];
@@ -115,13 +117,13 @@ at::Tensor kl_rows(
     const at::Tensor& z, const at::Tensor& ref_z, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ref_bias, const at::Tensor& targets, double scale,
     std::optional<double> softcap, int64_t direction, const std::optional<at::Tensor>& first,
-    const std::optional<at::Tensor>& second) {
+    const std::optional<at::Tensor>& second, const std::optional<at::Tensor>& scales) {
   const at::Tensor at = targets.contiguous();
   auto results = z.new_empty({3, z.size(0)});
   const auto to = first ? first->scalar_type() : z.scalar_type();
   const auto call = [&](auto kernel) {
     kernel(z, ref_z, bias, ref_bias, at, scale, softcap, Direction(direction), first, second,
-           results);
+           scales, results);
   };
   if (z.scalar_type() == at::kDouble) {
     call(do_rows<double, double>);

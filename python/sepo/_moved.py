@@ -76,10 +76,18 @@ class _OldPlaces(MetaPathFinder, InspectLoader):
         module.__spec__ = module.__spec__.loader_state  # import has put the old name's there
 
     def get_code(self, name):  # for `python -m` with an old name
-        return find_spec(_now(name)).loader.get_code(_now(name))
+        return _loader(name).get_code(_now(name))
 
     def get_source(self, name):
-        return find_spec(_now(name)).loader.get_source(_now(name))
+        return _loader(name).get_source(_now(name))
+
+
+def _loader(name: str) -> InspectLoader:
+    """Of the file that has an old name's contents now."""
+    spec = find_spec(_now(name))
+    if spec is None or not isinstance(spec.loader, InspectLoader):
+        raise ImportError(f"{name}: expected the source of {_now(name)}, found none")
+    return spec.loader
 
 
 def _now(name: str) -> str:

@@ -106,13 +106,18 @@ def held_warnings() -> Iterator[None]:
     def held(shown: Callable) -> Callable:
         return lambda *what: shown(*what) if _held is None else _held.append(partial(shown, *what))
 
-    warnings.showwarning, logging.StreamHandler.emit = held(show), held(emit)
+    _show_with(held(show), held(emit))
     _held = []
     try:
         yield
     finally:
         release_warnings()
-        warnings.showwarning, logging.StreamHandler.emit = show, emit
+        _show_with(show, emit)
+
+
+def _show_with(show: Callable, emit: Callable) -> None:
+    warnings.showwarning = show
+    logging.StreamHandler.emit = emit  # type: ignore[method-assign]  # which handlers look up
 
 
 def release_warnings(*, shown: bool = True) -> None:

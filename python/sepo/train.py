@@ -32,7 +32,7 @@ from sepo.model.reference import ReferenceFolder
 from sepo.system.lock import contents, lock
 from sepo.terminal import release_warnings, say
 from sepo.trainer.adapters import lora_config, quantization_config
-from sepo.trainer.arguments import parse
+from sepo.trainer.arguments import needed, parse
 from sepo.trainer.checkpoints import completed_step
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.inherited import given_of
@@ -56,8 +56,9 @@ def train(args: SePOConfig) -> None:
     """Everything from the data to the saved model, in an output directory that is held."""
     adapters, quantised = lora_config(args), quantization_config(args)
     policy = find_policy(args)
-    tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    data = {args.dataset_name: load_pairs(args.dataset_name, args.dataset_split, tokenizer, args)}
+    tokenizer = load_tokenizer(policy.path, trust_remote_code=args.trust_remote_code)
+    dataset = needed(args, "dataset_name")
+    data = {dataset: load_pairs(dataset, args.dataset_split, tokenizer, args)}
     if args.eval_dataset_name is not None:
         name = args.eval_dataset_name
         split = args.eval_dataset_split or default_split(name, "test")
@@ -95,7 +96,7 @@ def train(args: SePOConfig) -> None:
 
 def find_policy(args: SePOConfig) -> ModelFolder:
     """Find and print what the policy's folder holds. Raises InputError for what can't be trained."""
-    path = args.model_name_or_path
+    path = needed(args, "model_name_or_path")
     policy = find_folder(path, trust_remote_code=args.trust_remote_code)
     flag = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit"
     quantise = args.load_in_4bit or args.load_in_8bit
@@ -159,8 +160,9 @@ def compute_dtype(args: SePOConfig) -> torch.dtype:
 
 def hold_output_dir(args: SePOConfig, held: ExitStack) -> None:
     """Take it for this run alone. Raises InputError for one that can't be trained in."""
-    output_dir = Path(args.output_dir)
-    held.enter_context(lock(args.output_dir))
+    named = needed(args, "output_dir")
+    output_dir = Path(named)
+    held.enter_context(lock(named))
     if contents(output_dir) and args.resume_from_checkpoint is None:
         raise InputError(
             f"--output_dir {output_dir} is not empty: choose another, or continue with "

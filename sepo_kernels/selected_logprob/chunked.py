@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels import gemm
+from sepo_kernels.scales import Scale, as_column
 from sepo_kernels.selected_logprob.loops import LogitKernels
 
 
@@ -16,13 +17,21 @@ def forward(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     dlogits: Tensor | None,  # (chunk, V), written
     logits: Tensor,  # (chunk, V) accumulator dtype, scratch; may be dlogits
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, lse, row_scale, each (chunk,)
-    z = _logits(logits, x, weight, bias, scale)
-    derivative = _cap(z, softcap, dlogits is not None)
+    z, derivative = capped_logits(logits, x, weight, bias, scale, softcap, dlogits is not None)
+    return log_softmax(z, targets, derivative, dlogits)
+
+
+def log_softmax(
+    z: Tensor,  # (chunk, V) capped logits, overwritten
+    targets: Tensor,  # (chunk,)
+    derivative: Tensor | None,  # (chunk, V) the cap's
+    dlogits: Tensor | None,  # (chunk, V), written; may be z
+) -> tuple[Tensor, Tensor, Tensor]:  # logp, lse, row_scale, each (chunk,)
     at = targets[:, None]
     top = z.amax(-1, keepdim=True)
     target = z.gather(-1, at) - top
@@ -39,43 +48,38 @@ def recompute(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     dlogits: Tensor,  # (chunk, V), written
     logits: Tensor,  # (chunk, V) accumulator dtype, scratch; may be dlogits
     logp: Tensor,  # (chunk,)
     lse: Tensor,  # (chunk,)
 ) -> Tensor:  # row_scale (chunk,)
-    z = _logits(logits, x, weight, bias, scale)
-    derivative = _cap(z, softcap, True)
+    z, derivative = capped_logits(logits, x, weight, bias, scale, softcap, True)
     p = z.sub_(lse[:, None]).exp_()
     _write_dlogits(dlogits, p, targets[:, None], logp[:, None], derivative)
     return torch.ones_like(logp)
 
 
-def _logits(
+def capped_logits(
     out: Tensor,  # (chunk, V), written
     x: Tensor,  # (chunk, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    scale: float,
-) -> Tensor:  # out: the logits before the soft cap
+    scale: Scale,
+    softcap: float | None,
+    need_derivative: bool,
+) -> tuple[Tensor, Tensor | None]:  # out, the cap's derivative there (chunk, V) if needed
     gemm.logits(out, x, weight)
-    if scale != 1.0:
-        out *= scale
+    if isinstance(scale, Tensor) or scale != 1.0:
+        out *= as_column(scale)
     if bias is not None:
         out += bias
-    return out
-
-
-def _cap(z: Tensor, softcap: float | None, need_derivative: bool) -> Tensor | None:
-    """Cap `z` (chunk, V) in place; return the cap's derivative (chunk, V) if needed."""
     if softcap is None:
-        return None
-    z.div_(softcap).tanh_()
-    derivative = (z * z).neg_().add_(1) if need_derivative else None
-    z.mul_(softcap)
-    return derivative
+        return out, None
+    out.div_(softcap).tanh_()
+    derivative = (out * out).neg_().add_(1) if need_derivative else None
+    return out.mul_(softcap), derivative
 
 
 def _write_dlogits(

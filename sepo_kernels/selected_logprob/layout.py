@@ -17,6 +17,7 @@ class HeadLayout(NamedTuple):
     fused: bool  # the logits stay in cache: no buffer in the accumulator's dtype
     multiprocessors: int = 0  # of the GPU; 0: a CPU
     D: int = 1
+    fused_sums: int = 1  # float32 sums of each row and group of columns, of a fused kernel
 
     @property
     def heads(self) -> int:
@@ -44,14 +45,18 @@ class HeadLayout(NamedTuple):
     def frozen_head_first(self) -> bool:
         return True  # 2 GEMMs, as `save`, and no (M, V) block
 
+    @property
+    def has_frozen_head(self) -> bool:
+        return True
+
     def row_bytes(self, gradient: bool) -> int:
         """Return the bytes of (1, V) buffers alive for each row of a chunk.
 
         One accumulator buffer goes from logits to probabilities in place. A gradient adds a copy
         in the input's dtype, where that differs, for the GEMM; a soft cap adds its derivative.
         """
-        if self.fused:  # one float32 sum for each group of 512 columns and, padded, row
-            return self.saved_bytes if gradient else max(1, self.V // 64)
+        if self.fused:  # a float32 sum is kept for each group of 512 columns and, padded, row
+            return self.saved_bytes if gradient else max(1, self.V * self.fused_sums // 64)
         acc = accumulator(self.dtype)
         wide = self._bytes(acc)
         if not gradient:

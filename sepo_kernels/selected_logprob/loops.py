@@ -14,7 +14,7 @@ float32.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from sepo_kernels import devices, schedules
 from sepo_kernels.devices import accumulator, row_stride
 from sepo_kernels.gemm import add_gemm, add_rows, add_targets, gemm
 from sepo_kernels.registry import Impl
+from sepo_kernels.scales import Scale, as_column, of_part
 from sepo_kernels.selected_logprob.layout import HeadLayout
 
 
@@ -34,16 +35,37 @@ class LogitKernels(NamedTuple):
             -> logp, lse, row_scale, each (chunk,)
         writes dlogits / row_scale if asked for; `logits` is scratch in the accumulator's dtype, and
         is dlogits itself where the dtypes agree
+        scale: a number, or (chunk,), one a row
     recompute(x, weight, bias, targets, scale, softcap, dlogits, logits, logp, lse)
             -> row_scale (chunk,)
         writes dlogits / row_scale a second time, given what forward returned
     fused(dtype) -> bool: the logits never leave the cache: no scratch, dlogits is stored with the
         rows as its fast dimension, and is zero at the targets
+    numbers: how many `forward` returns of each row
+    fused_sums: how many a fused one keeps of each row and group of columns
     """
 
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, ...]]
     recompute: Callable[..., Tensor]
     fused: Callable[[torch.dtype], bool]
+    numbers: int = 3
+    fused_sums: int = 1
+
+
+class Forward(Protocol):
+    """What `fwd` asks of an implementation: of LogitKernels, or of another with more numbers a row.
+
+    Beside logp, lse and row_scale, which come first.
+    """
+
+    @property
+    def forward(self) -> Callable[..., tuple[Tensor, ...]]: ...
+    @property
+    def fused(self) -> Callable[[torch.dtype], bool]: ...
+    @property
+    def numbers(self) -> int: ...
+    @property
+    def fused_sums(self) -> int: ...
 
 
 def implementation(name: str, kernels: LogitKernels, why_not: Callable[..., str | None]) -> Impl:
@@ -51,10 +73,12 @@ def implementation(name: str, kernels: LogitKernels, why_not: Callable[..., str 
     return Impl(name, partial(fwd, kernels), partial(bwd, kernels), why_not, kernels.fused)
 
 
-def layout_of(hidden: Tensor, weight: Tensor, softcap: float | None, fused: bool) -> HeadLayout:
+def layout_of(
+    hidden: Tensor, weight: Tensor, softcap: float | None, fused: bool, fused_sums: int = 1
+) -> HeadLayout:
     V, D = weight.shape
     gpu = devices.multiprocessors(hidden.device)
-    return HeadLayout(V, hidden.dtype, softcap is not None, fused, gpu, D)
+    return HeadLayout(V, hidden.dtype, softcap is not None, fused, gpu, D, fused_sums)
 
 
 def new_block(
@@ -73,22 +97,24 @@ def new_block(
 
 
 def fwd(
-    kernels: LogitKernels,
+    kernels: Forward,
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     rows: Tensor,  # (M,) int32
     targets: Tensor,  # (M,) int64
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     schedule: str,
     budget: int,  # bytes
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, lse, row_scale (M,), saved: see new_saved
+    *,
+    scales: Tensor | None = None,  # (M,) in the place of scale
+) -> tuple[Tensor, ...]:  # logp, lse, row_scale (M,), ..., saved: see new_saved
     dtype, acc, fused = hidden.dtype, accumulator(hidden.dtype), kernels.fused(hidden.dtype)
     M = rows.shape[0]
-    logp = hidden.new_empty((M,), dtype=acc)
-    lse, row_scale = torch.empty_like(logp), torch.empty_like(logp)
-    layout = layout_of(hidden, weight, softcap, fused)
+    scale = scale if scales is None else scales
+    results = [hidden.new_empty((M,), dtype=acc) for _ in range(kernels.numbers)]
+    layout = layout_of(hidden, weight, softcap, fused, kernels.fused_sums)
     num_saved = schedules.saved_rows(M, layout, budget, schedule)
     saved = new_saved(hidden, schedule, M, num_saved, layout)
     step = schedules.chunk_rows(M, layout, budget, schedule, backward=False)
@@ -99,12 +125,14 @@ def fwd(
         shared = dlogits is not None and dtype == acc and not fused
         logits = dlogits if shared else _first(wide, part)
         x = hidden.index_select(0, rows[part])
-        logp[part], lse[part], row_scale[part] = kernels.forward(
-            x, weight, bias, targets[part], scale, softcap, dlogits, logits
+        values = kernels.forward(
+            x, weight, bias, targets[part], of_part(scale, part), softcap, dlogits, logits
         )
+        for whole, chunk in zip(results, values, strict=True):
+            whole[part] = chunk
         if schedule == schedules.FROZEN_HEAD and dlogits is not None:
             gemm(dlogits, weight, out=saved[part])
-    return logp, lse, row_scale, saved
+    return *results, saved
 
 
 def bwd(
@@ -119,25 +147,30 @@ def bwd(
     lse: Tensor,  # (M,)
     row_scale: Tensor,  # (M,)
     saved: Tensor,  # see new_saved
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     schedule: str,
     budget: int,  # bytes
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    *,
+    scales: Tensor | None = None,  # (M,) in the place of scale
 ) -> tuple[
     Tensor, Tensor, Tensor
 ]:  # (N, D), (V, D), (V,), in their input's dtype; (0,) if unneeded
     dtype, acc, fused = hidden.dtype, accumulator(hidden.dtype), kernels.fused(hidden.dtype)
     M = rows.shape[0]
+    scale = scale if scales is None else scales
     negative = -grad_logp.to(acc)[:, None]  # (M, 1)
+    factors = as_column(scale)  # a number, or (M, 1)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=acc)
     at_target = negative * _dlogits_at_target(logp, lse, softcap)[:, None] if fused else None
+    scaled_at_target = None if at_target is None else at_target * factors
     if schedule == schedules.FROZEN_HEAD:
-        values = saved * (negative * row_scale[:, None] * scale)
-        if at_target is not None:
-            values += weight.index_select(0, targets) * (at_target * scale)
+        values = saved * (negative * row_scale[:, None] * factors)
+        if scaled_at_target is not None:
+            values += weight.index_select(0, targets) * scaled_at_target
         add_rows(grad_hidden, rows, values)
         return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
 
@@ -163,17 +196,18 @@ def bwd(
             dlogits = narrow[: part.stop - part.start]
             logits = dlogits if wide is None and not fused else _first(wide, part)
             factor = kernels.recompute(
-                x, weight, bias, targets[part], scale, softcap, dlogits, logits, logp[part],
-                lse[part],
+                x, weight, bias, targets[part], of_part(scale, part), softcap, dlogits,
+                logits, logp[part], lse[part],
             )  # fmt: skip
         factor = negative[part] * factor[:, None]  # (chunk, 1)
+        scaled_factor = factor * of_part(factors, part)
         if need_hidden:
-            values = gemm(dlogits, weight) * (factor * scale)
-            if at_target is not None:
-                values += weight.index_select(0, targets[part]) * (at_target[part] * scale)
+            values = gemm(dlogits, weight) * scaled_factor
+            if scaled_at_target is not None:
+                values += weight.index_select(0, targets[part]) * scaled_at_target[part]
             add_rows(grad_hidden, rows[part], values)
         if need_weight:
-            scaled = (x * (factor * scale)).to(dtype)  # (chunk, D)
+            scaled = (x * scaled_factor).to(dtype)  # (chunk, D)
             if part.start == 0:
                 gemm(dlogits.T, scaled, out=grad_weight)
             else:
@@ -182,8 +216,8 @@ def bwd(
             grad_bias += gemm(dlogits.T, factor.to(dtype))[:, 0]
     if not chunks:
         grad_weight.zero_()
-    if at_target is not None and need_weight:
-        add_targets(grad_weight, targets, hidden.index_select(0, rows) * (at_target * scale))
+    if scaled_at_target is not None and need_weight:
+        add_targets(grad_weight, targets, hidden.index_select(0, rows) * scaled_at_target)
     if at_target is not None and need_bias:
         grad_bias.index_add_(0, targets, at_target[:, 0])
     return grad_hidden.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)

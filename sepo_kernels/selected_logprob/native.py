@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels import extension, gemm
+from sepo_kernels.scales import Scale, scale_arguments
 from sepo_kernels.selected_logprob.loops import LogitKernels
 
 # evaluated once, at import: Dynamo traces why_not
@@ -19,16 +20,16 @@ def forward(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     dlogits: Tensor | None,  # (chunk, V), written
     logits: Tensor | None,  # (chunk, V) accumulator dtype, scratch; may be dlogits; None if fused
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, lse, row_scale, each (chunk,)
-    ops = torch.ops.sepo
+    ops, (one, each) = torch.ops.sepo, scale_arguments(scale)
     if logits is None:
-        return ops.native_logprob_fused(x, weight, bias, targets, scale, softcap, dlogits)
+        return ops.native_logprob_fused(x, weight, bias, targets, one, softcap, dlogits, each)
     gemm.logits(logits, x, weight)
-    return ops.native_logprob_rows(logits, bias, targets, scale, softcap, dlogits)
+    return ops.native_logprob_rows(logits, bias, targets, one, softcap, dlogits, each)
 
 
 def recompute(
@@ -36,7 +37,7 @@ def recompute(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     dlogits: Tensor,  # (chunk, V), written
     logits: Tensor | None,  # (chunk, V) accumulator dtype, scratch; may be dlogits; None if fused

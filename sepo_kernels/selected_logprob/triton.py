@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sepo_kernels import devices, gemm
 from sepo_kernels.configs import one_pass
+from sepo_kernels.scales import Scale
 from sepo_kernels.selected_logprob.loops import LogitKernels
 
 
@@ -17,7 +18,7 @@ def forward(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     dlogits: Tensor | None,  # (chunk, V), written
     logits: Tensor,  # (chunk, V) float32, scratch; may be dlogits
@@ -35,7 +36,8 @@ def forward(
     triton_rows.launch(
         triton_logprob.logprob_row, rows, None,
         logits, triton_rows.bias_argument(bias, logits), targets, logp, lse, reference, row_scale,
-        out, logits.stride(0), stride, V, int(bias is not None), scale, softcap or 0.0,
+        out, logits.stride(0), stride, V, int(bias is not None),
+        *triton_rows.scale_arguments(scale, logits), softcap or 0.0,
         CAPPED=softcap is not None, WRITE_DLOGITS=at_once,
     )  # fmt: skip
     if at_once:
@@ -50,7 +52,7 @@ def recompute(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     dlogits: Tensor,  # (chunk, V), written
     logits: Tensor,  # (chunk, V) float32, scratch; may be dlogits
@@ -68,7 +70,7 @@ def _write_dlogits(
     logits: Tensor,  # (chunk, V) float32
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,) contiguous, as are those below
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     logp: Tensor,  # (chunk,)
     reference: Tensor,  # (chunk,)
@@ -81,8 +83,8 @@ def _write_dlogits(
     triton_rows.launch(
         triton_logprob.logprob_dlogits, rows, V,
         logits, triton_rows.bias_argument(bias, logits), targets, logp, reference, row_scale,
-        dlogits, logits.stride(0), dlogits.stride(0), V, int(bias is not None), scale,
-        softcap or 0.0, CAPPED=softcap is not None,
+        dlogits, logits.stride(0), dlogits.stride(0), V, int(bias is not None),
+        *triton_rows.scale_arguments(scale, logits), softcap or 0.0, CAPPED=softcap is not None,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels import gemm
+from sepo_kernels.scales import Scale, as_column, of_part
 from sepo_kernels.selected_logprob_kl.layout import REF_POLICY
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
@@ -27,7 +28,7 @@ def forward(
     ref_weight: Tensor,  # (V, D_ref)
     ref_bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     direction: str,
     blocks: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written with -dlogp/da and dkl/da
@@ -37,10 +38,11 @@ def forward(
     gemm.logits(z, x, weight)
     gemm.logits(ref_z, ref_x, ref_weight)
     logp, ref_logp, kl = (z.new_empty(targets.shape) for _ in range(3))
-    for part in _tiles(z):
+    for part in row_tiles(z):
         tiles = None if blocks is None else (blocks[0][part], blocks[1][part])
-        a, derivative = _cap(z[part], bias, scale, softcap, blocks is not None)
-        b, _ = _cap(ref_z[part], ref_bias, scale, softcap, False)
+        some = of_part(scale, part)
+        a, derivative = _cap(z[part], bias, some, softcap, blocks is not None)
+        b, _ = _cap(ref_z[part], ref_bias, some, softcap, False)
         logp[part], ref_logp[part], kl[part] = _rows(
             a, b, targets[part], direction, derivative, tiles
         )
@@ -66,13 +68,13 @@ def combine(
     out: Tensor,  # (chunk, columns), written
 ) -> None:
     negative, grad_kl = -grad_logp[:, None], grad_kl[:, None]
-    for part in _tiles(out):
+    for part in row_tiles(out):
         total = first[part].to(negative.dtype) * negative[part]
         total += second[part].to(negative.dtype) * grad_kl[part]
         out[part] = total
 
 
-def _tiles(block: Tensor) -> Iterator[slice]:
+def row_tiles(block: Tensor) -> Iterator[slice]:
     """Cut the rows of `block` (chunk, V) into slices of TILE_BYTES in float32."""
     step = max(1, TILE_BYTES[block.device.type] // (4 * block.shape[1]))
     for start in range(0, block.shape[0], step):
@@ -82,12 +84,12 @@ def _tiles(block: Tensor) -> Iterator[slice]:
 def _cap(
     z: Tensor,  # (tile, V) GEMM, overwritten with capped logits
     bias: Tensor | None,  # (V,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     need_derivative: bool,
 ) -> tuple[Tensor, Tensor | None]:  # z, the cap's derivative there (tile, V)
-    if scale != 1.0:
-        z *= scale
+    if isinstance(scale, Tensor) or scale != 1.0:
+        z *= as_column(scale)
     if bias is not None:
         z += bias
     if softcap is None:

@@ -3,13 +3,13 @@
 The budget also bounds the (rows, columns) buffer for the gradient of the logits.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from sepo_kernels import waves
 from sepo_kernels.devices import accumulator, row_bytes
-from sepo_kernels.schedules import FROZEN_HEAD, NO_GRAD, SAVE, chunk_rows, even, saved_rows
+from sepo_kernels.schedules import FROZEN_HEAD, NO_GRAD, SAVE, Layout, chunk_rows, even, saved_rows
 
 REF_POLICY, POLICY_REF = "ref||policy", "policy||ref"
 DIRECTIONS = (REF_POLICY, POLICY_REF)
@@ -17,6 +17,13 @@ DIRECTIONS = (REF_POLICY, POLICY_REF)
 # each GEMM reads all of X again for little work; with many more, the buffer leaves the cache. On a
 # GPU a tile of the vocabulary for each multiprocessor: dW is then in whole waves, for any D
 MIN_COLUMNS, MAX_COLUMNS = 4096, 16384
+
+
+class ColumnLayout(Layout, Protocol):
+    """Of an operation whose backward computes the gradient of the logits by columns."""
+
+    @property
+    def most_columns(self) -> int: ...  # that are worth a wider buffer
 
 
 class TwoHeadLayout(NamedTuple):
@@ -57,14 +64,15 @@ class TwoHeadLayout(NamedTuple):
 
     @property
     def most_columns(self) -> int:
-        if self.multiprocessors == 0:
-            return MAX_COLUMNS
-        wave = self.multiprocessors * waves.TILE_ROWS
-        return -(-MIN_COLUMNS // wave) * wave
+        return most_columns(self.multiprocessors)
 
     @property
     def frozen_head_first(self) -> bool:
         return False  # 4 GEMMs, where `save` takes 3
+
+    @property
+    def has_frozen_head(self) -> bool:
+        return True
 
     def row_bytes(self, gradient: bool) -> int:
         """Return the bytes of blocks alive for each row of a chunk, in a schedule but `save`."""
@@ -121,17 +129,25 @@ class TwoHeadLayout(NamedTuple):
         return row_bytes(self.V, dtype, self.multiprocessors > 0)
 
 
+def most_columns(multiprocessors: int) -> int:
+    """Return the columns that are worth a buffer: on a GPU whole waves of its multiprocessors."""
+    if multiprocessors == 0:
+        return MAX_COLUMNS
+    wave = multiprocessors * waves.TILE_ROWS
+    return -(-MIN_COLUMNS // wave) * wave
+
+
 class Gradient(NamedTuple):
     """The buffer for the logits' gradient, of which one is alive at a time."""
 
     rows: int  # of a chunk
     columns: int
 
-    def num_bytes(self, layout: TwoHeadLayout) -> int:
+    def num_bytes(self, layout: ColumnLayout) -> int:
         return self.rows * self.columns * layout.dtype.itemsize
 
 
-def saved_gradient(M: int, layout: TwoHeadLayout, budget: int, schedule: str) -> Gradient:
+def saved_gradient(M: int, layout: ColumnLayout, budget: int, schedule: str) -> Gradient:
     """Return the buffer of the rows whose blocks are saved."""
     rows = saved_rows(M, layout, budget, schedule)
     return Gradient(rows, chunk_columns(rows, layout, budget - rows * layout.saved_bytes))
@@ -150,7 +166,7 @@ def chunk_gradient(M: int, layout: TwoHeadLayout, budget: int, schedule: str) ->
 
 def chunk_columns(
     rows: int,  # of the chunk
-    layout: TwoHeadLayout,
+    layout: ColumnLayout,
     room: int,  # bytes that the budget leaves beside blocks and logits
 ) -> int:
     """Return the columns of the buffer for the logits' gradient."""

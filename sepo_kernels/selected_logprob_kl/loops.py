@@ -23,6 +23,7 @@ from sepo_kernels import devices, schedules
 from sepo_kernels.devices import accumulator
 from sepo_kernels.gemm import add_gemm, add_rows, add_targets, gemm
 from sepo_kernels.registry import Impl
+from sepo_kernels.scales import Scale, below_largest, largest, of_part
 from sepo_kernels.schedules import parts
 from sepo_kernels.selected_logprob.loops import new_block
 from sepo_kernels.selected_logprob_kl.layout import (
@@ -103,13 +104,16 @@ def fwd(
     ref_bias: Tensor | None,  # (V,)
     rows: Tensor,  # (M,) int32
     targets: Tensor,  # (M,) int64
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     direction: str,
     schedule: str,
     budget: int,  # bytes
+    *,
+    scales: Tensor | None = None,  # (M,) in the place of scale
 ) -> tuple[Tensor, ...]:  # logp, ref_logp, kl, state, first, second: see outputs
     M, V = rows.shape[0], weight.shape[0]
+    scale = scale if scales is None else scales
     layout = kernels.layout_of(hidden, weight)
     num_saved = schedules.saved_rows(M, layout, budget, schedule)
     results = outputs(kernels, hidden, weight, rows, schedule, num_saved)
@@ -128,8 +132,8 @@ def fwd(
         blocks, logits = buffers.of(part, saved)
         x, ref_x = hidden.index_select(0, rows[part]), ref_hidden.index_select(0, rows[part])
         values = kernels.forward(
-            x, weight, bias, ref_x, ref_weight, ref_bias, targets[part], scale, softcap, direction,
-            blocks, logits,
+            x, weight, bias, ref_x, ref_weight, ref_bias, targets[part],
+            of_part(scale, part), softcap, direction, blocks, logits,
         )  # fmt: skip
         for whole, chunk in zip(statistics, values, strict=True):
             whole[part] = chunk
@@ -171,7 +175,7 @@ def bwd(
     state: Tensor,  # (M, num_state)
     first: Tensor,  # see outputs
     second: Tensor,  # see outputs
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     direction: str,
     schedule: str,
@@ -179,11 +183,14 @@ def bwd(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    *,
+    scales: Tensor | None = None,  # (M,) in the place of scale
 ) -> tuple[
     Tensor, Tensor, Tensor
 ]:  # (N, D), (V, D), (V,), in their input's dtype; (0,) if unneeded
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
     M, V = rows.shape[0], weight.shape[0]
+    scale = scale if scales is None else scales
     # dZ / scale would round X once more in dW; so dZ has the scale, and db is freed of it
     grad_logp, grad_kl = grad_logp.to(acc) * scale, grad_kl.to(acc) * scale
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=acc)
@@ -219,13 +226,14 @@ def bwd(
             assert ref_hidden is not None
             kernels.recompute(
                 x, weight, bias, ref_hidden.index_select(0, rows[part]), ref_weight, ref_bias,
-                targets[part], scale, softcap, direction, blocks, logits,
+                targets[part], of_part(scale, part), softcap, direction, blocks, logits,
                 logp[part], ref_logp[part], kl[part], state[part],
             )  # fmt: skip
         assert buffer is not None
         row = targets[part], logp[part], kl[part], state[part]
         dx = x.new_zeros(x.shape if need_hidden else (0,), dtype=acc)
-        ones = x.new_ones((x.shape[0], 1))
+        to_bias = below_largest(scale, part, x)  # (chunk, 1)
+        narrow = to_bias.to(dtype)
         for c in parts(0, V, gradient.columns):
             dz = buffer[: part.stop - part.start, : c.stop - c.start]
             _combine(kernels, blocks, row, c, grad_logp[part], grad_kl[part], direction, dz)
@@ -236,7 +244,7 @@ def bwd(
             elif need_weight:
                 add_gemm(grad_weight[c], dz.T, x)
             if need_bias:
-                grad_bias[c] += gemm(dz.T, ones)[:, 0]
+                grad_bias[c] += gemm(dz.T, narrow)[:, 0]
         if layout.fused:
             entry = _dz_at_target(
                 logp[part], ref_logp[part], kl[part], state[part], grad_logp[part], grad_kl[part],
@@ -247,12 +255,12 @@ def bwd(
             if need_weight:
                 add_targets(grad_weight, targets[part], x * entry)
             if need_bias:
-                grad_bias.index_add_(0, targets[part], entry[:, 0])
+                grad_bias.index_add_(0, targets[part], (entry * to_bias)[:, 0])
         if need_hidden:
             add_rows(grad_hidden, rows[part], dx)
     if not chunks:
         grad_weight.zero_()
-    return grad_hidden.to(dtype), grad_weight.to(dtype), (grad_bias / scale).to(dtype)
+    return grad_hidden.to(dtype), grad_weight.to(dtype), (grad_bias / largest(scale)).to(dtype)
 
 
 def outputs(

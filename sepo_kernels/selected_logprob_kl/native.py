@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels import extension, gemm
+from sepo_kernels.scales import Scale, scale_arguments
 from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
@@ -26,24 +27,24 @@ def forward(
     ref_weight: Tensor,  # (V, D_ref)
     ref_bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     direction: str,
     blocks: tuple[Tensor, Tensor] | None,  # (chunk, V) each, written: see csrc for what they hold
     logits: tuple[Tensor, Tensor] | None,  # (chunk, V) each, scratch; may be blocks; None if fused
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 5)
-    toward = DIRECTIONS.index(direction)
+    toward, (one, each) = DIRECTIONS.index(direction), scale_arguments(scale)
     first, second = blocks or (None, None)
     if logits is None:
         return torch.ops.sepo.native_kl_fused(
-            x, weight, bias, ref_x, ref_weight, ref_bias, targets, scale, softcap, toward, first,
-            second,
+            x, weight, bias, ref_x, ref_weight, ref_bias, targets, one, softcap, toward, first,
+            second, each,
         )  # fmt: skip
     z, ref_z = logits
     gemm.logits(z, x, weight)
     gemm.logits(ref_z, ref_x, ref_weight)
     logp, ref_logp, kl = torch.ops.sepo.native_kl_rows(
-        z, ref_z, bias, ref_bias, targets, scale, softcap, toward, first, second
+        z, ref_z, bias, ref_bias, targets, one, softcap, toward, first, second, each
     )
     return logp, ref_logp, kl, z.new_zeros((z.shape[0], NUM_STATE))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels.devices import accumulator
+from sepo_kernels.scales import Scale, as_column
 
 
 def selected_logprob_kl(
@@ -22,7 +23,7 @@ def selected_logprob_kl(
     direction: str = "ref||policy",  # or "policy||ref"
     bias: Tensor | None = None,  # (V,)
     ref_bias: Tensor | None = None,  # (V,), no gradient
-    scale: float = 1.0,  # of both heads
+    scale: Scale = 1.0,  # of both heads: a number, or (M,), one a row
     softcap: float | None = None,  # of both heads
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, each (M,) float32 or float64
     log_p = _log_softmax(hidden, weight, bias, rows, scale, softcap)
@@ -45,10 +46,10 @@ def _log_softmax(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     rows: Tensor,  # (M,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
 ) -> Tensor:  # (M, V)
-    logits = hidden[rows] @ weight.T * scale
+    logits = hidden[rows] @ weight.T * as_column(scale)
     if bias is not None:
         logits = logits + bias
     if softcap is not None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sepo_kernels import devices, gemm
 from sepo_kernels.configs import one_pass
+from sepo_kernels.scales import Scale
 from sepo_kernels.selected_logprob_kl.layout import POLICY_REF
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
@@ -23,7 +24,7 @@ def forward(
     ref_weight: Tensor,  # (V, D_ref)
     ref_bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     direction: str,
     blocks: tuple[Tensor, Tensor] | None,  # two (chunk, V), written
@@ -47,7 +48,8 @@ def forward(
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         targets, logp, ref_logp, kl, state, first, second,
         z.stride(0), ref_z.stride(0), *strides, V,
-        int(bias is not None), int(ref_bias is not None), scale, softcap or 0.0,
+        int(bias is not None), int(ref_bias is not None),
+        *triton_rows.scale_arguments(scale, z), softcap or 0.0,
         CAPPED=softcap is not None, POLICY_FIRST=_policy_first(direction), WRITE_BLOCKS=at_once,
     )  # fmt: skip
     if blocks is not None and not at_once:
@@ -66,7 +68,7 @@ def recompute(
     ref_weight: Tensor,  # (V, D_ref)
     ref_bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     direction: str,
     blocks: tuple[Tensor, Tensor],  # two (chunk, V), written
@@ -125,7 +127,7 @@ def _write_ratios(
     logits: tuple[Tensor, Tensor],  # two (chunk, V) float32
     bias: Tensor | None,  # (V,)
     ref_bias: Tensor | None,  # (V,)
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     state: Tensor,  # (chunk, 5)
 ) -> None:
@@ -140,7 +142,8 @@ def _write_ratios(
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         state, first, second,
         z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
-        int(bias is not None), int(ref_bias is not None), scale, softcap or 0.0,
+        int(bias is not None), int(ref_bias is not None),
+        *triton_rows.scale_arguments(scale, z), softcap or 0.0,
         CAPPED=softcap is not None,
     )  # fmt: skip
 
@@ -151,7 +154,7 @@ def _write_dlogits(
     bias: Tensor | None,  # (V,)
     ref_bias: Tensor | None,  # (V,)
     targets: Tensor,  # (chunk,) contiguous
-    scale: float,
+    scale: Scale,
     softcap: float | None,
     direction: str,
     logp: Tensor,  # (chunk,)
@@ -169,7 +172,8 @@ def _write_dlogits(
         z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
         targets, logp, kl, state, first, second,
         z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
-        int(bias is not None), int(ref_bias is not None), scale, softcap or 0.0,
+        int(bias is not None), int(ref_bias is not None),
+        *triton_rows.scale_arguments(scale, z), softcap or 0.0,
         CAPPED=softcap is not None, POLICY_FIRST=_policy_first(direction),
     )  # fmt: skip
 

@@ -3,17 +3,16 @@
 from dataclasses import replace
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
+from attention_cases import LENGTHS, asked, definition, spans_of, tensors, terms_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_attention import PLAIN_VARLEN, built, plain, visible_rows
+from plain_attention import PLAIN_VARLEN, built, visible_rows
 
 from sepo.attention import (
     IMPLS,
     PackedLayout,
-    Terms,
     check_name,
     choose,
     explain,
@@ -28,40 +27,8 @@ from sepo.trainer.config import AttnImpl
 
 _, FLEX, _, SDPA = IMPLS
 SERVED = {"sdpa": SDPA, "varlen": PLAIN_VARLEN}
-# prompt, chosen and rejected tokens: all long, then one of them short or missing
-LENGTHS = [(7, 5, 9), (1, 6, 3), (4, 0, 5), (5, 3, 0), (3, 0, 0), (2, 1, 1), (9, 2, 12)]
 OPTIONS = [{}, dict(window=4), dict(window=1), dict(softcap=2.0), dict(window=6, softcap=2.0)]
 FLEX_WARNING = "ignore:flex_attention called without torch.compile"
-
-
-def spans_of(lengths):
-    spans, start = [], 0
-    for prompt, chosen, rejected in lengths:
-        ends = np.cumsum([prompt, chosen, rejected]) + start
-        spans.append((start, *ends.tolist()))
-        start = spans[-1][-1]
-    return tuple(spans)
-
-
-def tensors(spans, *, heads=4, kv_heads=2, width=8, value_width=8, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda h, e: torch.randn(
-        1, h, spans[-1][-1], e, generator=g, dtype=torch.float64
-    ).requires_grad_()  # fmt: skip
-    return draw(heads, width), draw(kv_heads, width), draw(kv_heads, value_width)
-
-
-def terms_of(query, value, **options):
-    return Terms(
-        device=query.device, dtype=query.dtype, width=query.shape[-1],
-        value_width=value.shape[-1], gradient=True, **options,
-    )  # fmt: skip
-
-
-def definition(inputs, spans, *, scale, window=None, softcap=None):
-    visible = visible_rows(spans, window=window)
-    q, k, v = (x[0] for x in inputs)
-    return plain(q, k, v, visible, scale=scale, softcap=softcap).transpose(0, 1)[None]
 
 
 def assert_exact(impl, spans, inputs, *, scale=0.3, **options):
@@ -182,22 +149,7 @@ def test_dropout_is_drawn_anew_each_time():
 
 # Which implementation, and why not another
 
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """As much of a GPU as the choice asks about."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(flex, "find_spec", lambda name: name)
-    monkeypatch.setattr(varlen, "find_spec", lambda name: None)
-
-
 ON_A_CPU = "sdpa" if native.absent() else "native"
-
-
-def asked(device="cuda", dtype=torch.bfloat16, width=64, gradient=True, **options):
-    return Terms(torch.device(device), dtype, width, options.pop("value_width", width), gradient,
-                 **options)  # fmt: skip
 
 
 @pytest.mark.parametrize(

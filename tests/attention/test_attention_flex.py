@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.attention.flex_attention as theirs
+from attention_cases import spans_of, tensors, terms_of
 from plain_attention import built
-from test_attention import spans_of, tensors, terms_of
-from test_trainer import make_trainer
 from tiny import random_scored_pairs
+from tiny_trainer import make_trainer
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sepo.attention import IMPLS, flex, layout

@@ -11,7 +11,7 @@ from sepo.attention import native, sdpa
 from sepo.attention.terms import Span, Terms
 from sepo_kernels import extension
 
-pytestmark = pytest.mark.skipif(native.absent() is not None, reason=str(native.absent()))
+pytestmark = pytest.mark.native
 
 visible_once = cache(visible_rows)  # a token at a time
 # prompt, chosen, rejected: tiles of 64 that are full, cut, crossed; responses without a token

@@ -7,16 +7,14 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import LENGTHS, asked, definition, spans_of, tensors
 from gpu.attention_checks import batch_of
 from plain_attention import PLAIN_VARLEN, plain_flash
-from test_attention import LENGTHS, asked, definition, gpu, spans_of, tensors
 from tiny import tiny_model
 from torch.nn.attention.bias import causal_lower_right
 
 from sepo.attention import explain, layout, varlen
 from sepo.model.prepare import prepare_model
-
-__all__ = ["gpu"]  # a fixture
 
 
 def test_sequences_are_what_causal_lower_right_says():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_bench_harness import ATTENTION, TINY
+from bench_jobs import ATTENTION, TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import contenders, jobs, measure, precision, report, run

@@ -5,25 +5,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from bench_jobs import finished
+from bench_jobs import ATTENTION, TINY, finished, logprob
 
-from bench import jobs, measure, plain, report
-from bench.contender import Contender, gradients
+from bench import jobs, measure, precision, report
+from bench.contender import Contender
 from bench.harness import Job
 from bench.operations import attention, head, kl, topk
-
-TINY = dict(N=64, response=48, D=16, V=101, segments=4)
 
 
 def run_case(case, providers, *, rounds):
     return finished(Job(case, providers, device="cpu", rounds=rounds))
-
-
-def logprob(inputs, spoil=lambda found: found):
-    hidden, weight = inputs.leaves()
-    logp = plain.selected_logprob(hidden, weight, inputs.rows, inputs.targets, gather_first=True)
-    found = {"logp": logp.detach(), **gradients(logp, inputs.upstream, hidden, weight)}
-    return spoil(found)
 
 
 def fail(inputs):
@@ -74,6 +65,17 @@ def test_ours_is_held_to_its_own_limit():
     peer, ours = run_case(case, providers, rounds=1)
     assert peer.status == "measured"
     assert ours.status == "refused" and "limit 1.00e-04" in ours.reason
+
+
+@pytest.mark.parametrize("row", [0, 3, 6])  # of the first, the middle and the last block
+def test_an_error_of_any_block_is_seen(monkeypatch, row):
+    monkeypatch.setattr(precision, "BLOCK", 3)
+    true = torch.arange(-7.0, 0.0)[:, None].double()
+    for spoilt, expected in ((torch.nan, torch.nan), (9.0, 9 - true[row].item())):
+        got = true.float()
+        got[row] = spoilt
+        found = precision.absolute_error(got, true), precision.relative_error(got, true)
+        assert found == pytest.approx((expected, expected / 7), nan_ok=True)
 
 
 @pytest.mark.parametrize("objective", head.OBJECTIVES)
@@ -184,9 +186,6 @@ def test_work_of_the_cases_by_hand():
     assert inputs.bytes == both + M * (4 + 8 + 4 + 4)
     case = topk.TopkCase("tiny", S=2, shortest=10, longest=10)
     assert case.inputs("cpu").bytes == 4 * 20 + 2 * 4 * 3 + 4 * 2 * 3
-
-
-ATTENTION = dict(pairs=3, max_length=40, heads=4, groups=2, width=32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bench_harness import TINY, logprob
+from bench_jobs import TINY, logprob
 
 from bench import base, jobs, run
 from bench.contender import Contender

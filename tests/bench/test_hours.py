@@ -319,6 +319,27 @@ def test_a_measured_rate_becomes_hours_beside_the_models(write):
 
 
 @pytest.mark.parametrize(
+    ("method", "keys", "kept"),
+    [
+        ("confpo", {}, planner.BELOW_MEAN),
+        ("selective-dpo", {}, 0.4),
+        ("selective-dpo", dict(selection_quantile=0.9), 0.1),
+    ],
+)
+def test_a_rule_costs_one_product_of_all_rows_and_three_of_the_kept(write, method, keys, kept):
+    """Beside the same loss on all tokens, three of all; nothing else of the step changes."""
+    given = dict(model_name_or_path="LLaMA2-7B", gpus=1, pairs=8000)
+    base = "simpo" if method == "confpo" else "dpo"
+    full = lambda text: stages(text)["train"][2]
+    text = planner.plan(write(**given, **keys, method=method))
+    found, all_rows = full(text), full(planner.plan(write(**given, method=base)))
+    assert f"then with one at {kept:.0%} of them" in " ".join(text.split())
+    # rows of 4096 states, 32000 words, 744 response tokens a pair; the data sheet's rate
+    product = 2 * 4096 * 32_000 * 744 * 8000 / gpu.GPUS["A100"].flop / 3600
+    assert all_rows - found == pytest.approx((2 - 3 * kept) * product, abs=0.02)
+
+
+@pytest.mark.parametrize(
     "keys, message",
     [
         (dict(gpuz=4, pears=3), "no recipe and no plan has a key gpuz\n.*key pears$"),
@@ -332,6 +353,10 @@ def test_a_measured_rate_becomes_hours_beside_the_models(write):
         ),
         (dict(method="ppo"), "method: expected sft"),
         (dict(fraction="mass"), "how many tokens mass takes is not known"),
+        (
+            dict(method="selective-dpo", selection_quantile="most"),
+            r"selection_quantile: expected a number in \[0, 1\], got most",
+        ),
         (dict(fraction=2), r"fraction: expected a number in \(0, 1\], got 2"),
         (dict(model_name_or_path=None), "expected model_name_or_path"),
         (dict(truncated_tokens=999), "cut to no more than the response"),

@@ -1,20 +1,22 @@
 """The peers that a CPU can run pass the gate, in small; the others say what they need."""
 
-import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_jobs import finished
-from test_bench_harness import TINY
+from bench_jobs import TINY, finished
+from tiny import V, tiny_model
 
 from bench import contenders, ledger, measure, run
 from bench.contender import Contender, missing
 from bench.contenders import peers
 from bench.harness import Job
 from bench.operations import head, kl
+from bench.steps import ours
 from bench.steps import trl as steps
+from bench.steps.models import Weights
+from bench.steps.pairs import drawn_pairs, with_scores
 
 HEAD = "torch_lce", "torch_lce_tokens", "torch_lce_chunked", "trl"
 LCE = pytest.mark.skipif(
@@ -98,27 +100,21 @@ def test_every_large_case_has_its_rivals():
         assert "trl_divergence" in {p.name for p in job.contenders}
 
 
-def test_liger_layers_stay_in_the_models_that_asked(monkeypatch):
-    """What Liger puts into transformers' module is everybody's; here it is one step's."""
-    from transformers.models.llama import modeling_llama as module
-
-    asked = []
-
-    def apply(model, **options):
-        assert options == {"fused_linear_cross_entropy": False}
-        asked.append(model)
-        module.apply_rotary_pos_emb, module.LlamaRMSNorm = "rotation", "norm"
-
-    liger = SimpleNamespace(apply_liger_kernel_to_llama=apply)
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
-    before = module.apply_rotary_pos_emb, module.LlamaRMSNorm
-    layers = steps.liger_layers("policy", "reference")
-    assert asked == ["policy", "reference"]
-    for _ in range(2):
-        assert (module.apply_rotary_pos_emb, module.LlamaRMSNorm) == before
-        with layers():
-            assert (module.apply_rotary_pos_emb, module.LlamaRMSNorm) == ("rotation", before[1])
-    assert (module.apply_rotary_pos_emb, module.LlamaRMSNorm) == before
+@TRL
+def test_liger_layers_are_in_the_policy_and_in_a_live_reference(monkeypatch):
+    asked, weights = [], Weights(tiny_model())
+    monkeypatch.setattr(steps, "use_liger", asked.append)
+    monkeypatch.setattr(steps, "missing", lambda package: None)
+    pairs = [with_scores(pair) for pair in drawn_pairs(2, V, 48)]
+    rounds = [ours.reference_logp(weights, pairs)[0]]
+    policy, reference = weights.model.lm_head.weight, weights.reference.lm_head.weight
+    for variant in steps.VARIANTS:
+        found = steps._try(variant, weights, rounds, steps.letters(), bf16=False, max_length=48)
+        assert found.run is not None, found.why_not(None)
+        expected = [policy, reference] if variant.objective == "dpo" else [policy]
+        layers = [model.lm_head.weight for model in asked]
+        assert all(a is b for a, b in zip(layers, expected * variant.liger, strict=True))
+        asked.clear()
 
 
 def failing_after(calls: int):

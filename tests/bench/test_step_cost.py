@@ -1,8 +1,5 @@
 """The cost model is what torch counts of real steps, and its hours are sums that a hand can check."""
 
-import gc
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -24,6 +21,8 @@ from sepo.cost.work import Schedule, step_work, total
 from sepo.data.segments import make_segments, num_selected
 from sepo.data.selection import Selection
 from sepo.errors import InputError
+from sepo.model import reads
+from sepo.model.kept import kept_logprob
 from sepo.trainer.methods import METHODS
 
 aten = torch.ops.aten
@@ -43,14 +42,6 @@ MODELS = {
     "smollm2": dict(REAL["smollm2-shape"], num_hidden_layers=2, vocab_size=1009),
 }
 ALL_SAVINGS = [saving.name for saving in savings.SAVINGS]
-
-
-@pytest.fixture(autouse=True)
-def folders_go_with_their_trainers():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        yield
-        gc.collect()
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +102,7 @@ def test_flop_of_every_saving_are_what_torch_counts(arch, saving):
 STEPS = {  # of the trainer: method, what it is given, the schedule
     "sepo": ("sepo", {}, {}),
     "checkpointing": ("sepo", dict(checkpointing=True), dict(checkpointing=True)),
-    "cheap again": ("sepo", dict(recompute="cheap"), dict(recompute_cheap=True)),
+    "cheap again": ("sepo", dict(selective=True), dict(recompute_cheap=True)),
     "logits again": ("sepo", dict(head_budget=64 * V), dict(head_again=True)),
     "dpo, cached": ("dpo", dict(reference="cached"), dict(reference="cached")),
     "dpo, live": ("dpo", dict(reference="live"), dict(reference="live")),
@@ -166,6 +157,39 @@ def test_flop_of_the_trainers_step_are_what_torch_counts(arch, step):
     ]
     found = modelled(Decoder.of(weights.model), cut, Schedule(hidden_scores=True, **schedule))
     assert counted(lambda: contender.run(0)) == pytest.approx(found, rel=1e-12)
+
+
+@pytest.mark.parametrize("budget", [None, 16 * V], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("method", ["confpo", "selective-dpo"])
+@COUNTED
+def test_flop_of_a_rule_are_what_torch_counts(method, budget, monkeypatch):
+    """One product at all rows and three at those kept, four where their logits do not fit."""
+    seen = []
+
+    def spy(*args, **options):
+        logp, keep = kept_logprob(*args, **options)
+        seen.append(keep.double().mean().item())
+        return logp, keep
+
+    monkeypatch.setattr(reads, "kept_logprob", spy)
+    weights = small("llama")
+    pairs = drawn(weights)
+    reference = twin(weights.reference) if method == "selective-dpo" else None
+    contender = ours.contender(
+        "rule", method, weights, [pairs], dict(head_budget=budget), bf16=False, reference=reference
+    )
+    assert contender.run is not None
+    found = counted(lambda: contender.run(0))
+    (kept,) = seen
+    assert 0.2 < kept < 0.8
+    schedule = Schedule(
+        hidden_scores=True,
+        kept=kept,
+        head_again=budget is not None,
+        reference="none" if reference is None else "live",
+    )
+    cut = [make_segments(pair, Selection("all")) for pair in pairs]
+    assert found == pytest.approx(modelled(Decoder.of(weights.model), cut, schedule), rel=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's

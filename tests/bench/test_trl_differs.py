@@ -31,7 +31,7 @@ def quiet(monkeypatch):
 
 
 @pytest.fixture
-def prepared(tmp_path):
+def prepared():
     """A row as (prompt, chosen, rejected) texts: from our tokens, or from TRL's data sets."""
     words = lambda tokenizer, ids: [tokenizer.decode([i]) for i in ids]
 
@@ -41,12 +41,12 @@ def prepared(tmp_path):
             return [words(tokenizer, ids) for ids in (pair.prompt, pair.chosen, pair.rejected)]
         options = OPTIONS | {"max_length": max_length}
         model = lambda: tiny_model(vocab_size=len(tokenizer))
-        rows, folder = [text(preference)], str(tmp_path)
+        rows = [text(preference)]
         if who == "dpo":
-            row = trl.dpo_trainer(model(), model(), tokenizer, rows, folder, **options)
+            row = trl.dpo_trainer(model(), model(), tokenizer, rows, **options)
             row = row.train_dataset[0]
             return [words(tokenizer, row[f"{x}_ids"]) for x in ("prompt", "chosen", "rejected")]
-        row = trl.simpo_trainer(model(), tokenizer, rows, folder, **options).train_dataset[0]
+        row = trl.simpo_trainer(model(), tokenizer, rows, **options).train_dataset[0]
         start = {side: row[f"{side}_labels"].count(-100) for side in ("chosen", "rejected")}
         prompts = [words(tokenizer, row[f"{side}_input_ids"][:n]) for side, n in start.items()]
         answers = [words(tokenizer, row[f"{side}_input_ids"][n:]) for side, n in start.items()]
@@ -87,7 +87,7 @@ def test_trl_dpo_trains_on_the_end_of_the_prompt(prepared):
         prepared("simpo", *row)
 
 
-def test_trl_simpo_is_nan_where_the_prompt_fills_max_length(tmp_path):
+def test_trl_simpo_is_nan_where_the_prompt_fills_max_length():
     """One such row of the batch is enough; DPOTrainer drops it without a word, we with a count."""
     tokenizer = chatml_tokenizer()
     short, full = chat("The river", "Hello"), chat("The river", "Hello", "Tell me more. " * 30)
@@ -95,11 +95,11 @@ def test_trl_simpo_is_nan_where_the_prompt_fills_max_length(tmp_path):
     rows = [text(short) | {"id": "short"}, text(full) | {"id": "full"}]
     model, options = tiny_model(vocab_size=len(tokenizer)), OPTIONS | {"max_length": 64}
     reference = tiny_model(vocab_size=len(tokenizer))
-    dpo = trl.dpo_trainer(model, reference, tokenizer, rows, str(tmp_path), **options)
+    dpo = trl.dpo_trainer(model, reference, tokenizer, rows, **options)
     assert dpo.train_dataset["id"] == ["short"]
 
     model = tiny_model(vocab_size=len(tokenizer))
-    simpo = trl.simpo_trainer(model, tokenizer, rows, str(tmp_path), **options)
+    simpo = trl.simpo_trainer(model, tokenizer, rows, **options)
     simpo.current_gradient_accumulation_steps = 1
     step = lambda rows: simpo.training_step(model, simpo.data_collator(rows))
     assert torch.isfinite(step([simpo.train_dataset[0]]))

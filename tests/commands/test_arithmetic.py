@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
-from processes import ENVIRONMENT
+from processes import AVX2_ALONE, ENVIRONMENT
 from scoring_for_tests import save_models
-from test_platform import AVX2_ALONE
 from training_run import make_run
 
 from sepo import SePOConfig

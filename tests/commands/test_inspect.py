@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from manifests import manifest
 from processes import ROOT
-from test_trainer import make_trainer
+from tiny_trainer import make_trainer
 from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_tokenizer
 from whole_stores import flip
 

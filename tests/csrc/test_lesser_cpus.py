@@ -10,8 +10,6 @@ import sys
 import pytest
 from processes import ENVIRONMENT
 
-from sepo_kernels import extension
-
 CODE = """
 import torch
 import sepo.ops as ops
@@ -40,7 +38,7 @@ torch.testing.assert_close(total, torch.stack([score[:30].sum(), score[30:].sum(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64 on PATH")
-@pytest.mark.skipif(extension.MISSING is not None, reason=str(extension.MISSING))
+@pytest.mark.native
 @pytest.mark.parametrize("cpu, level", [("Haswell", "AVX2"), ("Nehalem", "DEFAULT")])
 def test_on_a_lesser_cpu(cpu, level):
     env = {k: v for k, v in ENVIRONMENT.items() if k not in ("SEPO_CPU", "ATEN_CPU_CAPABILITY")}

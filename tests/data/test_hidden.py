@@ -44,6 +44,15 @@ def fill(path, parts=None, head=HEAD, **entries):
     return path
 
 
+def test_a_part_is_not_written_without_the_rows_it_keeps(tmp_path):
+    writer = StoreWriter(tmp_path, manifest(hidden_width=D, pairs=3, pairs_per_part=2))
+    writer.write_head(HEAD)
+    one, other = make_pairs()[:2]
+    with pytest.raises(ValueError, match="expected 4 responses with hidden rows, got 3"):
+        writer.write(0, [one, replace(other, chosen_ref_hidden=None)])
+    assert not list(tmp_path.glob("part-*"))
+
+
 def whole(rows):
     return rows.read(all_positions(len(rows)))
 

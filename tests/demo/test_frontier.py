@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from demo.characters import character_tokenizer
+from characters import character_tokenizer
 from tiny import tiny_model
 
 from sepo.errors import InputError

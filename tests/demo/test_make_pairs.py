@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from demo.characters import character_tokenizer
+from characters import character_tokenizer
 
 from sepo.demo.sample import Completion
 

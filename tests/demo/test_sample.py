@@ -1,6 +1,6 @@
 import pytest
 import torch
-from demo.characters import character_tokenizer
+from characters import character_tokenizer
 from tiny import tiny_model
 
 from sepo.demo.sample import (

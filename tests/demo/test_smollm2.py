@@ -1,5 +1,5 @@
 import pytest
-from demo.characters import character_tokenizer
+from characters import character_tokenizer
 from tiny import tiny_model
 
 from sepo.demo import smollm2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from demo.characters import character_tokenizer
+from characters import character_tokenizer
 from scoring_for_tests import make_pairs
 from tiny import tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu import attention_checks as checks
-from gpu.test_gpu_waits import nothing_waits
+from gpu.wait_checks import nothing_waits
 
 from sepo.attention import varlen
 from sepo.errors import InputError

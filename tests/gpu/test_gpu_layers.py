@@ -3,8 +3,8 @@
 import pytest
 import torch
 from accelerate.utils import TorchDynamoPlugin
+from compiling import compiled
 from gpu.step_checks import layers_agree
-from test_full_stretch import compiled
 
 from sepo.trainer.fused import fuse_layers
 from sepo.trainer.layers import compile_layers

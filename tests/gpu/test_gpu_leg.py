@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu.test_gpu_stages import python
+from processes import python
 
 from bench import jobs, ledger, report, run
 from tools import gpu

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu import method_checks as checks
-from gpu.test_gpu_waits import nothing_waits
+from gpu.wait_checks import nothing_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 

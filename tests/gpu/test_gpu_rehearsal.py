@@ -1,16 +1,15 @@
 """The checks of this folder on a CPU, in small: that they run, and that they notice what is wrong."""
 
-import os
-
 import pytest
 import torch
 from gpu import head_checks, sanitized, segment_checks, step_checks
+from native_kernels import LACKING
+from ops.implementations import on_cpu
 from ops.kl_cases import DIRECTIONS
 
 from sepo_kernels import gemm, segment_reduce
 from sepo_kernels.segment_topk import IMPLS as TOPK
 
-NATIVE = os.environ.get("SEPO_EXT") != "none"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -52,22 +51,20 @@ def test_calls_of_a_step():
     for call in step_checks.calls("chunked", "cpu").values():
         call()
     for name, call in step_checks.segment_calls("cpu").items():
-        if NATIVE or "native" not in name:
+        if not LACKING or "native" not in name:
             call()
 
 
 @pytest.mark.parametrize("lengths", [segment_checks.RAGGED, segment_checks.SHORT, ()], ids=len)
 def test_segments(lengths):
-    for impl in TOPK:
-        if NATIVE or impl.name != "native":
-            for side in ("highest", "alternate"):
-                segment_checks.topk(impl.name, "cpu", lengths, torch.bfloat16, side)
-    for impl in segment_reduce.IMPLS:
-        if lengths and (NATIVE or impl.name != "native"):
-            segment_checks.sums(impl.name, "cpu", lengths, torch.float32)
+    for impl in on_cpu(TOPK):
+        for side in ("highest", "alternate"):
+            segment_checks.topk(impl, "cpu", lengths, torch.bfloat16, side)
+    for impl in on_cpu(segment_reduce.IMPLS) if lengths else ():
+        segment_checks.sums(impl, "cpu", lengths, torch.float32)
 
 
-@pytest.mark.skipif(not NATIVE, reason="the native extension was left out")
+@pytest.mark.native
 def test_sanitised_program():
     assert sanitized.run("cpu") > 0
 

@@ -6,15 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from tools.leg.found import summary
 from tools.leg.stages import Stage, run_stages
 
 ROOT = Path(__file__).parents[2]
-
-
-def python(code: str, *args) -> tuple[str, ...]:
-    return (sys.executable, "-c", code, *args)
 
 
 def stage(name: str, seconds: float, command, **options) -> Stage:

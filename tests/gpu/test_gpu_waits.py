@@ -1,11 +1,10 @@
 """No operation of a training step waits for the GPU."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from gpu import step_checks
 from gpu.attention_checks import LENGTHS, SHAPE, batch_of
+from gpu.wait_checks import nothing_waits, waiting_is_an_error
 from tiny import tiny_model
 
 from sepo.model.feed import feed
@@ -13,16 +12,6 @@ from sepo.model.prepare import prepare_model
 
 # entering the mode warns that it is a prototype
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
-
-
-@contextmanager
-def waiting_is_an_error():
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +57,3 @@ def test_batches_arrive_pinned_and_nothing_waits(arch):
         there = found._tensors()
         for name, tensor in batch._tensors().items():
             assert torch.equal(there[name].cpu(), tensor), name
-
-
-def nothing_waits(name, call):
-    call()  # what is compiled and reserved at the first call may wait
-    with waiting_is_an_error():
-        try:
-            call()
-        except RuntimeError as error:
-            pytest.fail(f"{name}: {error}")

@@ -103,6 +103,12 @@ def _simpo(c, r, a):
     return -_log_sigmoid(h - a.beta * a.gamma_beta_ratio)
 
 
+def _confpo(c, r, a):
+    if not c.weight.any() or not r.weight.any():
+        return 0 * (c.logp.sum() + r.logp.sum())
+    return _simpo(c, r, a)
+
+
 def _rrhf(c, r, a):
     nll = -(_total if a.sft_reduce == "sum" else _mean)(c, c.logp)
     return (_mean(r, r.logp) - _mean(c, c.logp)).clamp(min=0) + a.sft_weight * nll
@@ -115,6 +121,7 @@ def _sepo(c, r, a):
 FORMULAS = {
     "sft": _sft, "dpo": _dpo, "ipo": _ipo, "dpop": _dpop, "tdpo1": _tdpo1, "tdpo2": _tdpo2,
     "mapo": _mapo, "sparsepo": _sparsepo, "simpo": _simpo, "rrhf": _rrhf, "sepo": _sepo,
+    "confpo": _confpo, "selective-dpo": _dpo,
 }  # fmt: skip
 
 
@@ -128,10 +135,12 @@ def _response(model, reference, pair, side, args) -> SimpleNamespace:
     if reference is None:
         ref_logp = getattr(pair, f"{side}_ref_logp", None)
         y.ratio = None if ref_logp is None else y.logp - torch.from_numpy(ref_logp)
+        y.weight = y.weight * _kept(y, side, args)
         return y
     with torch.no_grad():
         log_q = _log_softmax(reference, prompt, response)
     y.ratio = y.logp - _gather(log_q, response)
+    y.weight = y.weight * _kept(y, side, args)
     y.kl_forward = (log_q.exp() * (log_q - log_p)).sum(-1)
     y.kl_reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
     if args.method == "mapo":
@@ -161,6 +170,18 @@ def _weight(pair, side, args) -> Tensor:  # (T,): the user's, else 1 where the t
     weight = torch.zeros(T)
     weight[[int(t) for t in used]] = 1
     return weight
+
+
+@torch.no_grad()
+def _kept(y, side, args) -> Tensor:  # (T,) 1 for the tokens that a rule leaves in, of those used
+    used = y.weight > 0
+    if args.method == "confpo":
+        probability = y.logp.exp()
+        return probability < probability[used].mean()
+    if args.method == "selective-dpo":
+        behind = -y.ratio if side == "chosen" else y.ratio
+        return behind >= torch.quantile(behind[used], args.selection_quantile)
+    return torch.ones_like(y.weight)
 
 
 def _log_softmax(model, prompt, response) -> Tensor:  # (T, V) at what predicts each token

@@ -20,6 +20,17 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # the same sums in every process, and no more threads than cores
     "HF_HUB_OFFLINE": "1",
 }
+# beside it: as on a CPU without AVX-512
+AVX2_ALONE = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+
+
+def python(code: str, *args) -> tuple[str, ...]:
+    """The command that runs a program's text."""
+    return (sys.executable, "-c", code, *args)
 
 
 def start(

@@ -5,13 +5,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sepo_kernels import selected_logprob, selected_logprob_kl
+from sepo_kernels import selected_logprob, selected_logprob_kl, selected_stats, target_logits
 
 KERNELS = {
     f"{op}_{direction}": {impl.name: getattr(impl, direction) for impl in module.IMPLS}
     for op, module in (
         ("selected_logprob", selected_logprob),
         ("selected_logprob_kl", selected_logprob_kl),
+        ("selected_stats", selected_stats),
+        ("target_logits", target_logits),
     )
     for direction in ("fwd", "bwd")
 }
@@ -28,7 +30,7 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name.removeprefix("sepo::")
         if name in KERNELS:  # an opaque node: run its kernel under this mode
             with self:
-                return KERNELS[name][args[-1]](*args[:-1])
+                return KERNELS[name][args[-1]](*args[:-1], **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         self.made += [
             (tuple(x.shape), x.nbytes) for x in tree_leaves(out) if isinstance(x, torch.Tensor)

@@ -1,6 +1,7 @@
 """Small real tokenizers, built in memory: three families, each with its own way to go wrong."""
 
 import json
+from copy import deepcopy
 from functools import cache
 
 from tokenizers import (
@@ -15,8 +16,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sepo.data.read.formats import Preference
-from sepo.data.read.tokenise import tokenise
+from sepo.data.read.formats import DroppedRow, DropReason, Messages, PlainText
+from sepo.data.read.tokenise import Tokenised, tokenise
 
 CORPUS = [
     "<|im_start|>user\nWhat is the name of the river?<|im_end|>\n<|im_start|>assistant\nThe Rhine.",
@@ -130,17 +131,17 @@ def plain_tokenizer() -> PreTrainedTokenizerFast:
 # --- rows for them, and what they make of text
 
 
-def chat(chosen, rejected, *prompt, **options) -> Preference:
+def chat(chosen, rejected, *prompt, **options) -> Messages:
     turns = [{"role": "user", "content": text} for text in prompt or ("Tell me",)]
-    return Preference(id="7", prompt=turns, chosen=turn(chosen), rejected=turn(rejected), **options)
+    return Messages(id="7", prompt=turns, chosen=turn(chosen), rejected=turn(rejected), **options)
 
 
 def turn(content) -> dict:
     return content if isinstance(content, dict) else {"role": "assistant", "content": content}
 
 
-def plain(prompt, chosen, rejected) -> Preference:
-    return Preference(id="7", prompt=prompt, chosen=chosen, rejected=rejected)
+def plain(prompt, chosen, rejected) -> PlainText:
+    return PlainText(id="7", prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def one(preference, tokenizer, **options):
@@ -150,3 +151,21 @@ def one(preference, tokenizer, **options):
 
 def text_ids(tokenizer, text) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def kept(preference, tokenizer, **options):
+    result = one(preference, tokenizer, **options)
+    assert isinstance(result, Tokenised), result
+    return result.pair, result.notes
+
+
+def dropped(preference, tokenizer, **options) -> DropReason:
+    result = one(preference, tokenizer, **options)
+    assert isinstance(result, DroppedRow) and result.id == "7", result
+    return result.why
+
+
+def with_template(tokenizer, template):
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from test_trainer import make_trainer
+from tiny_trainer import make_trainer
 from whole_stores import read_all, whole_pairs, write_whole
 
 from sepo.errors import InputError

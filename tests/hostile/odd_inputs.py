@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bad_inputs import COMMANDS, MODEL, READERS, STORES, TRAIN, Case
+from hostile.bad_inputs import COMMANDS, MODEL, READERS, STORES, TRAIN, Case
 
 ROW = dict(prompt="w3 w4", chosen="w5 w6", rejected="w7")
 IDS = dict(prompt_ids=[3], chosen_ids=[4, 5], rejected_ids=[6])

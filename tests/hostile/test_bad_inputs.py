@@ -11,15 +11,16 @@ import warnings
 from pathlib import Path
 
 import pytest
-from bad_inputs import Case, cases
-from odd_inputs import odd_cases
+from hostile.bad_files import file_cases
+from hostile.bad_inputs import Case, cases
+from hostile.odd_inputs import odd_cases
 from processes import ENVIRONMENT
 from training_run import make_run
 
 from sepo.commands import main as cli
 from sepo.errors import exit_with_one_line
 
-ALL = [*cases(), *odd_cases()]
+ALL = [*cases(), *file_cases(), *odd_cases()]
 CASES = [case for case in ALL if not case.process]
 PROCESSES = [*(case for case in ALL if case.process), *CASES[::100]]  # and a sample once more
 SECONDS = 60

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 import pytest
-from damage import READ, outcome
+from hostile.damage import READ, outcome
 from whole_stores import flip
 
 FLIPS = {"store": 800, "checkpoint": 400}

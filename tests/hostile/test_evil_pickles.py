@@ -9,9 +9,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from damage import READ
-from test_trainer import make_trainer
+from hostile.damage import READ
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
+from tiny_trainer import make_trainer
 from training_run import write_store
 
 from sepo.data.read.read import read_pairs

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_score_resume import everything, processes
-from test_transfer import make_store, write
+from scoring_runs import everything, processes
 from tokenizers_for_tests import chatml_tokenizer, plain_tokenizer
+from transferred_stores import make_store, write
 
 sys.path.append(str(Path(__file__).parents[1] / "report"))
 from reports import scored, write_metrics

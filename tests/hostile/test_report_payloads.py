@@ -8,8 +8,7 @@ import pytest
 from tokenizers_for_tests import chatml_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "report"))
-from reports import BROWSER, browse, scored, write_metrics, write_store
-from test_report_page import Page
+from reports import BROWSER, Page, browse, scored, write_metrics, write_store
 
 from sepo.report import collect, render_page
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from scoring_for_tests import QUIET, make_pairs
-from test_score_resume import KEPT, MODELS, everything, one_thread, processes, run_and_maybe_die
+from scoring_runs import KEPT, MODELS, everything, one_thread, processes, run_and_maybe_die
 
 from sepo.data.store.store import verify_store
 from sepo.errors import InputError

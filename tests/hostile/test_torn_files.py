@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import permutations
 
 import pytest
-from damage import READ, outcome
+from hostile.damage import READ, outcome
 
 from sepo.data.store.store import verify_store
 from sepo.errors import InputError

@@ -6,15 +6,9 @@ import sys
 
 import pytest
 import torch
-from processes import ENVIRONMENT
+from processes import AVX2_ALONE, ENVIRONMENT
 
 from sepo_kernels import devices
-
-AVX2_ALONE = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
 
 
 def test_the_old_name_is_the_same_module():

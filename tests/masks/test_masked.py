@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from test_trainer import PAIRS, make_trainer, weights
 from tiny import random_scored_pairs, tiny_model
+from tiny_trainer import PAIRS, make_trainer, weights
 from torch.multiprocessing.reductions import StorageWeakRef
 from training_run import make_run
 from transformers import AutoModelForCausalLM

@@ -9,8 +9,8 @@ import pytest
 import torch
 from plain_attention import PLAIN_VARLEN, serve_varlen_anywhere
 from scoring_for_tests import make_pairs
-from test_trainer import PAIRS, make_trainer, weights
 from tiny import tiny_model
+from tiny_trainer import PAIRS, make_trainer, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sepo.model.feed

@@ -7,7 +7,6 @@ from plain_attention import serve_varlen_anywhere
 from tiny import CONFIGS, tiny_model
 
 from sepo import attention
-from sepo.attention import native
 from sepo.model.prepare import prepare_model
 
 # peft 0.21 asks transformers 5.23 in words of before
@@ -52,7 +51,7 @@ def test_bfloat16_is_as_accurate_as_separate_passes(arch):
     assert_as_accurate_as_separate(arch)
 
 
-@pytest.mark.skipif(native.absent() is not None, reason=str(native.absent()))
+@pytest.mark.native
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3", "gpt_neox"])
 def test_the_native_kernel_is_as_accurate_as_separate_passes(arch):
     """Heads 32 wide; mistral's window bites."""

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_trainer import LONGEST, PAIRS, bare, make_trainer, weights
 from tiny import random_scored_pairs, tiny_model
+from tiny_trainer import LONGEST, PAIRS, bare, make_trainer, weights
 
 from sepo.errors import InputError
 from sepo.model import routers

@@ -5,10 +5,10 @@ import logging
 
 import pytest
 import torch
-from test_fused_layers import CPU, launch_nothing
-from test_identity import make as make_run
-from test_trainer import make_trainer
+from continued_runs import make as make_run
+from launches import launch_nothing
 from tiny import random_scored_pairs, tiny_model
+from tiny_trainer import make_trainer
 
 from sepo import SePOConfig
 from sepo.data import pack
@@ -25,7 +25,6 @@ from sepo.model.budget import (
 )
 from sepo.model.prepare import prepare_model
 from sepo.trainer.layers import use_liger
-from sepo_kernels import extension
 
 GIB = 2**30
 H100, H200, RTX_4090 = int(79.1 * GIB), int(139.8 * GIB), int(23.5 * GIB)  # as torch tells them
@@ -45,15 +44,15 @@ LORA_8B = held_bytes(int(2 * 8.03e9), trained=42_000_000, weight_bytes=4, state_
 
 
 @pytest.mark.parametrize(
-    ("memory", "held", "sizes", "kept", "tokens"),
+    ("memory", "held", "sizes", "saved", "tokens"),
     [
         (H100, whole(1.24e9, LLAMA_1B), LLAMA_1B, "all", 32768),
-        (H100, whole(1.24e9, LLAMA_1B), LLAMA_1B, "cheap", 47104),
+        (H100, whole(1.24e9, LLAMA_1B), LLAMA_1B, "gemms", 47104),
         (H100, whole(1.24e9, LLAMA_1B), LLAMA_1B, "inputs", 65536),
         (H200, whole(1.24e9, LLAMA_1B), LLAMA_1B, "all", 65536),
         # 22 layers of 78 KiB a token: 32 768 would take 96 % of the memory, beside the logits
         (H100, whole(1.1e9, TINYLLAMA), TINYLLAMA, "all", 30720),
-        (H100, whole(1.1e9, TINYLLAMA), TINYLLAMA, "cheap", 46080),
+        (H100, whole(1.1e9, TINYLLAMA), TINYLLAMA, "gemms", 46080),
         (H100, LORA_8B, LLAMA_8B, "all", 10240),
         (H100, LORA_8B, LLAMA_8B, "inputs", 65536),
         (H100, whole(8.03e9, LLAMA_8B), LLAMA_8B, "inputs", 2048),  # does not fit at all
@@ -61,8 +60,8 @@ LORA_8B = held_bytes(int(2 * 8.03e9), trained=42_000_000, weight_bytes=4, state_
         (RTX_4090, LORA_8B, LLAMA_8B, "inputs", 7168),
     ],
 )
-def test_tokens_of_known_models(memory, held, sizes, kept, tokens):
-    a_token = token_bytes(sizes, kept=kept, itemsize=2, fused=True)
+def test_tokens_of_known_models(memory, held, sizes, saved, tokens):
+    a_token = token_bytes(sizes, saved=saved, itemsize=2, fused=True)
     assert token_budget(memory, held, a_token) == tokens
 
 
@@ -116,31 +115,33 @@ def kept_bytes(model, tokens: int, bf16: bool) -> tuple[int, int]:
 
 def a_layer_keeps(arch: str, bf16: bool, fused: bool, **more) -> tuple[float, Sizes]:
     """Bytes a token, as the slope over layers and tokens."""
-    kept = {}
+    saved = {}
     for layers in (1, 3):
         model = prepare_model(tiny_model(arch, num_hidden_layers=layers, **more)).train()
         if fused:
             use_liger(model)
         (few, n), (many, m) = (kept_bytes(model, tokens, bf16) for tokens in (100, 300))
-        kept[layers] = (many - few) / (m - n)
-    return (kept[3] - kept[1]) / 2, budget.sizes_of(model)
+        saved[layers] = (many - few) / (m - n)
+    return (saved[3] - saved[1]) / 2, budget.sizes_of(model)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "float32"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "liger"])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral", "gemma2"])
 def test_a_layer_keeps_what_the_formula_says(monkeypatch, arch, fused, bf16):
-    """Attention's statistics and the norms' apart, which are a number a head and a row."""
-    if extension.why_not("native_packed_attention", CPU) is not None:
-        pytest.skip("other attentions copy keys and values on a CPU")
+    """Attention's statistics and the norms' apart, which are a number a head and a row.
+
+    Other attentions than the native one copy keys and values on a CPU.
+    """
     more = dict(hidden_size=128, intermediate_size=160, num_attention_heads=4, head_dim=32)
     more |= dict(attn_logit_softcapping=None) if arch == "gemma2" else {}
     if fused:
         pytest.importorskip("liger_kernel", reason="liger-kernel is for GPUs")
         launch_nothing(monkeypatch)
     measured, sizes = a_layer_keeps(arch, bf16, fused, **more)
-    said = layer_bytes(sizes, kept="all", itemsize=2 if bf16 else 4, fused=fused)
-    # more than is kept by a norm after a block, whose input is in 16 bits (gemma2)
+    said = layer_bytes(sizes, saved="all", itemsize=2 if bf16 else 4, fused=fused)
+    # more than is saved by a norm after a block, whose input is in 16 bits (gemma2)
     assert 0.97 * measured <= said <= 1.12 * measured, (measured, said)
 
 
@@ -191,8 +192,8 @@ def test_a_gpu_decides_and_a_resumed_run_on_another_says_so(tmp_path, monkeypatc
     ("args", "more"),
     [
         (dict(), dict()),
-        (dict(selective_checkpointing=True), dict(kept="cheap")),
-        (dict(gradient_checkpointing=True), dict(kept="inputs")),
+        (dict(selective_checkpointing=True), dict(saved="gemms")),
+        (dict(gradient_checkpointing=True), dict(saved="inputs")),
         (dict(bf16=True), dict(itemsize=2, cast=True)),
         (dict(optim="adafactor"), dict(state_bytes=1)),
         (dict(fused_layers="compile"), dict(fused=True)),
@@ -204,7 +205,7 @@ def test_flags_that_change_memory(tmp_path, monkeypatch, args, more):
     sizes, P = budget.sizes_of(model), sum(p.numel() for p in model.parameters())
     usual = dict(optim="adamw_torch_fused", fused_layers="none") | args
     config = SePOConfig(output_dir=str(tmp_path), use_cpu=True, max_length=100, **usual)
-    how = dict(kept="all", itemsize=4, fused=False, cast=False, state_bytes=8) | more
+    how = dict(saved="all", itemsize=4, fused=False, cast=False, state_bytes=8) | more
     head = sizes.vocabulary * sizes.hidden
     held = held_bytes(
         4 * P, trained=P, weight_bytes=4, state_bytes=how.pop("state_bytes"), head=head,
@@ -226,12 +227,12 @@ def test_flags_that_change_memory(tmp_path, monkeypatch, args, more):
 
 def test_checkpoints_keep_less():
     sizes = LLAMA_1B
-    kept = [
-        layer_bytes(sizes, kept=how, itemsize=2, fused=True)
-        for how in ("nothing", "inputs", "cheap", "all")
+    saved = [
+        layer_bytes(sizes, saved=how, itemsize=2, fused=True)
+        for how in ("nothing", "inputs", "gemms", "all")
     ]
-    assert kept == sorted(kept) and kept[0] == 0
-    assert layer_bytes(sizes, kept="all", itemsize=2, fused=False) > kept[-1]
+    assert saved == sorted(saved) and saved[0] == 0
+    assert layer_bytes(sizes, saved="all", itemsize=2, fused=False) > saved[-1]
 
 
 def test_scoring_takes_the_device_that_holds_least(monkeypatch):

@@ -5,11 +5,18 @@ import torch
 from ops.kl_cases import make_inputs
 from torch.autograd import forward_ad
 
-from sepo.ops import segment_mean, segment_sum, selected_logprob, selected_logprob_kl
+from sepo.ops import (
+    segment_mean,
+    segment_sum,
+    selected_logprob,
+    selected_logprob_kl,
+    selected_stats,
+)
 
 OPERATIONS = {
     "selected_logprob": lambda i: selected_logprob(i.hidden, i.weight, i.rows, i.targets),
     "selected_logprob_kl": lambda i: i.call(selected_logprob_kl),
+    "selected_stats": lambda i: selected_stats(i.hidden, i.weight, i.rows, i.targets),
 }
 index = lambda *values: torch.tensor(values)
 REFUSALS = {
@@ -50,6 +57,7 @@ def test_the_first_and_the_last_index_and_a_width_of_one_are_fine(operation):
 FROM_HIDDEN = {
     "selected_logprob": lambda i: selected_logprob(i.hidden, i.weight, i.rows, i.targets),
     "selected_logprob_kl": lambda i: i.call(selected_logprob_kl)[2],
+    "selected_stats": lambda i: selected_stats(i.hidden, i.weight, i.rows, i.targets)[1],
     "segment_sum": lambda i: segment_sum(i.hidden.flatten(), index(0, 7, 32)),
     "segment_mean": lambda i: segment_mean(i.hidden.flatten(), index(0, 7, 32)),
 }

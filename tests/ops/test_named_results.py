@@ -18,6 +18,7 @@ def two_heads(grad: bool = True):
 def test_fields():
     named = {
         ops.LogprobKL: ("logp", "ref_logp", "kl"),
+        ops.SelectedStats: ("logp", "entropy", "log_sum_sq", "mean_logit", "lse", "top1"),
         ops.LabelRows: ("rows", "targets", "cu_rows"),
         ops.SegmentTopk: ("indices", "cu_rows"),
     }

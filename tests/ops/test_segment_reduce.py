@@ -1,7 +1,5 @@
 """segment_sum and segment_mean: value, gradient, empty segments, NaN, boundary, refusals."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,7 +45,7 @@ def test_every_implementation_sums_and_spreads(impl, lengths, dtype, wide):
     assert grad.dtype == dtype and torch.equal(grad, want)
 
 
-@pytest.mark.skipif(os.environ.get("SEPO_EXT") == "none", reason="SEPO_EXT=none")
+@pytest.mark.native
 def test_the_native_implementation_is_the_one_used(monkeypatch):
     used = []
     run = lambda values, cu_rows, impl: used.append(impl) or forward(values, cu_rows, impl)
@@ -142,7 +140,7 @@ def test_refuses_by_name(case, fn):
         fn(**dict(values=torch.zeros(4), cu_rows=offsets([4])) | wrong)
 
 
-@pytest.mark.skipif(os.environ.get("SEPO_EXT") == "none", reason="SEPO_EXT=none")
+@pytest.mark.native
 def test_the_native_operators_read_nothing_outside_their_tensors():
     values, native = torch.zeros(4), torch.ops.sepo
     for cu in (offsets([5]), torch.tensor([0, 3, 2, 4]).int()):

@@ -1,7 +1,5 @@
 """segment_topk equals its definition, counts what the paper counts, and refuses by name."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -198,7 +196,7 @@ NATIVE_REFUSALS = {
 }
 
 
-@pytest.mark.skipif(os.environ.get("SEPO_EXT") == "none", reason="SEPO_EXT=none")
+@pytest.mark.native
 @pytest.mark.parametrize("case", NATIVE_REFUSALS)
 def test_the_native_operator_reads_nothing_outside_its_tensors(case):
     wrong, message = NATIVE_REFUSALS[case]

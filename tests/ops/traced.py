@@ -94,7 +94,7 @@ class _Recorder(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if name in KERNELS:  # an opaque node: run its kernel under this mode
             with self, _Indexing():
-                return KERNELS[name][args[-1]](*args[:-1])
+                return KERNELS[name][args[-1]](*args[:-1], **kwargs)
         if (
             name == "addmm" and "out" in kwargs
         ):  # by a decomposition, whose copy asks for the device

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_recipes import check, commands
+from documented_commands import check, commands
 from tiny import V, random_scored_pairs, tiny_model, tiny_tokenizer
 from training_run import write_store
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_trainer import make_trainer
 from tiny import random_scored_pairs
+from tiny_trainer import make_trainer
 
 from sepo_kernels import extension
 from tools.hops import below_training_step, hops

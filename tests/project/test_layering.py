@@ -1,5 +1,6 @@
 """Who may import whom. A new arrow is a design decision: change this table in its own commit."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,11 @@ def test_no_file_shadows_the_standard_library():
     """`python python/sepo/train.py` puts this folder first on the path."""
     named = {path.stem for path in (ROOT / "python" / "sepo").glob("*")}
     assert not named & sys.stdlib_module_names
+
+
+def test_no_test_file_is_imported():
+    """What two of them need lies in tests/helpers; a program's text that one holds is read too."""
+    by_name = re.compile(r"^\s*(?:from|import) (?:[\w.]+\.)?test_\w+", re.MULTILINE)
+    paths = [path for name in ("tests", "bench", "tools") for path in (ROOT / name).rglob("*.py")]
+    found = {str(path.relative_to(ROOT)): by_name.findall(path.read_text()) for path in paths}
+    assert not {path: lines for path, lines in found.items() if lines}

@@ -167,7 +167,7 @@ MUTANTS = {
         "python/sepo/trainer/checkpoints.py",
         "kept = {newest} |",
         "kept = set() |",
-        "tests/trainer/test_checkpoints.py::test_which_checkpoints_are_kept",
+        "tests/trainer/test_kept_checkpoints.py",
     ),
 }
 

@@ -149,6 +149,40 @@ sepo.commands.main.run(["env"])
         assert "extension on cpu: the native extension is not here; build it" in done.stdout
 
 
+@pytest.mark.parametrize("variables", [{"SEPO_EXT": "none"}, {"CXX": "/nowhere/c++"}], ids=str)
+def test_tests_of_kernels_that_were_left_out_are_skipped_with_the_reason(tree, variables):
+    done = run_tests_of(tree, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+    assert skipped and all("the native extension is not here" in line for line in skipped)
+    assert " passed, " in done.stdout
+
+
+def test_tests_fail_where_a_build_left_no_kernels(tree):
+    done = run_tests_of(tree, CXX="true")
+    assert done.returncode == 2 and "RuntimeWarning: sepo runs in plain PyTorch" in done.stdout
+
+
+def run_tests_of(tree: Path, **variables: str) -> subprocess.CompletedProcess:
+    """The tests of sums over segments, in a tree without libraries."""
+    for folder in ("helpers", "ops"):
+        shutil.copytree(ROOT / "tests" / folder, tree / "tests" / folder)
+    shutil.copy(ROOT / "tests" / "conftest.py", tree / "tests")
+    command = (
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "tests/ops/test_segment_reduce.py",
+    )
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=tree, env=environment(**variables), capture_output=True, text=True,
+    )  # fmt: skip
+
+
 @needs_compiler
 def test_a_failed_compilation_says_how_to_go_on(tree):
     for path in (tree / "csrc" / "cpu").glob("*.cpp"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from reports import ids, scored, write_metrics, write_store
-from test_trainer import make_trainer
+from tiny_trainer import make_trainer
 from tokenizers_for_tests import chatml_tokenizer, llama2_tokenizer, plain_tokenizer
 
 from sepo.data.counts import count_tokens

@@ -4,47 +4,16 @@ import base64
 import hashlib
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from reports import HOSTILE, scored, write_metrics, write_store
+from reports import HOSTILE, Page, scored, write_metrics, write_store
 from tokenizers_for_tests import chatml_tokenizer
 
 from sepo.report import collect, render_page
 from sepo.report.charts import Chart, Series, run_charts, short_names, store_charts, table
 from sepo.report.figures import draw, tick_text, ticks
 from sepo.report.html import encode_score
-
-VOID = {"meta", "input", "br"}
-
-
-class Page(HTMLParser):
-    """Every element with its attributes and its own text."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements, self._open = [], []
-        self.feed(text)
-        assert not self._open, f"left open: {self._open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes), []))
-        if tag not in VOID:
-            self._open.append(self.elements[-1])
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes), []))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop()[0] == tag
-
-    def handle_data(self, data):
-        if self._open:
-            self._open[-1][2].append(data)
-
-    def all(self, tag: str) -> list[tuple[dict, str]]:
-        return [(a, "".join(text)) for name, a, text in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")

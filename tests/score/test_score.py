@@ -153,6 +153,19 @@ def test_a_pair_longer_than_the_budget(tmp_path):
     score_pairs(make_pairs(), **models, max_tokens=longest)
 
 
+@pytest.mark.parametrize(
+    ("models", "keep", "message"),
+    [
+        ((REFERENCE, None), ("score",), "a score needs an oracle"),
+        ((REFERENCE, ORACLE), ("logp",), r"\['logp'\] does not use the oracle"),
+        ((None, ORACLE), ("score", "hidden"), "needs a pass of the reference"),
+    ],
+)
+def test_pairs_in_memory_are_refused_what_a_store_is(models, keep, message):
+    with pytest.raises(InputError, match=message):
+        score_pairs(make_pairs(), *models, keep=keep)
+
+
 def test_rows_keep_the_order_of_the_data(whole):
     store = ScoredStore.open(whole, tokenizer=TOKENIZER)
     direct = score_pairs(make_pairs(), REFERENCE, ORACLE)

@@ -1,43 +1,32 @@
 """Whatever happens to the processes that fill a store, its parts come out the same."""
 
-import json
-import multiprocessing
-import multiprocessing.forkserver
-import os
 import random
 import re
 import signal
-import sys
 import time
 
 import numpy as np
 import pytest
-import torch
 from scoring_for_tests import ORACLE, QUIET, REFERENCE, make_pairs, make_tokenizer, parts
+from scoring_runs import (
+    KEPT,
+    MODELS,
+    everything,
+    of_before,
+    one_thread,
+    processes,
+    run_and_maybe_die,
+)
 from tiny import tiny_model
-from tqdm import tqdm
 
 from sepo.data.store import part, store
-from sepo.data.store.manifest import hash_json
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
 from sepo.model.prepare import prepare_model
 from sepo.score import score
 from sepo.score.score import score_dataset, score_pairs
 
-KEPT = {"scores": ("score",), "states": ("score", "logp", "hidden")}
-MODELS = dict(reference=REFERENCE, oracle=ORACLE)
-
-tqdm.get_lock()  # made here once, it is not left behind by every process that is killed
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """How a matrix product is cut among threads shows in its last bit, and parts are compared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread", "processes"]  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -78,42 +67,6 @@ def test_a_second_run_does_only_what_is_missing(whole, tmp_path, monkeypatch):
     run(), run()
     assert [[p.id for p in block] for block in calls] == [["r6", "r7"]]
     assert parts(tmp_path) == parts(whole)
-
-
-def run_and_maybe_die(path, shard, replace_to_die_at, keep, pairs=None):
-    """In its own process; dies by SIGKILL around its n-th rename: before it if n is even."""
-    renames, rename = iter(range(1000)), os.replace
-
-    def deadly(*names):
-        number = next(renames)
-        if number == replace_to_die_at // 2 and replace_to_die_at % 2 == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(*names)
-        if number == replace_to_die_at // 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = deadly
-    torch.set_num_threads(1)
-    score_dataset(pairs or make_pairs(), path, keep=keep, shard=shard, **MODELS, **QUIET)
-
-
-def everything(path):
-    """Every file of a store by name: parts, their hidden rows, the head and the manifest."""
-    return {file.name: file.read_bytes() for file in path.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Real processes that start in milliseconds: one server imports this module for all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_score_resume"])
-    with pytest.MonkeyPatch.context() as patch:
-        # The server starts with neither this process's sys.path nor, without the second line, the
-        # right to fork: a thread pool does not survive that.
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        multiprocessing.forkserver.ensure_running()
-    return context
 
 
 DEATHS = {  # of each run, numbered as above: manifest, [head, [rows,] part, [rows,] part, ...
@@ -190,14 +143,6 @@ def test_another_run_in_the_directory(tmp_path):
         with pytest.raises(InputError, match=f"holds a store with another {words}"):
             run(**change)
     assert parts(tmp_path) == before
-
-
-def of_before(tokenizer, like=None):
-    """Older versions knew nothing of post-processing."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    content = {k: state[k] for k in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
-    names = ("bos_token", "eos_token", "unk_token")
-    return hash_json([content, {name: getattr(tokenizer, name) for name in names}])
 
 
 def test_what_an_older_version_began_is_gone_on_with(tmp_path, monkeypatch, whole, caplog):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_trainer import PAIRS, bare, make_trainer, weights
 from tiny import random_scored_pairs, tiny_model, tiny_tokenizer
+from tiny_trainer import PAIRS, bare, make_trainer, weights
 
 from sepo import SePOConfig, SePOTrainer
 from sepo.errors import InputError

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from test_trainer import PAIRS, bare, make_trainer, weights
 from tiny import tiny_model
+from tiny_trainer import PAIRS, bare, make_trainer, weights
 from training_run import make_run
 
 from sepo import SePOConfig

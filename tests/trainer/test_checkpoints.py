@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,28 +11,15 @@ import pytest
 import torch
 import transformers
 from processes import ENVIRONMENT, exit_line
-from tiny import random_scored_pairs, tiny_model
+from saving_trainer import PAIRS, make_trainer
 from training_run import make_run, read_log, write_store
 
 from sepo import SePOConfig, SePOTrainer, train
 from sepo.errors import InputError
-from sepo.trainer.checkpoints import MARK, last_checkpoint, remove, rotate, write_mark
+from sepo.trainer.checkpoints import MARK, last_checkpoint, remove
 from sepo.trainer.methods import METHODS, ResponseSums
 
-PAIRS = random_scored_pairs(12)
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
-
-
-def make_trainer(path, *, pairs=PAIRS, eval_pairs=None, **args):
-    defaults = dict(
-        output_dir=str(path),
-        pairs_per_step=4,
-        save_strategy="steps",
-        save_steps=1,
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    return SePOTrainer(tiny_model(), SePOConfig(**{**defaults, **args}), pairs, eval_pairs)
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +132,9 @@ def test_a_method_names_every_flag_that_its_loss_reads(name):
     for read in (method.loss, method.reward):
         if read is not None:
             read(segments, Spy())
-    if method.direction is not None:
-        method.direction(Spy())
+    for made in (method.direction, method.rule):
+        if made is not None:
+            made(Spy())
     assert set(method.settings) == asked | OF_A_MASK.get(method.mask, set())
 
 
@@ -222,92 +209,6 @@ def test_the_loss_of_a_run_that_goes_on_is_of_its_own_steps(tmp_path):
     assert found == pytest.approx(steps[3], rel=1e-5)
 
 
-def steps_in(folder):
-    return sorted(int(p.name.removeprefix("checkpoint-")) for p in folder.glob("checkpoint-*"))
-
-
-def test_a_clock_that_goes_back_does_not_delete_the_newest(tmp_path, monkeypatch):
-    """Checkpoints are ordered by their step."""
-    trainer = make_trainer(tmp_path, save_total_limit=2, num_train_epochs=2)
-    original = trainer._rotate
-
-    def rotate():
-        for path in tmp_path.glob("checkpoint-*"):  # the later, the older
-            second = 2e9 - 100 * int(path.name.removeprefix("checkpoint-"))
-            os.utime(path, (second, second))
-        original()
-
-    monkeypatch.setattr(trainer, "_rotate", rotate)
-    trainer.train()
-    assert steps_in(tmp_path) == [5, 6]
-
-
-def checkpoint(folder, step, *, whole=True):
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    (path / "model").write_text("weights")
-    if whole:
-        write_mark(path, step=step, run={}, flags={}, unlogged=[])
-    return path
-
-
-@pytest.mark.parametrize(
-    ("steps", "torn", "limit", "newest", "best", "left"),
-    [
-        ([2, 10, 9], [], 2, 10, None, [9, 10]),  # not by their names' letters
-        ([2, 4, 6], [], None, 6, None, [2, 4, 6]),
-        ([2, 4, 6], [], 0, 6, None, [2, 4, 6]),
-        ([2, 4, 6], [], 1, 6, None, [6]),
-        ([2, 4, 6], [], 1, 6, 2, [2, 6]),
-        ([2, 4, 6], [], 2, 6, 2, [2, 6]),
-        ([2, 4, 6, 8], [], 3, 8, 2, [2, 6, 8]),
-        ([2, 4, 6], [], 2, 4, None, [2, 4]),  # 6 is of a run that was given up
-        ([2, 4, 6], [6], 1, 4, None, [4]),
-        ([2, 4, 6, 8], [4, 6], 2, 8, None, [2, 8]),  # a torn one can't be gone back to
-    ],
-)
-def test_which_checkpoints_are_kept(tmp_path, steps, torn, limit, newest, best, left):
-    paths = {step: checkpoint(tmp_path, step, whole=step not in torn) for step in steps}
-    (tmp_path / "checkpoint-notes").mkdir()
-    rotate(tmp_path, limit, paths[newest], best and str(paths[best]))
-    assert sorted(int(p.name[11:]) for p in tmp_path.glob("checkpoint-[0-9]*")) == left
-    assert (tmp_path / "checkpoint-notes").is_dir()
-
-
-def test_what_a_kill_left_beyond_the_limit_is_collected(tmp_path, monkeypatch):
-    """Killed after the last checkpoint, before an older one was deleted; nothing is saved again."""
-    with monkeypatch.context() as patched:
-        patched.setattr(SePOTrainer, "_rotate", lambda self: None)
-        make_trainer(tmp_path, save_total_limit=1).train()
-    assert steps_in(tmp_path) == [1, 2, 3]
-    make_trainer(tmp_path, save_total_limit=1).train(resume_from_checkpoint=True)
-    assert steps_in(tmp_path) == [3]
-
-
-def test_the_last_step_is_kept_beside_the_best(tmp_path, monkeypatch):
-    """Else a finished run would make its last steps again, whenever it is continued."""
-    run = lambda: make_trainer(
-        tmp_path, eval_pairs=PAIRS[:4], eval_strategy="steps", eval_steps=1, save_total_limit=1,
-        load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=1.0,
-        warmup_steps=0, method="simpo",
-    )  # fmt: skip
-    first = run()
-    first.train()
-    best = first.state.best_global_step
-    assert best < 3 and steps_in(tmp_path) == [best, 3] and first.args.save_total_limit == 1
-    monkeypatch.setattr(SePOTrainer, "training_step", lambda *_: pytest.fail("a step"))
-    again = run()
-    again.train(resume_from_checkpoint=True)
-    assert steps_in(tmp_path) == [best, 3]
-    for name, expected in first.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], expected)
-
-
-def test_weights_alone_are_rotated_too(tmp_path):
-    make_trainer(tmp_path, save_only_model=True, save_total_limit=2).train()
-    assert steps_in(tmp_path) == [2, 3]
-
-
 def test_two_trainers_of_one_folder(tmp_path, trained):
     """The second is refused before it loads a model; the first goes on."""
     arguments, old = trained
@@ -359,51 +260,6 @@ def test_an_output_directory_that_can_not_be(tmp_path, trained, place):
     with pytest.raises(InputError, match=f"{place}: expected a folder to write to, got"):
         where = ["--output_dir", str(tmp_path / place), "--resume_from_checkpoint", "true"]
         train.main([*trained[0], *where, "--model_name_or_path", "nowhere"])
-
-
-def test_a_disk_without_room_is_noticed_before_training(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path)
-    size = sum(p.nbytes for p in trainer.model.parameters())
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
-    monkeypatch.setattr(SePOTrainer, "training_step", lambda *_: pytest.fail("a step"))
-    with pytest.raises(InputError, match=r"expected room for the weights, .* the disk has"):
-        trainer.train()
-
-
-FULL = """
-import resource, sys
-import torch
-from test_checkpoints import make_trainer
-from sepo.errors import exit_with_one_line
-torch.set_num_threads(1)
-def main():
-    trainer = make_trainer(sys.argv[1])
-    make_trainer(sys.argv[1], max_steps=1).train()
-    largest = int(sys.argv[2])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    trainer.train(resume_from_checkpoint=True)
-exit_with_one_line(main)
-"""
-
-
-@pytest.mark.parametrize(
-    ("largest", "reason"),
-    [
-        (50_000, "File too large"),  # of the weights, 75 kB
-        (100_000, "a write failed, perhaps for a full disk"),  # of the optimiser's state, 150 kB
-        (400, "File too large"),
-    ],
-)
-def test_a_disk_that_fills_later(tmp_path, largest, reason):
-    """One line, the last good checkpoint is whole, and nothing is half there."""
-    line = exit_line("-c", FULL, tmp_path / "out", str(largest))
-    assert reason in line and f"{tmp_path / 'out' / 'checkpoint-1'} is whole" in line
-    assert steps_in(tmp_path / "out") == [1]
-    assert last_checkpoint(tmp_path / "out").endswith("checkpoint-1")
-    again = make_trainer(tmp_path / "out")
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 3
 
 
 def test_weights_alone_can_not_be_continued(tmp_path):

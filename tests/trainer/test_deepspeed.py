@@ -8,8 +8,8 @@ import json
 
 import pytest
 import yaml
+from distributed_runs import MODELS, RUN, assert_same_weights
 from processes import ROOT, run_jobs
-from test_distributed import MODELS, RUN, assert_same_weights
 from training_run import make_run, read_log
 
 pytestmark = [

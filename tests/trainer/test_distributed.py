@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from distributed_runs import MODELS, RUN, assert_same_weights
 from processes import ROOT, free_port, run, run_jobs, start
 from safetensors.torch import load_file
 from tiny import random_scored_pairs, tiny_model
@@ -27,38 +28,6 @@ def launch_environment(name: str) -> dict:
     return {name: value for name, value in environment.items() if name.startswith(ours)}
 
 
-RUN = dict(
-    pairs=11,
-    eval_pairs=1,  # one rank has none
-    eval_strategy="epoch",
-    pairs_per_step=5,  # 5, 5 and 1: in the last step one rank has no pair
-    num_train_epochs=2,
-    warmup_steps=0,
-    learning_rate=0.05,
-    optim="sgd",  # AdamW divides rounding by rounding where a gradient is nearly zero
-    max_grad_norm=0.5,  # less than the gradients' norms: it always cuts
-    save_strategy="no",
-    logging_steps=1,
-)
-MODELS = {"tied": {}, "untied": dict(tie_word_embeddings=False)}
-
-
-def assert_same_weights(found, expected, start):
-    """Every weight moved, and to the same place but for the last bit of the largest."""
-    found, expected, start = (load_file(p / "model.safetensors") for p in (found, expected, start))
-    assert found.keys() >= expected.keys()
-    for name in found.keys() - expected.keys():  # DeepSpeed saves a tied weight twice
-        assert torch.equal(found[name], found["model.embed_tokens.weight"]), name
-    for name, weight in expected.items():
-        rounding = torch.finfo(weight.dtype).eps * weight.abs().max().item()
-        moved = (weight - start[name]).abs().max().item()
-        assert moved > 1000 * rounding, name
-        # of what moved little 1e-4 may be less than the distance of two float32 numbers there
-        unit = torch.finfo(weight.dtype).eps * 2.0 ** weight.abs().max().log2().floor().item()
-        atol = max(min(rounding, 1e-4 * moved), unit)
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=atol, msg=name)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """For each head: one process, and whatever must equal it."""
@@ -71,6 +40,8 @@ def runs(tmp_path_factory):
     (path / "step").mkdir()
     jobs.append(dict(argv=["--output_dir", str(path / "step")], ranks=2, step=True))
     jobs += masked_jobs(path / "masked")
+    for method in RULES:
+        jobs += rule_jobs(path / method, method)
     run_jobs(path, jobs)
     return path
 
@@ -119,6 +90,34 @@ def masked_jobs(path):
     ]
 
 
+RULES = ("confpo", "selective-dpo")
+
+
+def rule_jobs(path, method):
+    """Each rank chooses in its own micro-batches, and in the last step one has none."""
+    arguments = make_run(path, **(RUN | dict(method=method, eval_pairs=0, eval_strategy="no")))
+    if method == "selective-dpo":  # by a live reference, of rows without scores
+        tiny_model(seed=1).save_pretrained(path / "reference")
+        rows = [
+            {
+                f"{name}_ids": getattr(pair, name).tolist()
+                for name in ("prompt", "chosen", "rejected")
+            }
+            for pair in random_scored_pairs(RUN["pairs"])
+        ]
+        (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments += ["--dataset_name", str(path / "rows.jsonl")]
+        arguments += ["--reference", str(path / "reference")]
+    out = lambda name: ["--output_dir", str(path / name)]
+    sharded = launch_environment("fsdp2") | {"SEPO_TESTS_SHARD_ON_A_CPU": "1"}
+    return [
+        dict(argv=[*arguments, *out("one")]),
+        dict(argv=[*arguments, *out("big"), "--max_tokens_per_batch", "400"]),
+        dict(argv=[*arguments, *out("ddp")], ranks=2),
+        dict(argv=[*arguments, *out("fsdp2")], ranks=2, environment=sharded),
+    ]
+
+
 each_head = pytest.mark.parametrize("head", MODELS)
 
 
@@ -134,6 +133,17 @@ def test_a_learned_mask_equals_one_process(runs, other):
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=name)
     for line, one in zip(read_log(runs / other), read_log(runs / "one"), strict=True):
         assert line == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("other", ["big", "ddp", "fsdp2"])
+@pytest.mark.parametrize("method", RULES)
+def test_a_rule_equals_one_process(runs, method, other):
+    runs = runs / method
+    assert_same_weights(runs / other, runs / "one", runs / "model")
+    for line, one in zip(read_log(runs / other), read_log(runs / "one"), strict=True):
+        # a margin is the small difference of two rewards, which are some tens and in float32
+        assert line == pytest.approx(one, rel=1e-4, abs=1e-5)
+        assert "loss" not in line or 0 < line["selection/density"] < 1
 
 
 @each_head

@@ -6,10 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
+from compiling import compiled
 from processes import run
 from safetensors.torch import load_file
-from test_trainer import PAIRS, bare, make_trainer, weights
 from tiny import random_scored_pairs, tiny_model
+from tiny_trainer import PAIRS, bare, make_trainer, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_run import make_run
 
@@ -20,20 +21,6 @@ from sepo.data.selection import Selection
 from sepo.errors import InputError
 from sepo.model.prepare import prepare_model
 from sepo.trainer.layers import compile_layers
-
-# what torch says of itself while it compiles: Dynamo asks every input for its .grad and instantiates
-# an autograd.Function to ask for its class, Inductor imports torch.jit
-COMPILED = (
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-)
-
-
-def compiled(test):
-    for mark in COMPILED:
-        test = mark(test)
-    return test
 
 
 def passes_through_the_first_layer(trainer) -> list:
@@ -230,7 +217,7 @@ from pathlib import Path
 import torch
 from processes import run
 from safetensors.torch import load_file
-from test_trainer import make_trainer, weights
+from tiny_trainer import make_trainer, weights
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 plain, compiled = make_trainer(folder), make_trainer(folder / "c", torch_compile=True)

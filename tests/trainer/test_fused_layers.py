@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import TorchDynamoPlugin
-from test_trainer import make_trainer
+from launches import launch_nothing
 from tiny import random_scored_pairs, tiny_model
+from tiny_trainer import make_trainer
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,6 @@ from sepo.errors import InputError
 from sepo.model.prepare import prepare_model
 from sepo.trainer import fused, identity, layers
 from sepo.trainer.layers import choose_fused, fused_names, use_liger, why_not_liger
-from sepo_kernels import extension
 
 ROOT = Path(__file__).parents[2]
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -192,16 +192,6 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launch_nothing(monkeypatch) -> Counter:
-    """Filled with the names of Triton's kernels, where they would be launched."""
-    from triton.runtime.jit import JITFunction
-
-    launched = Counter()
-    launch = lambda kernel, *args, **options: launched.update([kernel.__name__])
-    monkeypatch.setattr(JITFunction, "run", launch)
-    return launched
-
-
 def of_a_layer(monkeypatch, arch: str, *, liger: bool) -> tuple[Counter, Counter]:
     """Kernels of one layer's forward and backward: bfloat16 autocast, weights in float32.
 
@@ -230,6 +220,7 @@ def of_a_layer(monkeypatch, arch: str, *, liger: bool) -> tuple[Counter, Counter
     return tuple(two - one for one, two in zip(counts[1], counts[2], strict=True))
 
 
+@pytest.mark.native  # other attentions are several operators on a CPU
 @pytest.mark.parametrize(
     ("arch", "liger", "forward", "backward"),
     [
@@ -240,8 +231,6 @@ def of_a_layer(monkeypatch, arch: str, *, liger: bool) -> tuple[Counter, Counter
     ],
 )
 def test_kernels_a_layer(monkeypatch, arch, liger, forward, backward):
-    if extension.why_not("native_packed_attention", CPU) is not None:
-        pytest.skip("other attentions are several operators on a CPU")
     if liger:
         pytest.importorskip("liger_kernel", reason="liger-kernel is for GPUs")
     there, back = of_a_layer(monkeypatch, arch, liger=liger)
@@ -267,17 +256,16 @@ def launches(call) -> tuple[object, int]:
     return result, ran - names["torch::autograd::AccumulateGrad"]
 
 
+@pytest.mark.native
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of Dynamo
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # of inductor
 def test_kernels_a_layer_of_compiled_parts(monkeypatch):
     """As inductor's C++ has them, 48 and 88 without: a GPU's are fused by the same rules."""
-    if extension.why_not("native_packed_attention", CPU) is not None:
-        pytest.skip("other attentions are several operators on a CPU")
     if shutil.which("g++") is None:
         pytest.skip("inductor needs a compiler")
     monkeypatch.setattr(inductor.cpp, "enable_kernel_profile", True)
-    batch = pack([make_segments(pair, "all") for pair in random_scored_pairs(3)])
+    batch = pack([make_segments(pair, Selection("all")) for pair in random_scored_pairs(3)])
     counts = []
     for number in (1, 2):
         torch.compiler.reset()

@@ -9,7 +9,7 @@ the responses, where it may differ, and the user's weights leave it out of the l
 import numpy as np
 import pytest
 import torch
-from test_losses import (
+from golden_losses import (
     CASES,
     GOLDEN,
     IDS,
@@ -108,6 +108,10 @@ STEPS = {
     "sparsepo_paper_ones_beta0.1": dict(SPARSE, form="paper"),
     "sepo_k0.5_gamma1_lambda0": dict(method="sepo", gamma=1.0, margin=0.0),
     "sepo_k0.5_gamma2_lambda0.5": dict(method="sepo", gamma=2.0, margin=0.5),
+    "confpo_beta2.0_ratio0.5": dict(method="confpo", beta=2.0, gamma_beta_ratio=0.5),
+    "confpo_beta1.5_gamma1.6": dict(method="confpo", beta=1.5, gamma_beta_ratio=1.6 / 1.5),
+    "selective_dpo_beta0.1_q0.6": dict(method="selective-dpo", beta=0.1),
+    "selective_dpo_beta0.1_q0.3": dict(method="selective-dpo", beta=0.1, selection_quantile=0.3),
 }
 
 

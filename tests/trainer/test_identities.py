@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_pipeline import (
+from method_losses import (
     F64,
     arguments,
     mask_for,
@@ -184,7 +184,10 @@ def test_a_divergence_of_probabilities_that_underflow(direction):
 # What must not matter to a step
 
 
-NAMES = ["dpo", "ipo", "rrhf", "tdpo2", "sparsepo independent", "sparsepo paper", "mapo", "sepo"]
+NAMES = [
+    "dpo", "ipo", "rrhf", "tdpo2", "sparsepo independent", "sparsepo paper", "mapo", "sepo", "confpo",
+    "selective-dpo",
+]  # fmt: skip
 
 
 def per_pair(name, arch, pairs):
@@ -260,7 +263,7 @@ def test_noise_in_rows_that_predict_nothing(name, monkeypatch):
         noisy.append(int(unread.sum()))
         return hidden + unread * 1e3 * draw(*hidden.shape, seed=8)
 
-    for module in ("sepo.model.forward", frozen.__name__, readers.__name__):
+    for module in ("sepo.model.forward", "sepo.model.kept", frozen.__name__, readers.__name__):
         monkeypatch.setattr(f"{module}.hidden_states", with_noise)
     found = per_pair(name, "llama", pairs)
     assert_close(found, expected)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from processes import exit_line, run_jobs
-from test_trainer import LONGEST, PAIRS, make_trainer
 from tiny import V, random_scored_pairs
+from tiny_trainer import LONGEST, PAIRS, make_trainer
 from training_run import make_run, write_store
 
 from sepo.errors import InputError

@@ -4,9 +4,9 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_folder import save_adapter, untied
-from test_trainer import PAIRS, bare, make_trainer
+from model_folders import save_adapter, untied
 from tiny import V, tiny_model
+from tiny_trainer import PAIRS, bare, make_trainer
 from transformers import AutoModelForCausalLM
 
 from sepo.data import TokenPair

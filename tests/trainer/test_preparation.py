@@ -3,8 +3,8 @@
 import pytest
 import torch
 from scoring_for_tests import TOKENIZER, make_pairs
-from test_trainer import PAIRS, bare, make_trainer
 from tiny import random_scored_pairs, tiny_model
+from tiny_trainer import PAIRS, bare, make_trainer
 from training_run import make_run, write_store
 
 from sepo import train

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from scoring_for_tests import TOKENIZER, make_pairs
-from test_trainer import PAIRS, bare, make_trainer, weights
 from tiny import V, tiny_model
+from tiny_trainer import PAIRS, bare, make_trainer, weights
 
 from sepo import SePOConfig, SePOTrainer
 from sepo.data.hidden import StoredHead
@@ -76,8 +76,8 @@ def with_adapters(**options):
 
 def test_every_kind_is_tested():
     assert NEEDS == {
-        None: ["rrhf", "sepo", "sepo-rand", "sft", "simpo"],
-        "logp": ["dpo", "dpop", "ipo"],
+        None: ["confpo", "rrhf", "sepo", "sepo-rand", "sft", "simpo"],
+        "logp": ["dpo", "dpop", "ipo", "selective-dpo"],
         "hidden": ["tdpo1", "tdpo2"],
         "layers": ["mapo", "sparsepo"],
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from placing import any_text, check_nasty, check_pair
-from test_transfer import scored
+from transferred_stores import scored
 from vocabularies import NASTY, REAL, table
 
 from sepo.data.read.read import read_pairs

@@ -157,14 +157,16 @@ def test_rows_beyond_2_31_elements(tmp_path):
     logp, lse, reference, row_scale = torch.empty(4, 3)
     triton_rows.launch(
         triton_logprob.logprob_row, 3, None,
-        at(0), logp, targets, logp, lse, reference, row_scale, at(0), stride, stride, V, 0, 1.0, 0.0,
+        at(0), logp, targets, logp, lse, reference, row_scale, at(0), stride, stride, V, 0, logp, 0,
+        1.0, 0.0,
         CAPPED=False, WRITE_DLOGITS=False,
     )  # fmt: skip
     torch.testing.assert_close(lse, wanted.logsumexp(-1))
     torch.testing.assert_close(logp, wanted.log_softmax(-1).gather(-1, targets[:, None])[:, 0])
     triton_rows.launch(
         triton_logprob.logprob_dlogits, 3, V,
-        at(0), logp, targets, logp, reference, row_scale, at(0), stride, stride, V, 0, 1.0, 0.0,
+        at(0), logp, targets, logp, reference, row_scale, at(0), stride, stride, V, 0, logp, 0,
+        1.0, 0.0,
         CAPPED=False,
     )  # fmt: skip
     dlogits = wanted.softmax(-1) - torch.nn.functional.one_hot(targets, V)

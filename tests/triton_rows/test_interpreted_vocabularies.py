@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sepo_kernels import triton_kl, triton_kl_dlogits, triton_logprob
-from sepo_kernels.triton_rows import launch
+from sepo_kernels.triton_rows import launch, scale_arguments
 
 # NumPy's, of rows that are done again: e^200 of a hopeless target, and what comes of it
 pytestmark = [
@@ -103,7 +103,7 @@ def sums(z, bias, targets, options, to=None):
     launch(
         triton_logprob.logprob_row, z.shape[0], None,
         z, bias_or_any, targets, logp, lse, reference, row_scale, out, z.stride(0), out.stride(0),
-        z.shape[1], has_bias, options["scale"], options["softcap"] or 0.0,
+        z.shape[1], has_bias, *scale_arguments(options["scale"], z), options["softcap"] or 0.0,
         CAPPED=options["softcap"] is not None, WRITE_DLOGITS=to is not None,
     )  # fmt: skip
     return logp, lse, reference, row_scale
@@ -141,8 +141,9 @@ def test_two_passes(V, name, dtype):
     to = z if dtype == torch.float32 else padded(8, V, dtype)
     launch(
         triton_logprob.logprob_dlogits, 8, V,
-        z, bias_or_any, targets, logp, reference, row_scale, to, z.stride(0), to.stride(0), V, has_bias,
-        options["scale"], options["softcap"] or 0.0, CAPPED=options["softcap"] is not None,
+        z, bias_or_any, targets, logp, reference, row_scale, to, z.stride(0), to.stride(0), V,
+        has_bias, *scale_arguments(options["scale"], z), options["softcap"] or 0.0,
+        CAPPED=options["softcap"] is not None,
     )  # fmt: skip
     least = 1e-30 if dtype == torch.float32 else 2**-24
     rtol = 2e-5 if dtype == torch.float32 else 2**-10
@@ -201,7 +202,8 @@ def kl_row(z, ref_z, bias, ref_bias, targets, options, direction, kept=None):
         triton_kl.kl_row, 8, None,
         z, ref_z, b, ref_b, targets, logp, ref_logp, kl, state, first, second, z.stride(0),
         ref_z.stride(0), first.stride(0), second.stride(0), z.shape[1], has_bias, has_ref_bias,
-        options["scale"], options["softcap"] or 0.0, CAPPED=options["softcap"] is not None,
+        *scale_arguments(options["scale"], z), options["softcap"] or 0.0,
+        CAPPED=options["softcap"] is not None,
         POLICY_FIRST=direction == "policy||ref", WRITE_BLOCKS=kept is not None,
     )  # fmt: skip
     return logp, ref_logp, kl, state
@@ -244,7 +246,7 @@ def test_kl_in_one_pass(V, name, direction):
     launch(
         triton_kl.kl_ratios, 8, V,
         z, ref_z, b, ref_b, state, *repeated, z.stride(0), ref_z.stride(0), repeated[0].stride(0),
-        repeated[1].stride(0), V, has_bias, has_ref_bias, options["scale"],
+        repeated[1].stride(0), V, has_bias, has_ref_bias, *scale_arguments(options["scale"], z),
         options["softcap"] or 0.0, CAPPED=options["softcap"] is not None,
     )  # fmt: skip
     for before, after in zip(kept, repeated, strict=True):
@@ -290,7 +292,8 @@ def test_kl_in_two_passes(V, name, direction, dtype):
     launch(
         triton_kl_dlogits.kl_dlogits, 8, V,
         z, ref_z, b, ref_b, targets, logp, kl, state, *to, z.stride(0), ref_z.stride(0),
-        to[0].stride(0), to[1].stride(0), V, has_bias, has_ref_bias, options["scale"],
+        to[0].stride(0), to[1].stride(0), V, has_bias, has_ref_bias,
+        *scale_arguments(options["scale"], z),
         options["softcap"] or 0.0, CAPPED=options["softcap"] is not None,
         POLICY_FIRST=direction == "policy||ref",
     )  # fmt: skip

@@ -12,8 +12,8 @@ import triton.language as tl
 from gpu.step_checks import layer_step, layers_agree
 from liger_kernel.ops.geglu import geglu_forward
 from liger_kernel.ops.rms_norm import rms_norm_forward
-from test_trainer import PAIRS, bare, make_trainer, weights
 from tiny import tiny_model
+from tiny_trainer import PAIRS, bare, make_trainer, weights
 from triton.runtime import interpreter as interpreter_of_triton
 
 from sepo.errors import InputError

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from types import FunctionType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from sepo.errors import InputError
 BLOCK = 128  # rows and keys of one block of the mask, what the kernels expect unless told
 COMPILED_ON = ("cuda",)
 BACKEND = "inductor"
+ROWS = ("own", "first", "last")  # what each row sees, by `_visible`
 
 
 def absent() -> str | None:
@@ -48,7 +50,7 @@ def arrays(spans: tuple[Span, ...], window: int | None) -> dict[str, np.ndarray]
     blocks = -(-spans[-1][3] // BLOCK)
     rows, keys, seen = _seen(np.array(spans, np.int64), window)
     whole = seen == BLOCK * BLOCK
-    lists = dict(zip(("own", "first", "last"), _visible(spans, window), strict=True))
+    lists = dict(zip(ROWS, _visible(spans, window), strict=True))
     for name, listed in (("", (seen > 0) & ~whole), ("full_", whole)):
         r, k = rows[listed], keys[listed]
         for side, (number, indices) in (("kv", _lists(r, k, blocks)), ("q", _lists(k, r, blocks))):
@@ -75,7 +77,8 @@ def _text(number: float | None) -> str | None:
 
 def _attention(softcap: str | None):
     def capped(score, batch, head, q_row, k_row):
-        return float(softcap) * torch.tanh(score / float(softcap))
+        # where there is one
+        return float(softcap) * torch.tanh(score / float(softcap))  # type: ignore[arg-type]
 
     def attention(query, key, value, mask, scale: str | None):
         return flex_attention(
@@ -124,8 +127,8 @@ def _compiled(kind: Terms):
 
 def _block_mask(arrays: Arrays) -> BlockMask:
     # tensors of their own: compiled code would look at where in a shared buffer each view begins
-    lists = {name: array.clone() for name, array in arrays.items()}
-    own, first, last = (lists.pop(name) for name in ("own", "first", "last"))
+    lists: dict[str, Any] = {n: a.clone() for n, a in arrays.items() if n not in ROWS}
+    own, first, last = (arrays[name].clone() for name in ROWS)
 
     def may_see(batch, head, q_row, k_row):
         itself = (k_row >= own[q_row]) & (k_row <= q_row)

@@ -48,11 +48,11 @@ class _Masks:
         bites = self.softcap is not None or (self.window or max(firsts)) < max(firsts)
         rows = max([*rejected, *(firsts if bites else [])])
         # made where it is read: there is nothing to move
-        where = dict(device=terms.device)
-        visible = torch.ones(rows, self.shift + rows, dtype=torch.bool, **where).tril(self.shift)
+        visible = torch.ones(rows, self.shift + rows, dtype=torch.bool, device=terms.device)
+        visible = visible.tril(self.shift)
         if self.window is not None:
             visible = visible.triu(self.shift - self.window + 1)
-        mask = torch.zeros(visible.shape, dtype=terms.dtype, **where)
+        mask = torch.zeros(visible.shape, dtype=terms.dtype, device=terms.device)
         self.mask = mask.masked_fill_(~visible, -torch.inf)
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor | None:
@@ -74,7 +74,7 @@ def _segment(
     terms: Terms,
 ) -> Tensor:  # (1, H, L, E_v)
     if terms.softcap is not None:
-        return _capped(query, key, value, mask, scale, terms)
+        return _capped(query, key, value, mask, scale, terms.softcap, terms.dropout)
     return F.scaled_dot_product_attention(
         query, key, value,
         attn_mask=mask, is_causal=mask is None, dropout_p=terms.dropout, scale=scale,
@@ -82,13 +82,23 @@ def _segment(
     )  # fmt: skip
 
 
-def _capped(query, key, value, mask, scale, terms: Terms) -> Tensor:
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    dropout: float,
+) -> Tensor:
     """The definition, with all of a segment's logits at once: no fused kernel on a CPU caps them."""
     grouped = query.unflatten(1, (key.shape[1], -1))  # (1, H_kv, H / H_kv, L, E)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = grouped @ key[:, :, None].transpose(-1, -2) * scale
-    logits = terms.softcap * torch.tanh(logits / terms.softcap) + mask
+    logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        logits = logits + mask
     precise = torch.promote_types(logits.dtype, torch.float32)
     weights = logits.softmax(-1, dtype=precise).to(query.dtype)
-    weights = F.dropout(weights, terms.dropout)
+    weights = F.dropout(weights, dropout)
     return (weights @ value[:, :, None]).flatten(1, 2)

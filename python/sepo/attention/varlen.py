@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,14 +67,15 @@ def detail(terms: Terms) -> str:
 
 def arrays(spans: tuple[Span, ...], window: int | None) -> dict[str, np.ndarray]:
     """Offsets of the sequences, and where each row goes among the gathered keys: a prompt twice."""
-    rows, again = [], []  # again: prompt rows whose second copy this is, else -1
+    parts, copies = [], []
     for start, prefix_end, middle, end in spans:
-        rows.append(np.arange(start, middle))
-        again.append(np.full(middle - start, -1))
+        parts.append(np.arange(start, middle))
+        copies.append(np.full(middle - start, -1))
         if end > middle:
-            rows += [np.arange(start, prefix_end), np.arange(middle, end)]
-            again += [np.arange(start, prefix_end), np.full(end - middle, -1)]
-    rows, again = np.concatenate(rows), np.concatenate(again)
+            parts += [np.arange(start, prefix_end), np.arange(middle, end)]
+            copies += [np.arange(start, prefix_end), np.full(end - middle, -1)]
+    rows = np.concatenate(parts)
+    again = np.concatenate(copies)  # prompt rows whose second copy this is, else -1
     first = np.empty(spans[-1][3], np.int64)
     first[rows[again < 0]] = np.flatnonzero(again < 0)
     queries, keys = _lengths(spans)
@@ -176,7 +178,7 @@ def _activate_flash3() -> str | None:
 def _torch_kernel() -> Kernel:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = {"enable_gqa": True} if "enable_gqa" in _torch_parameters() else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _torch_parameters() else {}
 
     def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window, softcap):
         sides = (-1 if window is None else window - 1, 0)  # (-1, 0) means causal, exactly so

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
     print(f"sepo {sepo.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in PACKAGES:
-        _show(name, lambda name=name: version(name))
+        _show(name, partial(version, name))
     _show("compiler", lambda: _first_line(os.environ.get("CXX") or "c++", "--version"))
     _show("nvcc", lambda: _first_line("nvcc", "--version", last=True))
     _show(
@@ -35,12 +36,11 @@ def run(args: argparse.Namespace) -> None:
     _show("CUDA", lambda: _torch().version.cuda or "torch was built without it")
     _show("devices", _devices)
     for device in ("cpu", "cuda"):
-        _show(f"extension on {device}", lambda device=device: _extension(device))
+        _show(f"extension on {device}", partial(_extension, device))
     for device in ("cpu", *["cuda"] * _has_cuda()):
-        _show(f"{device}, fast in", lambda device=device: _fast_dtype(device))
+        _show(f"{device}, fast in", partial(_fast_dtype, device))
         for dtype in ("bfloat16", "float32"):
-            what = f"{device}, {dtype}"
-            _show(what, lambda device=device, dtype=dtype: _implementations(device, dtype))
+            _show(f"{device}, {dtype}", partial(_implementations, device, dtype))
 
 
 def _show(name: str, find: Callable[[], str]) -> None:
@@ -105,13 +105,13 @@ def _fast_dtype(device: str) -> str:
     return found + f", bfloat16 at {speed:.2g} times float32's rate" * (device == "cpu")
 
 
-def _implementations(device: str, dtype: str) -> str:
+def _implementations(device: str, dtype_name: str) -> str:
     """Name the implementations that `auto` takes for tensors on this device."""
     torch = _torch()
     from sepo_kernels import segment_topk, selected_logprob, selected_logprob_kl
     from sepo_kernels.registry import pick
 
-    dtype = getattr(torch, dtype)
+    dtype = getattr(torch, dtype_name)
     x, ids = torch.empty(1, 1, device=device, dtype=dtype), torch.zeros(1, dtype=torch.int32)
     chosen = {
         "head": pick(selected_logprob.IMPLS, "auto", x, x),

@@ -100,11 +100,11 @@ def run(args: argparse.Namespace) -> None:
     from sepo.data.store.store import ScoredStore, is_store
 
     if is_store(args.dataset_name):
-        keys = [f"{field}_key" for field in FIELDS]
-        say_idle_of_a_store(args, args.dataset_name, *READING, *keys)
+        unread = [f"{field}_key" for field in FIELDS]
+        say_idle_of_a_store(args, args.dataset_name, *READING, *unread)
         store = ScoredStore.open(args.dataset_name, tokenizer)
-        for pair in (store[i] for i in range(min(args.rows, len(store)))):
-            show.pair(pair)
+        for i in range(min(args.rows, len(store))):
+            show.pair(store[i])
         show.totals(list(store.pairs()))
         return
     keys = {field: getattr(args, f"{field}_key") for field in FIELDS}
@@ -136,7 +136,7 @@ def _move_data(args: argparse.Namespace) -> None:
 
 def _verify(path: str) -> None:
     from sepo.data.store.store import MANIFEST, is_store, verify_store
-    from sepo.trainer.checkpoints import MARK, read_mark, why_torn
+    from sepo.trainer.checkpoints import MARK, completed_step, why_torn
 
     if is_store(path):
         store = verify_store(path)
@@ -146,7 +146,7 @@ def _verify(path: str) -> None:
     elif os.path.isfile(Path(path) / MARK):
         if (reason := why_torn(Path(path))) is not None:
             raise InputError(f"{path} is not a complete checkpoint: {reason}")
-        say(f"{path}: as it was written: step {read_mark(path)['step']}")
+        say(f"{path}: as it was written: step {completed_step(path)}")
     else:
         raise InputError(
             f"--verify: expected a scored store or a checkpoint, found no {MANIFEST} and no {MARK} "
@@ -237,8 +237,7 @@ class Show:
         if segment is not None:
             selected[segment.positions] = True
             stop = len(segment.response)  # one before the last selected token: a target, not read
-        edges = {0, len(ids), stop, *(np.flatnonzero(np.diff(selected)) + 1).tolist()}
-        edges = sorted(edges)
+        edges = sorted({0, len(ids), stop, *(np.flatnonzero(np.diff(selected)) + 1).tolist()})
         text = ""
         for start, end in zip(edges, edges[1:], strict=False):
             run = _visible(self._run(pair.prompt, ids, start, end))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sepo.data.store.store import ScoredStore, is_store, tokenizer_hash
 from sepo.data.types import TokenPair
@@ -97,7 +97,8 @@ def _score(args: argparse.Namespace) -> None:
         for role in ("reference", "oracle")
     }
     data = _read(args, tokenizer, dtypes["reference"])
-    models, slow = dict(reference=None, oracle=None), {}
+    models: dict[str, PreTrainedModel | None] = dict(reference=None, oracle=None)
+    slow = {}  # by device
     for role, dtype in dtypes.items():
         place = getattr(args, f"{role}_device") or args.device or _default_device()
         needed = getattr(args, role) and not (role == "reference" and data.has_reference)
@@ -121,7 +122,8 @@ def _score(args: argparse.Namespace) -> None:
     score_dataset(
         data.pairs,
         args.output_dir,
-        **models,
+        reference=models["reference"],
+        oracle=models["oracle"],
         tokenizer=tokenizer,
         keep=["score"] * wants_score + args.keep,
         max_tokens=tokens,

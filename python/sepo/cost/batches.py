@@ -9,6 +9,7 @@ after every micro-batch, as FSDP's do.
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,9 @@ def show(
     print(f"\n{pairs} pairs, seconds{'one step':>14}{f'steps of {STEP}':>16}")
     for budget in fitting:
         for world_size in world_sizes:
-            case = dict(max_tokens=budget, seed=0, world_size=world_size, costs=costs)
+            case: dict[str, Any] = dict(
+                max_tokens=budget, seed=0, world_size=world_size, costs=costs
+            )
             seconds = [planning_seconds(lengths, size, **case) for size in (len(lengths), STEP)]
             print(f"budget {budget:6} ranks {world_size:2}{seconds[0]:15.2f}{seconds[1]:16.2f}")
     print(

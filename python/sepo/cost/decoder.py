@@ -51,8 +51,8 @@ class Decoder:
             raise InputError(f"{config.model_type}: expected a dense decoder, got experts")
         head = model.get_output_embeddings()
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        products = [m for m in model.modules() if m is not head and is_product(m)]
-        last = [[m for m in layer.modules() if is_product(m)][-1:] for layer in layers]
+        products = [m for m in _products(model) if m is not head]
+        last = [_products(layer)[-1:] for layer in layers]
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         rms = any(type(m).__name__.endswith("RMSNorm") for m in model.modules())
@@ -85,8 +85,9 @@ class Decoder:
         return 2 * self.layers * (passes[0] * self.width + passes[1] * self.inner)
 
 
-def is_product(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D)) and module.weight.ndim == 2
+def _products(module: nn.Module) -> list[nn.Linear | Conv1D]:
+    kinds = nn.Linear | Conv1D
+    return [m for m in module.modules() if isinstance(m, kinds) and m.weight.ndim == 2]
 
 
 def _llama(width: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int):

@@ -54,10 +54,9 @@ def find(name: str) -> GPU:
 
 def of_device(device_name: str) -> GPU | None:
     """By what the driver calls it; None for one that is not in the table."""
-    pcie = "A100-PCIe" if re.search(r"\bA100.*PCIe?\b", device_name, re.IGNORECASE) else None
-    return GPUS.get(pcie) or next(
-        (gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device_name)), None
-    )
+    if re.search(r"\bA100.*PCIe?\b", device_name, re.IGNORECASE):
+        return GPUS["A100-PCIe"]
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def here() -> GPU | None:

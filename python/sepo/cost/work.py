@@ -4,7 +4,7 @@ What the model needs for the tokens it reads and the loss uses:
 
 trunk            products of the layers, and the norms and activations between them
 attention        queries and keys that the causal mask shows
-head             logits of the tokens that the loss uses
+head             logits of the tokens that the loss uses, and of those that a rule chooses them from
 reference        the same of a live reference, forward only; or its head, on cached rows
 
 What is done besides:
@@ -19,7 +19,7 @@ offload          what moves between host and GPU, and the host's AdamW
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,6 +46,7 @@ class Schedule:
     selected: bool = True  # logits of the tokens that the loss uses, made by the fused operation
     reference: Literal["none", "live", "cached"] = "none"
     kl: bool = False  # the loss needs both distributions: the reference's head, cached or not
+    kept: float | None = None  # share of the tokens that a rule keeps, having seen all of them
     checkpointing: bool = False  # layers again in backward
     recompute_cheap: bool = False  # norms and activations again in backward, no product
     head_again: bool | None = (
@@ -62,7 +63,8 @@ class Schedule:
 OURS = Schedule()
 
 
-class Amount(NamedTuple):
+@dataclass(frozen=True)
+class Amount:
     flop: float = 0.0
     bytes: float = 0.0  # through the GPU's memory
     link: float = 0.0  # bytes between GPUs
@@ -70,10 +72,11 @@ class Amount(NamedTuple):
     host_memory: float = 0.0  # bytes through the host's memory, while all GPUs wait
 
     def __add__(self, other: "Amount") -> "Amount":
-        return Amount(*(a + b for a, b in zip(self, other, strict=True)))
+        both = zip(astuple(self), astuple(other), strict=True)
+        return Amount(*(a + b for a, b in both))
 
     def __mul__(self, factor: float) -> "Amount":
-        return Amount(*(a * factor for a in self))
+        return Amount(*(a * factor for a in astuple(self)))
 
 
 # part and kind of kernel: kernels of different kinds never run at the same time
@@ -123,7 +126,8 @@ def step_work(
         for (_, kernel), amount in layers(decoder, reference, hidden, schedule, 0).items():
             work["hidden scores", kernel] += amount
     if schedule.head_again is None:
-        entries = rows / micro_batches * decoder.vocabulary
+        kept = 1.0 if schedule.kept is None else schedule.kept
+        entries = kept * rows / micro_batches * decoder.vocabulary
         # TDPO's operation keeps two blocks; plain PyTorch keeps whatever there is
         budget = DEFAULT_BUDGET if memory is None else memory // MEMORY_SHARE
         fits = (4 if schedule.kl else 2) * entries <= budget
@@ -298,12 +302,16 @@ def heads(
 ) -> Work:
     work: Work = defaultdict(Amount)
     count = 2 if schedule.frozen else 3
-    work["head", "logits"] = _products(decoder, rows, micro_batches, count)
+    kept = rows
+    if schedule.kept is not None:  # without a gradient at all rows, then with one at few
+        kept = schedule.kept * rows
+        work["head", "logits"] += _products(decoder, rows, micro_batches)
+    work["head", "logits"] += _products(decoder, kept, micro_batches, count)
     referenced = schedule.reference == "live" or (schedule.reference == "cached" and schedule.kl)
     if referenced:
         work["reference", "logits"] = _products(reference, rows, micro_batches)
     if schedule.head_again:
-        work["recomputation", "logits"] += _products(decoder, rows, micro_batches)
+        work["recomputation", "logits"] += _products(decoder, kept, micro_batches)
         if schedule.kl:
             work["recomputation", "logits"] += _products(reference, rows, micro_batches)
     unused = all_rows - rows

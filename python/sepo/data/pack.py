@@ -3,17 +3,18 @@
 The packer owns the shift: it says which row predicts which target, and nothing after it does.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from sepo.data.hidden import HiddenRows
-from sepo.data.types import CutPair, PackedBatch, Segment
+from sepo.data.types import PackedBatch, Segment
 
 
 def pack(
-    pairs: list[CutPair],  # or plain (prompt, chosen, rejected)
+    pairs: Sequence[tuple[np.ndarray, Segment, Segment]],  # each a CutPair, or like one
     *,
     vocab_size: int | None = None,  # checks every token against it when given
 ) -> PackedBatch:
@@ -54,14 +55,13 @@ def pack(
     if vocab_size is not None:
         _check_vocabulary([*tokens, *targets], vocab_size)
 
-    _, prefix_end, rejected_start, pair_end = zip(*spans, strict=True) if spans else [()] * 4
     int32: dict[str, Any] = dict(dtype=torch.int32)
     return PackedBatch(
         tokens=_flat(tokens, torch.int64),
         position_ids=_flat(position_ids, torch.int64),
-        prefix_end=torch.tensor(prefix_end, **int32),
-        rejected_start=torch.tensor(rejected_start, **int32),
-        pair_end=torch.tensor(pair_end, **int32),
+        prefix_end=torch.tensor([span[1] for span in spans], **int32),
+        rejected_start=torch.tensor([span[2] for span in spans], **int32),
+        pair_end=torch.tensor([span[3] for span in spans], **int32),
         rows=_flat(rows, torch.int32),
         targets=_flat(targets, torch.int64),
         cu_rows=torch.tensor(cu_rows, **int32),
@@ -104,14 +104,16 @@ def _or_ones(segment: Segment) -> np.ndarray:
 def _read_hidden(
     segments: list[tuple[HiddenRows | None, np.ndarray]],
 ) -> torch.Tensor | None:  # (M, D_ref) bfloat16
+    kept = [(rows, positions) for rows, positions in segments if rows is not None]
     # without a segment nobody knows D_ref
-    if not segments or any(rows is None for rows, _ in segments):
+    if not kept or len(kept) < len(segments):
         return None
-    return torch.cat([rows.read(positions) for rows, positions in segments])
+    return torch.cat([rows.read(positions) for rows, positions in kept])
 
 
 def _flat_if_all(parts: list[np.ndarray | None]) -> torch.Tensor | None:  # (M,) float32
-    return None if any(part is None for part in parts) else _flat(parts, torch.float32)
+    there = [part for part in parts if part is not None]
+    return _flat(there, torch.float32) if len(there) == len(parts) else None
 
 
 def _flat(parts: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:

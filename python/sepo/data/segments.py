@@ -79,18 +79,18 @@ def _segment(pair: TokenPair, side: str, selection: Selection) -> Segment:
 
 
 def _some_positions(pair: TokenPair, side: str, selection: Selection) -> np.ndarray:  # (K,) int32
-    score = getattr(pair, f"{side}_score", None)
-    if selection.positions == "selected" and score is None:
-        raise InputError(
-            f"pair {pair.id}: expected a score per {side} token (`sepo score` writes them) "
-            "or the user's own masks or weights"
-        )
+    score: np.ndarray | None = getattr(pair, f"{side}_score", None)
     try:
         if selection.positions == "random":
             return selection.by_chance(len(getattr(pair, side)), side, pair.id)
-        return selection.by_score(score, side)
+        if score is not None:
+            return selection.by_score(score, side)
     except InputError as error:
         raise InputError(f"pair {pair.id}, {side}: {error}") from error
+    raise InputError(
+        f"pair {pair.id}: expected a score per {side} token (`sepo score` writes them) "
+        "or the user's own masks or weights"
+    )
 
 
 def _check_weight(weight: np.ndarray, pair: TokenPair, side: str) -> None:

@@ -86,7 +86,7 @@ def select_positions(
 
 def random_positions(
     num_tokens: int,  # T
-    fraction: float,  # 0 < fraction <= 1
+    fraction: Fraction,  # 0 < fraction <= 1; "mass" is refused: it needs scores
     *,
     seed: int,
     key: str,  # names the response, e.g. "<pair id>/chosen"; the same key draws the same positions
@@ -122,7 +122,7 @@ def weighted_positions(weight: np.ndarray) -> np.ndarray:  # (T,) float32 >= 0 -
 
 def count_selected(
     num_tokens: int,  # T
-    fraction: float,  # 0 < fraction <= 1
+    fraction: Fraction,  # 0 < fraction <= 1; "mass" is refused: it needs scores
     *,
     first_token: FirstToken = "paper",
     min_tokens: int = 1,

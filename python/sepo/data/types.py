@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -108,14 +108,7 @@ class PackedBatch:
 
     def pin(self) -> "PackedBatch":
         """The batch in pinned memory: one buffer, and ref_hidden, which is large, in its own."""
-        if self.pinned is not None:
-            return self
-        tensors = self._tensors()
-        hidden = tensors.pop(HIDDEN, None)
-        if hidden is not None:
-            _, hidden = laid_out({HIDDEN: hidden}, pinned=True)
-        buffer, tensors = laid_out(tensors, pinned=True)
-        return replace(self._with(tensors | (hidden or {})), pinned=buffer)
+        return self._and_buffer()[0]
 
     def to(self, device: str | torch.device) -> "PackedBatch":
         """The batch on a device; from the CPU to a GPU in one copy, and one of ref_hidden."""
@@ -125,10 +118,21 @@ class PackedBatch:
         move = lambda tensor: tensor.to(device, non_blocking=True)
         if here.type != "cpu":
             return self._with({name: move(t) for name, t in self._tensors().items()})
-        batch = self.pin()
+        batch, buffer = self._and_buffer()
         tensors = batch._tensors()
         hidden = {name: move(tensors.pop(name)) for name in (HIDDEN,) if name in tensors}
-        return batch._with(follow(tensors, batch.pinned, device) | hidden)
+        return batch._with(follow(tensors, buffer, device) | hidden)
+
+    def _and_buffer(self) -> tuple["PackedBatch", Tensor]:
+        """The batch in pinned memory, and the buffer in which it lies."""
+        if self.pinned is not None:
+            return self, self.pinned
+        tensors = self._tensors()
+        hidden = {name: tensors.pop(name) for name in (HIDDEN,) if name in tensors}
+        if hidden:
+            _, hidden = laid_out(hidden, pinned=True)
+        buffer, tensors = laid_out(tensors, pinned=True)
+        return replace(self._with(tensors | hidden), pinned=buffer), buffer
 
     def _tensors(self) -> dict[tuple, Tensor]:
         """All that are values of the batch, by field, or by key and name in `attention`."""
@@ -142,7 +146,7 @@ class PackedBatch:
         attention = {
             key: {name: tensors[key, name] for name in part} for key, part in self.attention.items()
         }
-        own = {name[0]: t for name, t in tensors.items() if len(name) == 1}
+        own: dict[str, Any] = {name[0]: t for name, t in tensors.items() if len(name) == 1}
         return replace(self, **own, attention=attention, pinned=None)
 
 

@@ -3,7 +3,7 @@
 Nothing here uses the packed training path, so an error there cannot flatter its own result.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -93,7 +93,8 @@ def first_of_each(
     per_opening: int,
 ) -> list[Completion]:
     """The first completions of every opening; an empty one has no tokens and is passed over."""
-    taken, count = [], defaultdict(int)
+    taken: list[Completion] = []
+    count: Counter[int] = Counter()  # by opening
     for completion in completions:
         if completion.ids and count[completion.opening] < per_opening:
             taken.append(completion)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -43,8 +44,10 @@ MARKER = ".sepo-demo"  # the directory is the demo's own: a second run may start
 
 
 # the trials behind these numbers are in LOG.md
-ORACLE = dict(method="dpo", beta=0.1, learning_rate=5e-6, num_train_epochs=1, pairs_per_step=4)
-POLICY = dict(
+ORACLE: dict[str, Any] = dict(
+    method="dpo", beta=0.1, learning_rate=5e-6, num_train_epochs=1, pairs_per_step=4
+)
+POLICY: dict[str, Any] = dict(
     method="sepo",
     gamma=2.0,
     margin=0.5,
@@ -96,9 +99,9 @@ def run_stages(place: Path, data: Path, *, oracle_pairs: int, per_opening: int, 
         drawn = dict(POLICY, method="sepo-rand")
         train(model_dir, scored, place / "sepo_rand", tokenizer, seed=seed, **drawn)
     with stage("evaluate"):
-        heldout = [cached[i] for i in range(len(pairs), len(cached))]
+        unseen = [cached[i] for i in range(len(pairs), len(cached))]
         policy = evaluate(
-            place, model_dir, tokenizer, openings, heldout, per_opening=per_opening, seed=seed
+            place, model_dir, tokenizer, openings, unseen, per_opening=per_opening, seed=seed
         )
 
     cut = lambda how, among: [
@@ -170,7 +173,7 @@ def train(
     **arguments,
 ) -> None:
     """Train a fresh copy of the model and save it in float32."""
-    defaults = dict(
+    defaults: dict[str, Any] = dict(
         lr_scheduler_type="constant_with_warmup",
         max_tokens_per_batch=2048,
         save_strategy="no",
@@ -204,9 +207,12 @@ def continue_openings(
     # a decoding step waits for weights: bfloat16 halves them, for every model alike; but where it
     # is slow at that, a machine would wait for the products
     dtype = fast_dtype(model.device)
+    if model.dtype != dtype:
+        model = copy.deepcopy(model)
+        model.to(dtype)  # type: ignore[arg-type]  # transformers' wraps() loses `self`
     with tqdm(total=len(openings) * per_opening, desc=f"sample {name}") as bar:
         return sample(
-            model if model.dtype == dtype else copy.deepcopy(model).to(dtype),
+            model,
             tokenizer,
             openings,
             per_opening=per_opening,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ def sample(
             opening = jobs[j][0]
             kept = ids[:-1] if ids and ids[-1] in stop_ids else ids
             text = tokenizer.decode(kept, clean_up_tokenization_spaces=False)
-            results[j] = Completion(opening, prompts[opening], ids, text)
+            # of several sequences it would be a list
+            results[j] = Completion(opening, prompts[opening], ids, str(text))
         if progress is not None:
             progress(len(results), len(jobs))
     model.train(was_training)
@@ -75,24 +77,25 @@ def continue_batch(
 ) -> list[list[int]]:
     """Sample up to T tokens after each row's prompt; a row ends with its first stop token."""
     device, steps = model.device, uniform.shape[1]
-    rows, uniform = torch.tensor(rows, device=device), uniform.to(device)
+    which, uniform = torch.tensor(rows, device=device), uniform.to(device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)
     shortest, longest = int(length.min()), int(length.max())
-    cache = Cache(layer_class_to_replicate=lambda: Room(longest + steps))
+    layer: Any = lambda: Room(longest + steps)  # the type says a class; it is called like one
+    cache = Cache(layer_class_to_replicate=layer)
     # Padded on the right and not masked here: a causal model cannot see what comes later.
     ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt, device=device)
     ends = torch.arange(shortest - 1, longest, device=device)
     out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=ends).logits
-    logits = out[rows, (length - shortest)[rows]]
-    cache.batch_select_indices(rows)
-    length = length[rows, None]
+    logits = out[which, (length - shortest)[which]]
+    cache.batch_select_indices(which)
+    length = length[which, None]
     place = torch.arange(longest + steps, device=device)
     seen = (place < length) | (place >= longest)  # all of the cache but the padding
 
-    finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    finished = torch.zeros(len(which), dtype=torch.bool, device=device)
     columns: list[Tensor] = []
     for step in range(steps):
         token = draw(logits, uniform[:, step], temperature)
@@ -112,6 +115,9 @@ def continue_batch(
 
 class Room(DynamicLayer):
     """A layer's keys and values in room for all: DynamicLayer copies what it has at each token."""
+
+    keys: Tensor  # there since the first token, as the other
+    values: Tensor
 
     def __init__(self, size: int):  # tokens
         super().__init__()

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -78,11 +79,13 @@ def load_model(gguf: Path) -> PreTrainedModel:
     """The dequantised weights in float32, without a trace of the quantised file they came from."""
     with needs("demo", "reading a GGUF file"):
         importlib.import_module("gguf")  # with which transformers reads the file
-    model: PreTrainedModel
-    found: dict[str, list]
-    model, found = AutoModelForCausalLM.from_pretrained(
+    # a pair, with output_loading_info, of which transformers' types say nothing
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )
+    model: PreTrainedModel
+    found: dict[str, list]
+    model, found = loaded
     if missing := found["missing_keys"]:
         raise InputError(f"{gguf}: expected every tensor of {NAME}, {min(missing)} is missing")
     # The tensors are plain float32 already; these marks alone would make the Trainer refuse to

@@ -4,11 +4,26 @@ import argparse
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from sepo.errors import one_line
 
+T = TypeVar("T")
 
-def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+
+@dataclass(frozen=True)
+class FlagType(Generic[T]):
+    """Read a flag's value, or raise ArgumentTypeError saying what was expected."""
+
+    read: Callable[[str], T]
+    metavar: str  # what help shows for a value: see sepo.flags.parser.Help
+
+    def __call__(self, text: str) -> T:
+        return self.read(text)
+
+
+def whole_number(least: int, most: int | None = None) -> FlagType[int]:
     """A whole number of at least `least`, at most `most`."""
     bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
 
@@ -21,15 +36,14 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, got {text}")
         return value
 
-    read.metavar = "N"  # see sepo.flags.parser.Help
-    return read
+    return FlagType(read, "N")
 
 
 positive = whole_number(1)
 seed = whole_number(0, 2**32 - 1)  # numpy's generators take no other
 
 
-def share(text: str) -> float:
+def _share(text: str) -> float:
     """A number in (0, 1]."""
     try:
         value = float(text)
@@ -40,7 +54,7 @@ def share(text: str) -> float:
     return value
 
 
-share.metavar = "X"
+share = FlagType(_share, "X")
 
 
 def device(text: str) -> str:

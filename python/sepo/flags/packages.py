@@ -1,5 +1,7 @@
 """Check what a flag asks of optional packages, and of names that only they know."""
 
+from typing import Any
+
 import torch
 from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -16,10 +18,11 @@ def check_packages(args: TrainingArguments) -> None:
     """Raises InputError, naming the flag, for a tracker, optimiser or schedule that can't work here:
     else a run would notice when its models are loaded.
     """
-    _check_trackers(args.report_to)
+    names = args.report_to or []
+    _check_trackers([names] if isinstance(names, str) else names)
     for flag, check in (
-        (f"--optim {args.optim.value}", _check_optimizer),
-        (f"--lr_scheduler_type {args.lr_scheduler_type.value}", _check_scheduler),
+        (f"--optim {_word(args.optim)}", _check_optimizer),
+        (f"--lr_scheduler_type {_word(args.lr_scheduler_type)}", _check_scheduler),
     ):
         try:
             check(args)
@@ -36,8 +39,13 @@ def check_compiler(args: TrainingArguments) -> None:
     if mode is not None and backend in (None, "inductor"):
         from torch._inductor import list_mode_options
 
-        if mode not in (known := list_mode_options()):
-            raise InputError(f"--torch_compile_mode: expected {' | '.join(known)}, got {mode}")
+        if mode not in (modes := list_mode_options()):
+            raise InputError(f"--torch_compile_mode: expected {' | '.join(modes)}, got {mode}")
+
+
+def _word(choice: Any) -> str:
+    """One of transformers' Enums of text as a user writes it; in their types it may be text still."""
+    return str(getattr(choice, "value", choice))
 
 
 def _check_trackers(names: list[str]) -> None:
@@ -53,7 +61,8 @@ def _check_trackers(names: list[str]) -> None:
 def _check_optimizer(args: TrainingArguments) -> None:
     if args.optim.startswith(("galore", "apollo")) and args.optim_target_modules is not None:
         return _check_low_rank(args)
-    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
+    model: Any = torch.nn.Linear(1, 1)  # transformers asks for one of its own; any module will do
+    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if isinstance(optimizer, type):  # else a factory, which needs the model
         optimizer([_probe(weight_decay=args.weight_decay)], **options)
 
@@ -67,12 +76,13 @@ def _check_low_rank(args: TrainingArguments) -> None:
 
 def _check_scheduler(args: TrainingArguments) -> None:
     steps = 100
+    own = args.lr_scheduler_kwargs
     get_scheduler(
         args.lr_scheduler_type,
         torch.optim.SGD([_probe()], lr=args.learning_rate),
         num_warmup_steps=args.get_warmup_steps(steps),
         num_training_steps=steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=None if isinstance(own, str) else own,  # parsed by now
     )
 
 

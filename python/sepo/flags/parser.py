@@ -24,7 +24,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         """Show what a value is, not the flag's name once more."""
         if action.const is True:
             return "true|false"
-        names = {int: "N", float: "X"}
+        names: dict[object, str] = {int: "N", float: "X"}
         return getattr(action.type, "metavar", names.get(action.type, "TEXT"))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -38,9 +38,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(**{"formatter_class": Help, **options})
 
-    def parse_known_args(
+    # argparse's is overloaded by the type of the namespace, of which there is one here
+    def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ):
+    ) -> tuple[argparse.Namespace, list[str]]:
         argv = sys.argv[1:] if args is None else list(args)
         known = {name for action in self._actions for name in action.option_strings}
         argv, lines = today_on_the_command_line(argv, known)

@@ -6,10 +6,11 @@ The command line, YAML files, `SePOConfig(...)` and checkpoints of before are re
 import os
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 from sepo.flags.options import say_idle
 
+T = TypeVar("T")
 NAMES = {  # old flag -> the one that takes its value
     "alpha": "tdpo2_alpha",
     "mask": "mask_kind",
@@ -52,10 +53,9 @@ def today_on_the_command_line(
     """The same of a command line's words."""
     found, lines, i = [], [], 0
     while i < len(argv) and argv[i] != "--":
-        flag, equals, value = argv[i].partition("=")
+        flag, equals, own = argv[i].partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if not equals:
-            value = argv[i + 1] if i + 1 < len(argv) else None
+        value = own if equals else next(iter(argv[i + 1 :]), None)
         now, says = _today(name, value)
         if not flag.startswith("--") or now == name and says == value or f"--{now}" not in known:
             found.append(argv[i])
@@ -76,7 +76,7 @@ def overridden(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     }
     found, lines = today(left)
     say_renamed(lines)
-    return found | given
+    return {**found, **given}
 
 
 def say_renamed(lines: list[str]) -> None:
@@ -85,9 +85,10 @@ def say_renamed(lines: list[str]) -> None:
         say_idle(lines)
 
 
-def takes_old_names(cls: type) -> type:
+def takes_old_names(cls: type[T]) -> type[T]:
     """Let a dataclass be made with, and asked by, the old names of its fields."""
-    make = cls.__init__
+    changed: Any = cls  # a checker takes no class whose __init__ is another
+    make = changed.__init__
 
     @wraps(make)
     def __init__(self, *values, **named):
@@ -95,9 +96,9 @@ def takes_old_names(cls: type) -> type:
         say_renamed(lines)
         make(self, *values, **named)
 
-    cls.__init__ = __init__
+    changed.__init__ = __init__
     for old, new in NAMES.items():
-        if new in cls.__dataclass_fields__:
+        if new in changed.__dataclass_fields__:
             setattr(cls, old, property(_reader(new), _writer(new)))
     return cls
 

@@ -11,7 +11,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from sepo.errors import InputError
 
-EXPECTED = {  # kind of value -> (in words, what is one)
+EXPECTED: dict[
+    type, tuple[str, type | tuple[type, ...]]
+] = {  # kind of value -> (in words, what is one)
     int: ("a whole number", Integral),
     float: ("a number", Real),
     bool: ("true or false", bool),
@@ -23,7 +25,8 @@ def check_values(args: Any) -> None:  # a dataclass
     """Raises InputError, naming the flag, for a value of another type, or of no choice that there
     is, and for a number that isn't finite. Fields of several types are left to who reads them.
     """
-    for name, found in kinds(type(args)).items():
+    cls: type = type(args)
+    for name, found in kinds(cls).items():
         value, of = getattr(args, name), found - {NoneType}
         _check_finite(name, value)
         if value is None and NoneType in found:
@@ -52,7 +55,7 @@ def _check_finite(name: str, value) -> None:
 @cache
 def kinds(cls: type) -> dict[str, set[type]]:
     """List what each field of a dataclass, or of its bases, takes: int, list, an Enum, ..."""
-    found = {field.name: set() for field in fields(cls) if field.init}
+    found: dict[str, set[type]] = {field.name: set() for field in fields(cls) if field.init}
     for base in cls.__mro__[:-1]:
         for name, hint in get_type_hints(base).items():
             if name in found:

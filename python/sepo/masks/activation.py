@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sepo.masks.segments import segment_of
 from sepo.ops import segment_mean
 
 
@@ -26,11 +27,7 @@ def activation_mask(
         raise ValueError(f"expected norm minmax or zscore, got {norm!r}")
     G, M = activations.shape
     num_segments = len(cu_rows) - 1
-    lengths = cu_rows.diff()
-    # a size given is a size not asked of the device
-    segment = torch.repeat_interleave(
-        torch.arange(num_segments, device=cu_rows.device), lengths, output_size=M
-    ).expand(G, M)
+    segment = segment_of(cu_rows, M).expand(G, M)
 
     def extreme(which: str) -> Tensor:  # (G, M): of the token's own segment
         start = activations.new_zeros(G, num_segments)

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sepo.data.types import PackedBatch
+from sepo.errors import InputError
 from sepo.masks.activation import activation_mask
 from sepo.masks.readers import layer_activations, layer_states
-from sepo.model.frozen import LiveReference
+from sepo.model.frozen import LiveReference, Reference
 
 MASK = "sparse_mask"  # the policy's submodule: only so do DDP and FSDP2 see its parameters
 
@@ -32,8 +33,8 @@ class DrawnMasks:
 class LearnedMasks:
     """SparsePO's: the policy's own submodule reads the states of the reference's layers."""
 
-    def read(self, reference: LiveReference, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        with reference.frozen() as model:
+    def read(self, reference: Reference, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        with _live(reference).frozen() as model:
             return layer_states(model, batch)
 
     def weigh(
@@ -48,10 +49,16 @@ class ActivationMasks:
 
     norm: Literal["minmax", "zscore"]
 
-    def read(self, reference: LiveReference, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        with reference.frozen() as model:
+    def read(self, reference: Reference, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        with _live(reference).frozen() as model:
             return layer_activations(model, batch)
 
     def weigh(self, policy, batch: PackedBatch, read: Tensor) -> tuple[Tensor, Tensor]:
         mask = activation_mask(read, batch.cu_rows, norm=self.norm)
         return mask, mask
+
+
+def _live(reference: Reference) -> LiveReference:
+    if not isinstance(reference, LiveReference):
+        raise InputError("expected a live reference, whose layers the masks read, got cached rows")
+    return reference

@@ -15,17 +15,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sepo.data.types import PackedBatch
 from sepo.errors import InputError
-from sepo.model.forward import hidden_states
+from sepo.model.forward import base_of, hidden_states
 
 
-def num_layers(model: PreTrainedModel) -> int:
+def num_layers(model: nn.Module) -> int:
     """Layers of the decoder. Raises InputError for a model whose layers can't be found."""
-    return len(_layers(model))
+    return len(_layers(base_of(model)))
 
 
 @torch.no_grad()
 def layer_states(
-    model: PreTrainedModel,  # prepared; or a PeftModel, whose adapters the caller switches off
+    model: nn.Module,  # prepared; or a PeftModel, whose adapters the caller switches off
     batch: PackedBatch,
 ) -> tuple[Tensor, Tensor]:  # hidden (N, D); states (L, M, D), both detached
     """The trunk's output after the final norm, and each layer's at the rows that predict targets.
@@ -34,14 +34,14 @@ def layer_states(
     model whose layers can't be found.
     """
     gather = lambda output: output.index_select(0, batch.rows)
-    modules = _layers(model)[:-1]
-    hidden, states = _read(model, batch, modules, gather)
+    base = base_of(model)
+    hidden, states = _read(base, batch, _layers(base)[:-1], gather)
     return hidden, torch.stack([*states, gather(hidden)])
 
 
 @torch.no_grad()
 def layer_activations(
-    model: PreTrainedModel,  # prepared; or a PeftModel, whose adapters the caller switches off
+    model: nn.Module,  # prepared; or a PeftModel, whose adapters the caller switches off
     batch: PackedBatch,
 ) -> tuple[Tensor, Tensor]:  # hidden (N, D); activations (G, M) float32, G = 3 L, both detached
     """The trunk's output after the final norm, and MaPO's activations at the rows of the batch.
@@ -54,11 +54,12 @@ def layer_activations(
         dtype = torch.promote_types(output.dtype, torch.float32)
         return output.index_select(0, batch.rows).mean(-1, dtype=dtype)
 
-    modules = [part for layer in _layers(model) for part in _parts(model, layer)]
+    base = base_of(model)
+    modules = [part for layer in _layers(base) for part in _parts(base, layer)]
     # a hook makes another graph of a compiled part, and is another one in every step
     compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in modules)
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-        hidden, activations = _read(model, batch, modules, gather)
+        hidden, activations = _read(base, batch, modules, gather)
     return hidden, torch.stack(activations)
 
 
@@ -95,7 +96,9 @@ def _read(
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers: list[nn.Module] = [
+        m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
     config = model.config.get_text_config(decoder=True)
     expected = getattr(config, "num_hidden_layers", len(layers))
     if not layers or len(layers) != expected:

@@ -13,7 +13,7 @@ LEAST = 2048  # a pair of 1024 tokens a side
 USABLE = 0.93  # of a GPU's memory; the rest: CUDA's context, workspaces, holes, logits kept
 STEP = 1024
 
-Kept = Literal["all", "cheap", "inputs", "nothing"]
+Saved = Literal["all", "gemms", "inputs", "nothing"]  # for backward, by a layer
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def default_budget(
         sharded=bool(args.fsdp or args.deepspeed) and args.world_size > 1,
         reference=sum(p.numel() * p.itemsize for p in reference.parameters()) if reference else 0,
     )
-    again = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
+    whole = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
     a_token = token_bytes(
         sizes,
-        kept="inputs" if again else "cheap" if args.selective_checkpointing else "all",
+        saved="inputs" if whole else "gemms" if args.selective_checkpointing else "all",
         itemsize=2 if sixteen else 4,
         fused=args.fused_layers != "none",
     )
@@ -85,7 +85,7 @@ def scoring_budget(
             continue
         there = [m for m in models.values() if m is not None and m.device == device]
         held = sum(p.numel() * p.itemsize for m in there for p in m.parameters())
-        a_token = token_bytes(sizes_of(model), kept="nothing", itemsize=itemsize, fused=False)
+        a_token = token_bytes(sizes_of(model), saved="nothing", itemsize=itemsize, fused=False)
         tokens = token_budget(memory, held, a_token)
         budgets.append((tokens, in_words(tokens, memory, held, a_token)))
     return min(budgets)
@@ -124,20 +124,20 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
     )
 
 
-def layer_bytes(sizes: Sizes, *, kept: Kept, itemsize: int, fused: bool) -> int:
-    """Count what one layer keeps of a token until backward, float32 between layers.
+def layer_bytes(sizes: Sizes, *, saved: Saved, itemsize: int, fused: bool) -> int:
+    """Count what one layer saves of a token until backward, float32 between layers.
 
     all: each norm its input and, unless fused, the input over its root mean square, in float32; each
     of five projections its own copy of what it reads; queries, keys, values and attention's output;
     gate, activation (unless fused), up and their product.
-    cheap: what enters the layer, and what its products and attention put out. inputs: what enters.
+    gemms: what enters the layer, and the outputs of its GEMMs and attention. inputs: what enters.
     """
     d, q, k, f = sizes.hidden, sizes.queries, sizes.keys, sizes.inner
-    if kept == "nothing":
+    if saved == "nothing":
         return 0
-    if kept == "inputs":
+    if saved == "inputs":
         return 4 * d
-    if kept == "cheap":
+    if saved == "gemms":
         return (4 + 2 * itemsize) * d + 2 * itemsize * (q + k) + 2 * itemsize * f
     norms = sizes.norms * (4 if fused else 8) * d
     heads = sizes.head_norms * (itemsize if fused else itemsize + 4) * (q + k)
@@ -145,14 +145,14 @@ def layer_bytes(sizes: Sizes, *, kept: Kept, itemsize: int, fused: bool) -> int:
     return norms + heads + read + 2 * itemsize * (q + k) + (3 if fused else 4) * itemsize * f
 
 
-def token_bytes(sizes: Sizes, *, kept: Kept, itemsize: int, fused: bool) -> int:
+def token_bytes(sizes: Sizes, *, saved: Saved, itemsize: int, fused: bool) -> int:
     """Count what one token of a micro-batch takes at most, beside what stays."""
-    keeps = layer_bytes(sizes, kept=kept, itemsize=itemsize, fused=fused)
-    layer = layer_bytes(sizes, kept="all", itemsize=itemsize, fused=fused)
-    # of the layer that runs: made again as a whole, or in float32 gradients of half of it
-    works = layer if kept in ("all", "nothing") else 2 * layer
+    held = layer_bytes(sizes, saved=saved, itemsize=itemsize, fused=fused)
+    layer = layer_bytes(sizes, saved="all", itemsize=itemsize, fused=fused)
+    # of the layer that runs: recomputed as a whole, or in float32 gradients of half of it
+    works = layer if saved in ("all", "nothing") else 2 * layer
     ends = 16 * sizes.hidden  # the final norm, its gradient, the rows that the head reads
-    return sizes.layers * keeps + works + ends
+    return sizes.layers * held + works + ends
 
 
 def held_bytes(

@@ -6,7 +6,7 @@ from functools import partial
 from itertools import chain, count
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from sepo.attention import Terms, with_arrays
 from sepo.data.types import PackedBatch
@@ -20,7 +20,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's word
 def feed(
     packs: Iterable[Callable[[], PackedBatch]],  # each makes one on the CPU
     device: torch.device,
-    models: Iterable[PreTrainedModel],  # that read them, prepared, in the mode they will be in
+    models: Iterable[nn.Module],  # that read them, prepared, in the mode they will be in
     *,
     mixed_precision: str | None = None,  # accelerate's word
 ) -> Batches:
@@ -32,7 +32,7 @@ def feed(
     """
     if not works_ahead(device):
         return (pack().to(device) for pack in packs)
-    dtype = DTYPES.get(mixed_precision)
+    dtype = DTYPES.get(mixed_precision or "no")
     needs = [need for model in models for need in attention_needs(model, dtype=dtype)]
     return _ahead(packs, device, needs)
 
@@ -58,11 +58,13 @@ class StepFeed:
         batches_of: Callable[[Iterable], Batches],
     ):
         self._parts_of, self._batches_of = parts_of, batches_of
-        self._batches, self._next_step = None, None
+        self._batches: Batches | None = None
+        self._next_step: int | None = None
 
     def of(self, step: int, last: int) -> Batches:
         """Batches from `step` on, of which the step takes its own; none is made beyond step `last`."""
-        if step != self._next_step:  # the first, or not where the step before had got to
+        # the first, or not where the step before had got to
+        if self._batches is None or step != self._next_step:
             self.close()
             steps = range(step, last) if step < last else count(step)
             self._batches = self._batches_of(chain.from_iterable(map(self._parts_of, steps)))

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sepo.model.folder import ModelFolder, find_folder, read_model, values_of
+from sepo.model.base import Base, base_of
+from sepo.model.folder import Adapter, ModelFolder, find_folder, read_model, values_of
 
 CHUNK = 1 << 24  # values cast and copied to the host at once: 64 MiB in float32
 UNREAD = "not read"
@@ -28,8 +29,8 @@ def weights_hash(model: nn.Module) -> str:
     differ in how a merge rounds. Raises ValueError for a model without values (on the meta device).
     """
     stored = _stored(model)
-    if (folder := _merged_from(model, stored)) is not None:
-        return checkpoint_hash(folder, dtype=model.dtype)
+    if (merged := _merged(model, stored)) is not None:
+        return checkpoint_hash(merged.merged_from, dtype=merged.dtype)
     for name, tensor in sorted(stored.items()):
         if tensor.is_meta:
             raise ValueError(f"weights_hash: {name} is on the meta device, expected values")
@@ -50,11 +51,14 @@ def checkpoint_hash(
     configuration and its tensors. Raises InputError for a path without a model in safetensors, or
     with a part of one.
     """
-    folder = path
     if not isinstance(path, ModelFolder):
-        folder = find_folder(path, trust_remote_code=trust_remote_code)
+        path = find_folder(path, trust_remote_code=trust_remote_code)
+    return _hash_of_folder(path, dtype)
+
+
+def _hash_of_folder(folder: ModelFolder, dtype: torch.dtype) -> str:
     if folder.adapter is not None:
-        return _adapter_hash(folder, dtype)
+        return _adapter_hash(folder.adapter, folder.files, dtype)
     with torch.device("meta"):  # names and shapes, and which weights are tied
         code = dict(trust_remote_code=folder.trust_remote_code)
         model = AutoModelForCausalLM.from_config(folder.config, **code)
@@ -80,8 +84,9 @@ def quick_hash(model: nn.Module, *, frozen: bool = False) -> str | None:
         named = {_without_adapters(n): t for n, t in named.items() if not t.requires_grad}
     if any(t.is_meta or not t.numel() for t in named.values()):
         return UNREAD
-    if (folder := _merged_from(model, named)) is not None:
-        about = [checkpoint_hash(folder, dtype=model.dtype), str(model.dtype), *sorted(named)]
+    if (merged := _merged(model, named)) is not None:
+        weights = checkpoint_hash(merged.merged_from, dtype=merged.dtype)
+        about = [weights, str(merged.dtype), *sorted(named)]
         return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
     tensors = sorted(named.items())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing drops the GIL
@@ -94,14 +99,14 @@ def quick_hash(model: nn.Module, *, frozen: bool = False) -> str | None:
 
 
 @torch.no_grad()
-def _merged_from(model: nn.Module, named: dict[str, Tensor]) -> ModelFolder | None:
-    """The folder that was merged into these tensors of a model, if that is all that they are."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _merged(model: nn.Module, named: dict[str, Tensor]) -> Base | None:
+    """The model with its `merged_from`, if that folder is all that these tensors are."""
+    base = base_of(model)
     merged = getattr(base, "merged_values", {})
     if not named or not named.keys() <= merged.keys():
         return None
     now = values_of(named)
-    return base.merged_from if all(merged[name] == now[name] for name in now) else None
+    return base if all(merged[name] == now[name] for name in now) else None
 
 
 @torch.no_grad()
@@ -119,11 +124,11 @@ def _without_adapters(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _adapter_hash(folder: ModelFolder, dtype: torch.dtype) -> str:
-    about = {k: v for k, v in folder.adapter.items() if k not in OF_THE_MACHINE}
+def _adapter_hash(adapter: Adapter, files: list[str], dtype: torch.dtype) -> str:
+    about = {k: v for k, v in adapter.config.items() if k not in OF_THE_MACHINE}
     about = {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in about.items()}
-    head = [checkpoint_hash(folder.base, dtype=dtype), json.dumps(about, sort_keys=True)]
-    tensors = {name: t for file in folder.files for name, t in _tensors(file).items()}
+    head = [_hash_of_folder(adapter.base, dtype), json.dumps(about, sort_keys=True)]
+    tensors = {name: t for file in files for name, t in _tensors(file).items()}
     return _hash(tensors.items(), header="\n".join(head))
 
 
@@ -147,14 +152,14 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
     return parameters | buffers
 
 
-def _on_disk(folder: ModelFolder, model: nn.Module) -> dict[str, Tensor]:
+def _on_disk(folder: ModelFolder, model: PreTrainedModel) -> dict[str, Tensor]:
     """The checkpoint's tensors by the model's names, memory-mapped."""
     tensors = {name: t for file in folder.files for name, t in _tensors(file).items()}
     transforms = _transforms(model)
     return {_rename(name, transforms): tensor for name, tensor in tensors.items()}
 
 
-def _transforms(model: nn.Module) -> list:
+def _transforms(model: PreTrainedModel) -> list:
     """Rename tensors as transformers does on loading (GPT-NeoX stores its head as embed_out)."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -31,14 +32,20 @@ UNREADABLE = (  # what transformers makes of a configuration that can't be, amon
 )  # fmt: skip
 
 
+class Adapter(NamedTuple):
+    """Name what a folder holds that is no model of its own."""
+
+    config: dict  # its adapter_config.json
+    base: "ModelFolder"  # that it is on; it may be an adapter too
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """One line of it is `str(folder)`."""
 
     path: str  # hub id or local directory
     config: PreTrainedConfig  # of the model, which for an adapter is the base's
-    adapter: dict | None = None  # its adapter_config.json
-    base: "ModelFolder | None" = None  # that the adapter is on; it may be an adapter too
+    adapter: Adapter | None = None
     trust_remote_code: bool = False
 
     @property
@@ -55,11 +62,12 @@ class ModelFolder:
         """Its own safetensors files."""
         if self.adapter is None:
             return _weight_files(self.path)
-        return [find_file(self.path, ADAPTER_WEIGHTS)]
+        return [_adapter_weights(self.path)]
 
     def __str__(self) -> str:
         if self.adapter is not None:
-            return f"{self.path}, a {self.adapter['peft_type']} adapter merged into {self.base}"
+            kind, base = self.adapter.config["peft_type"], self.adapter.base
+            return f"{self.path}, a {kind} adapter merged into {base}"
         quantised = f", quantised by {self.quantised}" if self.quantised else ""
         return f"{self.path} ({self.config.model_type}{quantised})"
 
@@ -91,7 +99,7 @@ def _find(path: str, trust_remote_code: bool, above: tuple[str, ...]) -> ModelFo
                 f"{path} is an adapter on {base}, which is quantised by {found.quantised}: it can't "
                 "be merged without rounding; expected an adapter on plain weights"
             )
-        return ModelFolder(path, found.config, about, found, trust_remote_code)
+        return ModelFolder(path, found.config, Adapter(about, found), trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except UNREADABLE as error:
@@ -117,9 +125,7 @@ def _read_adapter(path: str, file: str) -> dict:
         raise refuse(
             f"expected a model or an adapter, found both: move {ADAPTER} away, or {WEIGHTS}"
         )
-    if (weights := find_file(path, ADAPTER_WEIGHTS)) is None:
-        raise refuse(f"expected {ADAPTER_WEIGHTS} (others are not read: they unpickle), found none")
-    _check_files(path, [weights])
+    _check_files(path, [_adapter_weights(path)])
     return about
 
 
@@ -128,6 +134,15 @@ def find_file(path: str, name: str) -> str | None:
         return cached_file(path, name)
     except OSError:  # not there, or out of reach; who needs it says so
         return None
+
+
+def _adapter_weights(path: str) -> str:
+    if (weights := find_file(path, ADAPTER_WEIGHTS)) is None:
+        raise InputError(
+            f"can't load a model from {path}: expected {ADAPTER_WEIGHTS} (others are not read: they "
+            "unpickle), found none"
+        )
+    return weights
 
 
 def _weight_files(path: str) -> list[str]:
@@ -147,10 +162,11 @@ def _weight_files(path: str) -> list[str]:
             f"can't load a model from {path}: expected a weight_map in {INDEX}, got "
             f"{_first_line(error)}"
         ) from error
-    files = [find_file(path, name) for name in names]
-    if None in files:
-        missing = names[files.index(None)]
-        raise InputError(f"can't load a model from {path}: {missing} is missing")
+    files = []
+    for name in names:
+        if (file := find_file(path, name)) is None:
+            raise InputError(f"can't load a model from {path}: {name} is missing")
+        files.append(file)
     return files
 
 
@@ -184,12 +200,12 @@ def read_model(
     if folder.adapter is not None:
         if quantization_config is not None:
             raise InputError(f"{folder.path} is an adapter, expected plain weights to quantise")
-        return _merged(read_model(folder.base, dtype=dtype), folder)
-    model: PreTrainedModel
-    found: dict[str, list]
+        base = folder.adapter.base
+        return _merged(read_model(base, dtype=dtype), folder, base.path)
+    loaded: Any  # a pair, with output_loading_info, of which transformers' types say nothing
     try:
         with _without_report():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 folder.path,
                 dtype=dtype,
                 quantization_config=quantization_config,
@@ -200,6 +216,9 @@ def read_model(
             )
     except UNREADABLE as error:
         raise _unreadable(folder.path, error) from error
+    model: PreTrainedModel
+    found: dict[str, list]
+    model, found = loaded
     shapes = [f"{n} {tuple(has)} for {tuple(own)}" for n, has, own in found["mismatched_keys"]]
     # what a quantised checkpoint holds beside the weights is its method's affair
     unexpected = [] if folder.quantised else found["unexpected_keys"]
@@ -207,7 +226,7 @@ def read_model(
     return model
 
 
-def _merged(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
+def _merged(model: PreTrainedModel, folder: ModelFolder, into: str) -> PreTrainedModel:
     from peft import PeftConfig, PeftModel
 
     if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
@@ -233,23 +252,22 @@ def _merged(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
         whole = [m for m in config.modules_to_save or () if not any(f".{m}." in n for n in names)]
         _demand(folder.path, adapted, [*found.missing_keys, *whole], found.unexpected_keys, [])
         model = adapted.merge_and_unload(safe_merge=True)
-        vars(model).pop(
-            "peft_config", None
-        )  # which an older peft leaves, as of a model with adapters
+        # which an older peft leaves, as of a model with adapters
+        vars(model).pop("peft_config", None)
     except UNREADABLE as error:
         raise InputError(
-            f"{folder.path} can't be merged into {folder.base.path}: {_first_line(error)}"
+            f"{folder.path} can't be merged into {into}: {_first_line(error)}"
         ) from error
     # what is saved of it, or on top of it, comes from here and not from the base
     model.requires_grad_(True)  # peft froze it
     model.name_or_path = model.config.name_or_path = folder.path
-    model.merged_from, model.merged_values = folder, values_of(model.state_dict())
+    vars(model).update(merged_from=folder, merged_values=values_of(model.state_dict()))
     return model
 
 
 def values_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Of each tensor a number that changes with its values: to see whether something was trained."""
-    return {name: torch.hash_tensor(tensor).item() for name, tensor in tensors.items()}
+    return {name: int(torch.hash_tensor(tensor).item()) for name, tensor in tensors.items()}
 
 
 def is_adapter(module) -> bool:

@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 from sepo import attention
 from sepo.data.types import PackedBatch
 from sepo.errors import InputError
+from sepo.model.base import Base, base_of
 from sepo.model.folder import is_adapter
 from sepo.ops import selected_logprob
 
 
 def token_logprob(
-    model: PreTrainedModel,
+    model: nn.Module,  # of transformers, or a PeftModel around one
     batch: PackedBatch,
     *,
     layout: attention.PackedLayout | None = None,  # see hidden_states
@@ -44,7 +45,7 @@ def token_logprob(
 
 
 def hidden_states(
-    model: PreTrainedModel,
+    model: nn.Module,  # as above
     batch: PackedBatch,
     *,
     layout: attention.PackedLayout | None = None,  # of the batch; None: by the model's attn_impl
@@ -75,13 +76,13 @@ class Head(NamedTuple):
     softcap: float | None
 
 
-def head(model: PreTrainedModel) -> Head:
+def head(model: nn.Module) -> Head:
     """Read what follows the model's trunk. Raises InputError for a head that isn't one matrix."""
-    model = base_of(model)
-    module = model.get_output_embeddings()
-    if reason := _why_not_head(model, module):
-        raise InputError(f"{type(model).__name__}: expected an nn.Linear head, {reason}")
-    config = model.config.get_text_config(decoder=True)
+    base = base_of(model)
+    module = base.get_output_embeddings()
+    if reason := _why_not_head(base, module):
+        raise InputError(f"{type(base).__name__}: expected an nn.Linear head, {reason}")
+    config = base.config.get_text_config(decoder=True)
     divisor = getattr(config, "logits_scaling", None)  # Granite divides
     factor = getattr(config, "logit_scale", None)  # Cohere multiplies
     return Head(
@@ -101,7 +102,7 @@ def under_autocast(hidden: Tensor, own: Head) -> tuple[Tensor, Head]:
     return hidden, own._replace(weight=own.weight.to(hidden), bias=bias)
 
 
-def vocabulary(model: PreTrainedModel) -> int:
+def vocabulary(model: nn.Module) -> int:
     """How many tokens the model can both read and predict."""
     base = base_of(model)
     # not the weights' shapes: ZeRO-3 leaves those empty
@@ -109,27 +110,22 @@ def vocabulary(model: PreTrainedModel) -> int:
     return min(sizes)
 
 
-def attn_impl(model: PreTrainedModel) -> str:
+def attn_impl(model: nn.Module) -> str:
     """The attention that prepare_model was asked for."""
     return getattr(base_of(model), "packed_attn_impl", "auto")
 
 
-def use_packed_attention(base: PreTrainedModel) -> None:
+def use_packed_attention(base: Base) -> None:
     if base.config._attn_implementation != attention.ATTENTION:
         base.own_attention = base.config._attn_implementation
         base.set_attn_implementation(attention.ATTENTION)
 
 
-def restore_attention(model: PreTrainedModel) -> None:
+def restore_attention(model: nn.Module) -> None:
     """Give a prepared model the attention that it had, until a batch needs ours again."""
     base = base_of(model)
     if base.config._attn_implementation == attention.ATTENTION and hasattr(base, "own_attention"):
         base.set_attn_implementation(base.own_attention)
-
-
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PeftModel, whose adapters are in its layers; else itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _why_not_head(model: PreTrainedModel, module: nn.Module | None) -> str | None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from sepo.data.hidden import StoredHead
 from sepo.data.types import PackedBatch
 from sepo.errors import InputError
+from sepo.model.base import adapted
 from sepo.model.forward import Head, head, hidden_states, token_logprob, under_autocast
 from sepo.ops import LogprobKL, selected_logprob_kl
 
@@ -19,7 +19,8 @@ class CachedReference:
     """Read a reference from what a scored store keeps; pairs carry the rest into the batch."""
 
     def __init__(self, stored: StoredHead | None):  # None: only log-probabilities are kept
-        self.stored, self._head = stored, None
+        self.stored = stored
+        self._head: Head | None = None
 
     def head(self, like: Tensor) -> Head:
         """The head in `like`'s dtype and on its device; moved there once."""
@@ -29,17 +30,15 @@ class CachedReference:
                 "got one with log-probabilities alone"
             )
         if self._head is None or _kind(self._head.weight) != _kind(like):
-            weight, bias, scale, softcap = self.stored
-            self._head = Head(_as(weight, like), _as(bias, like), scale, softcap)
+            self._head = _like(self.stored, like)
         return self._head
 
     def hidden(self, batch: PackedBatch, like: Tensor) -> Tensor:  # (N, D_ref)
         """The cached rows where the batch reads them; the other rows hold anything."""
-        width = self.stored.weight.shape[1]
-        rows = like.new_empty(len(batch.tokens), width)
+        rows = like.new_empty(len(batch.tokens), self.head(like).weight.shape[1])
         if batch.ref_hidden is not None:
             # a row that is read twice is the prompt's last: both responses cached the same state
-            rows[batch.rows] = _as(batch.ref_hidden, like)
+            rows[batch.rows] = batch.ref_hidden.to(like)
         elif len(batch.rows):
             raise InputError("expected pairs with the reference's hidden rows, got some without")
         return rows
@@ -57,7 +56,7 @@ class LiveReference:
         """The model as the reference, for the time of one reading."""
         with (
             torch.no_grad(),
-            self.model.disable_adapter() if self.without_adapters else nullcontext(),
+            adapted(self.model).disable_adapter() if self.without_adapters else nullcontext(),
         ):
             yield self.model
 
@@ -67,19 +66,18 @@ class LiveReference:
 
     def head(self, like: Tensor) -> Head:
         with self.frozen() as model:
-            weight, bias, scale, softcap = head(model)
-            return Head(_as(weight, like), _as(bias, like), scale, softcap)
+            return _like(head(model), like)
 
     def hidden(self, batch: PackedBatch, like: Tensor) -> Tensor:  # (N, D_ref)
         with self.frozen() as model:
-            return _as(hidden_states(model, batch), like)
+            return hidden_states(model, batch).to(like)
 
 
 Reference = CachedReference | LiveReference
 
 
 def token_logprob_kl(
-    model: PreTrainedModel,
+    model: nn.Module,  # of transformers, or a PeftModel around one
     batch: PackedBatch,
     reference: Reference,
     *,
@@ -99,11 +97,12 @@ def token_logprob_kl(
     hidden, own = under_autocast(hidden, head(model))
     ref = reference.head(hidden)
     check_heads(own, ref)
-    ref_hidden = reference.hidden(batch, hidden) if ref_hidden is None else _as(ref_hidden, hidden)
+    if ref_hidden is None:
+        ref_hidden = reference.hidden(batch, hidden)
     return selected_logprob_kl(
         hidden,
         own.weight,
-        ref_hidden,
+        ref_hidden.to(hidden),
         ref.weight,
         batch.rows,
         batch.targets,
@@ -117,7 +116,7 @@ def token_logprob_kl(
     )
 
 
-def check_heads(own: Head, ref: Head) -> None:
+def check_heads(own: Head, ref: Head | StoredHead) -> None:
     """Raise InputError for a reference whose logits can't be compared with the policy's."""
     vocabulary = len(own.weight), len(ref.weight)
     pairs = {
@@ -130,8 +129,9 @@ def check_heads(own: Head, ref: Head) -> None:
             raise InputError(f"reference: expected the policy's {word}, {expected}, got {got}")
 
 
-def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.to(like)
+def _like(own: StoredHead | Head, like: Tensor) -> Head:
+    bias = None if own.bias is None else own.bias.to(like)
+    return Head(own.weight.to(like), bias, own.scale, own.softcap)
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from sepo import attention
 from sepo.errors import InputError
+from sepo.model.base import base_of
 from sepo.model.folder import ADAPTER, ModelFolder, find_file, find_folder, read_model
 from sepo.model.forward import restore_attention
 from sepo.model.prepare import prepare_model
@@ -30,12 +31,13 @@ def load_model(
     `find_folder` and `read_model` do.
     """
     attention.check_name(attn_impl)  # before minutes of reading
-    folder = path
-    if not isinstance(path, ModelFolder):
+    if isinstance(path, ModelFolder):
+        folder = path
+    else:
         folder = find_folder(path, trust_remote_code=trust_remote_code)
-    model = read_model(folder, dtype=dtype, quantization_config=quantization_config)
+    model = base_of(read_model(folder, dtype=dtype, quantization_config=quantization_config))
     if quantization_config is None and not folder.quantised:
-        model = model.to(device)
+        model.to(device)  # type: ignore[arg-type]  # transformers' wraps() loses `self`
     model.packed_attn_impl = attn_impl
     model.forward = MethodType(_preparing_forward(type(model)), model)
     return model.eval()
@@ -62,6 +64,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         if find_file(path, ADAPTER) is not None:
-            base = find_folder(path, trust_remote_code=trust_remote_code).base.path
-            return load_tokenizer(base, trust_remote_code=trust_remote_code)
+            adapter = find_folder(path, trust_remote_code=trust_remote_code).adapter
+            if adapter is not None:
+                return load_tokenizer(adapter.base.path, trust_remote_code=trust_remote_code)
         raise InputError(f"can't load a tokenizer from {path}: {reason}") from error

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import MethodType
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +14,9 @@ from sepo import attention
 from sepo.data import all_positions, pack, truncate
 from sepo.data.types import PackedBatch
 from sepo.errors import InputError
+from sepo.model.base import base_of
 from sepo.model.forward import (
     attn_impl,
-    base_of,
     head,
     token_logprob,
     use_packed_attention,
@@ -23,8 +24,10 @@ from sepo.model.forward import (
 )
 from sepo.model.reads import forward_of
 
+M = TypeVar("M", bound=nn.Module)
 
-def explain_attention(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> str:
+
+def explain_attention(model: nn.Module, *, dtype: torch.dtype | None = None) -> str:
     """One line for a log: which attention a training step takes on the model's device, and why.
 
     dtype is that of autocast, if the step runs under it.
@@ -34,7 +37,7 @@ def explain_attention(model: PreTrainedModel, *, dtype: torch.dtype | None = Non
 
 
 def attention_needs(
-    model: PreTrainedModel,
+    model: nn.Module,
     *,
     dtype: torch.dtype | None = None,  # of autocast, if the model runs under it
 ) -> list[tuple[str, attention.Terms]]:
@@ -46,10 +49,10 @@ def attention_needs(
 
 
 def prepare_model(
-    model: PreTrainedModel,  # or a PeftModel around one, before or after it was prepared
+    model: M,  # of transformers, or a PeftModel around one, before or after it was prepared
     *,
     attn_impl: str | None = None,  # a name of attention.IMPLS; None: what it was, else auto
-) -> PreTrainedModel:
+) -> M:
     """Make `model(batch=PackedBatch)` answer, and refuse a model that it can't serve.
 
     The answer is token_logprob, or with `reads=` (`sepo.model.reads`) the TokenValues that a loss
@@ -68,8 +71,8 @@ def prepare_model(
     if reason := _why_not(model):
         raise InputError(f"{type(base).__name__} is not supported: {reason}")
     head(base)
-    compared = getattr(base, "packed_checked", frozenset())
-    for name, dtype in ({} if _without_storage(base) else _runnable(base)).items():
+    compared: frozenset = getattr(base, "packed_checked", frozenset())
+    for name, dtype in (_runnable(base) if has_storage(base) else {}).items():
         probe = (base.device.type, base.dtype, name)
         if probe not in compared:
             with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype != base.dtype):
@@ -81,21 +84,23 @@ def prepare_model(
     return model
 
 
-def prepare_if_new(model: PreTrainedModel) -> PreTrainedModel:
+def prepare_if_new(model: M) -> M:
     """Prepare a model that nobody prepared, as `load_model` gives it."""
     return model if hasattr(base_of(model), "packed_checked") else prepare_model(model)
 
 
-def _why_not(model: PreTrainedModel) -> str | None:
+def _why_not(model: nn.Module) -> str | None:
     adapter = getattr(model, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):
+    if adapter is not None and getattr(adapter, "is_prompt_learning", False):
         return f"{adapter.peft_type.value} adapters put tokens or keys before every sequence"
     return attention.why_not(base_of(model))
 
 
-def _without_storage(model: PreTrainedModel) -> bool:
-    """On no device yet, or in shards: only collectives could run it."""
-    return any(p.is_meta or isinstance(p, DTensor) or p.numel() == 0 for p in model.parameters())
+def has_storage(model: nn.Module) -> bool:
+    """Whether it can run by itself: on no device yet, or in shards, only collectives could."""
+    return not any(
+        p.is_meta or isinstance(p, DTensor) or p.numel() == 0 for p in model.parameters()
+    )
 
 
 def _runnable(model: PreTrainedModel) -> dict[str, torch.dtype]:
@@ -104,7 +109,9 @@ def _runnable(model: PreTrainedModel) -> dict[str, torch.dtype]:
     A float32 model may be trained under autocast, where another is chosen. A model for a GPU's
     attention may still be on the CPU: then it is what "auto" takes there.
     """
-    runnable, refusal, wish = {}, None, attn_impl(model)
+    runnable: dict[str, torch.dtype] = {}
+    refusal: InputError | None = None
+    wish = attn_impl(model)
     dtypes = [model.dtype] + [torch.bfloat16] * (model.dtype == torch.float32)
     for dtype in dtypes:
         terms = _terms(model, dtype)
@@ -114,7 +121,7 @@ def _runnable(model: PreTrainedModel) -> dict[str, torch.dtype]:
             refusal = error
             if model.device.type == "cpu":
                 runnable.setdefault(attention.choose("auto", terms).name, dtype)
-    if not runnable:
+    if not runnable and refusal is not None:
         raise refusal
     return runnable
 
@@ -149,7 +156,7 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
     shows here, before anything is trained on it.
     """
     training, implementation = model.training, model.config._attn_implementation
-    device, own = model.device, []
+    parts = []
     triples, batch = _probe(model)
     layout = attention.PackedLayout(batch, impl)
     model.eval()
@@ -157,10 +164,10 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
         model.set_attn_implementation("eager")  # the definition: sdpa ignores a soft cap
         for prompt, *responses in triples:
             for response in responses:
-                ids = torch.from_numpy(np.concatenate([prompt, response])).long().to(device)
+                ids = torch.from_numpy(np.concatenate([prompt, response])).long().to(model.device)
                 logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
                 logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-                own.append(logp.gather(-1, ids[len(prompt) :, None])[:, 0])
+                parts.append(logp.gather(-1, ids[len(prompt) :, None])[:, 0])
         model.set_attn_implementation(attention.ATTENTION)
         packed = token_logprob(model, batch, layout=layout)
     finally:
@@ -171,7 +178,7 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
             f"{type(model).__name__} is not supported: its layers do not tell the attention their "
             "sliding windows"
         )
-    own = torch.cat(own)
+    own = torch.cat(parts)
     error = (packed - own).abs().max().item()
     allowed = rounding(model, own)
     if not error <= allowed:
@@ -181,12 +188,15 @@ def _check_against_itself(model: PreTrainedModel, impl: str) -> None:
         )
 
 
-@torch.no_grad()
-def probe_logprob(model: PreTrainedModel) -> Tensor | None:  # (M,) float32
+def probe_logprob(model: nn.Module) -> Tensor | None:  # (M,) float32
     """Of a few random tokens, where the model is now; None while it is on no device, or in shards."""
+    return probed(model) if has_storage(base_of(model)) else None
+
+
+@torch.no_grad()
+def probed(model: nn.Module) -> Tensor:  # (M,) float32
+    """The same of a model that `has_storage`."""
     base = base_of(model)
-    if _without_storage(base):
-        return None
     (name, dtype), *_ = _runnable(base).items()
     _, batch = _probe(base)
     training = model.training
@@ -197,14 +207,15 @@ def probe_logprob(model: PreTrainedModel) -> Tensor | None:  # (M,) float32
     return logp
 
 
-def rounding(model: PreTrainedModel, logp: Tensor) -> float:
+def rounding(model: nn.Module, logp: Tensor) -> float:
     """Nats by which the same computation in another order may differ."""
     # rounding of a random token's log-probability (about ln V) through the whole trunk; a head that
     # is very sure of itself rounds larger numbers
     # (models round some steps to float32 even in float64)
     # (a quantised model computes in 16 bits or fewer, whatever its other weights are)
-    coarse = model.dtype.itemsize == 2 or getattr(model, "is_quantized", False)
-    coarse |= torch.is_autocast_enabled(model.device.type)
+    base = base_of(model)
+    coarse = base.dtype.itemsize == 2 or getattr(base, "is_quantized", False)
+    coarse |= torch.is_autocast_enabled(base.device.type)
     size = max(1, logp.abs().max().item() / 10)
     return 0.5 if coarse else 1e3 * torch.finfo(torch.float32).eps * size
 
@@ -212,7 +223,11 @@ def rounding(model: PreTrainedModel, logp: Tensor) -> float:
 def _probe(model: PreTrainedModel) -> tuple[list[tuple[np.ndarray, ...]], PackedBatch]:
     """Two small pairs of random tokens, as (prompt, chosen, rejected) and packed."""
     size = vocabulary(model)
-    draw = lambda n, seed: np.random.default_rng(seed).integers(0, size, n).astype(np.int32)
+
+    def draw(n: int, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).integers(0, size, n).astype(np.int32)
+
     triples = [(draw(4, 0), draw(3, 1), draw(5, 2)), (draw(2, 3), draw(6, 4), draw(2, 5))]
     whole = lambda response: truncate(response, all_positions(len(response)))
-    return triples, pack([(p, whole(c), whole(r)) for p, c, r in triples]).to(model.device)
+    batch = pack([(p, whole(c), whole(r)) for p, c, r in triples]).to(model.device)
+    return [*triples], batch

@@ -12,6 +12,7 @@ from sepo.data.types import PackedBatch
 from sepo.errors import InputError
 from sepo.model.forward import restore_attention, token_logprob
 from sepo.model.frozen import LiveReference, Reference, token_logprob_kl
+from sepo.model.kept import TokenRule, kept_logprob
 from sepo.model.routers import RouterLoss
 
 # of its reference: its log-probabilities; its whole distribution, by way of its hidden rows; the
@@ -28,6 +29,7 @@ class TokenValues(NamedTuple):
     reward_mask: Tensor | None = None  # (M,) >= 0, SparsePO's m_u; None: ones
     kl_mask: Tensor | None = None  # (M,) >= 0, its m_d
     router_loss: Tensor | None = None  # (P,) of a mixture of experts, before its coefficient
+    keep: Tensor | None = None  # (M,) bool: whether a rule leaves the token in the loss; None: all
 
 
 class TokenMasks(Protocol):
@@ -51,6 +53,7 @@ class Reads:
     reference: Reference | None = None
     direction: str | None = None  # of the KL divergence; None: not read
     masks: TokenMasks | None = None  # beside a KL divergence
+    rule: TokenRule | None = None  # without one
     router_loss: RouterLoss | None = None
     budget: int | None = None  # bytes, see selected_logprob
 
@@ -61,6 +64,12 @@ class Reads:
         if not isinstance(self.reference, LiveReference):
             raise InputError(no_reference(self.method, self.needed))
         return self.reference.logp(batch, budget=self.budget)
+
+    def whole_reference(self) -> Reference:
+        """The one whose distribution the KL divergence is to."""
+        if self.reference is None:
+            raise InputError(no_reference(self.method, self.needed or "hidden"))
+        return self.reference
 
 
 def no_reference(method: str, needed: Needed) -> str:
@@ -92,23 +101,37 @@ def forward_of(cls: type[PreTrainedModel]) -> Callable:
             return type(self).forward(self, *args, **kwargs)
         if reads is None:
             return token_logprob(self, batch)
-        routers = None if reads.router_loss is None else []
-        options = dict(budget=reads.budget, routers=routers)
-        if reads.direction is None:
-            logp = token_logprob(self, batch, **options)
+        routers: list[Tensor] | None = None if reads.router_loss is None else []
+        if reads.rule is not None:
+            ref_logp = reads.ref_logp(batch)
+            logp, keep = kept_logprob(
+                self, batch, reads.rule, ref_logp, budget=reads.budget, routers=routers
+            )
+            values = TokenValues(logp, ref_logp, keep=keep)
+        elif reads.direction is None:
+            logp = token_logprob(self, batch, budget=reads.budget, routers=routers)
             values = TokenValues(logp, reads.ref_logp(batch))
         else:
             ref_hidden = of_layers = None
+            reference = reads.whole_reference()
             if reads.masks is not None:
-                ref_hidden, of_layers = reads.masks.read(reads.reference, batch)
-            options |= dict(ref_hidden=ref_hidden, direction=reads.direction)
-            values = TokenValues(*token_logprob_kl(self, batch, reads.reference, **options))
+                ref_hidden, of_layers = reads.masks.read(reference, batch)
+            both = token_logprob_kl(
+                self,
+                batch,
+                reference,
+                ref_hidden=ref_hidden,
+                direction=reads.direction,
+                budget=reads.budget,
+                routers=routers,
+            )
+            values = TokenValues(*both)
             # masks last: backward takes what came last first, and has let go of the layers that
             # they read before it is in the trunk
             if reads.masks is not None:
                 reward_mask, kl_mask = reads.masks.weigh(self, batch, of_layers)
                 values = values._replace(reward_mask=reward_mask, kl_mask=kl_mask)
-        if routers is not None:
+        if reads.router_loss is not None and routers is not None:
             values = values._replace(router_loss=reads.router_loss(routers, batch))
         return values
 

@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from sepo.data.store.store import ScoredStore, template_hash, tokenizer_hash
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
+from sepo.model.base import adapted, base_of, has_adapters
 from sepo.model.fingerprint import checkpoint_hash
 from sepo.model.folder import ModelFolder
 from sepo.model.forward import head
@@ -27,7 +28,7 @@ from sepo.model.frozen import (
     token_logprob_kl,
 )
 from sepo.model.load import load_model
-from sepo.model.prepare import probe_logprob
+from sepo.model.prepare import has_storage, probed
 from sepo.model.reads import Needed, no_reference
 
 __all__ = [
@@ -52,11 +53,16 @@ class ReferenceFolder:
 
     def find(self, needed: Needed) -> Reference | None:
         """Raises InputError as `cached_reference` and `load_model` do."""
-        options = dict(keep=needed, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         if self.adapters_stand_in:
-            return cached_reference(self.path, self.data, self.tokenizer, **options)
-        options |= dict(weights_dtype=self.weights_dtype, attn_impl=self.attn_impl)
-        return load_reference(self.path, self.data, self.tokenizer, **options)
+            return cached_reference(
+                self.path, self.data, self.tokenizer,
+                keep=needed, dtype=self.dtype, trust_remote_code=self.trust_remote_code,
+            )  # fmt: skip
+        return load_reference(
+            self.path, self.data, self.tokenizer,
+            keep=needed, dtype=self.dtype, weights_dtype=self.weights_dtype,
+            attn_impl=self.attn_impl, trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
 
 
 def resolve_reference(
@@ -94,6 +100,7 @@ def resolve_reference(
         given = None
     if isinstance(given, nn.Module):
         given = LiveReference(given)
+    reference: Reference | None = None
     if isinstance(given, LiveReference):
         reference = _beside(policy, given)
     elif given is not None:
@@ -104,22 +111,16 @@ def resolve_reference(
         # pairs that carry log-probabilities say where training starts, whatever the adapters do
         carried = needed == "logp" and data is not None and _carries_logp(data)
         reference = LiveReference(policy, True) if carried else _without_adapters(policy)
-    else:
-        reference = None
     if isinstance(reference, CachedReference) and needed == "layers":
         raise InputError(
             f"--method {method}: expected a live reference, whose layers its mask reads, got cached rows"
         )
-    if reference is None and (needed != "logp" or not _carries_logp(data)):
-        raise InputError(no_reference(method, needed))
-    if needed != "logp":
+    if reference is None:
+        if needed != "logp" or not _carries_logp(data):
+            raise InputError(no_reference(method, needed))
+    elif needed != "logp":
         _check_fits(policy, reference)
     return reference
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Whether the model can do without what is trained: its adapters can be switched off."""
-    return hasattr(model, "disable_adapter")
 
 
 def _beside(policy: nn.Module, live: LiveReference) -> LiveReference:
@@ -150,13 +151,15 @@ def _without_adapters(model: nn.Module) -> LiveReference:
     Raises InputError for adapters that change it already: training would not start at its reference.
     """
     reference = LiveReference(model, without_adapters=True)
-    logp = probe_logprob(model)
-    if logp is None:
+    if not has_storage(base_of(model)):
         return reference
+    logp = probed(model)
     with reference.frozen() as frozen:
-        change = (logp - probe_logprob(frozen)).abs().max().item()
+        change = (logp - probed(frozen)).abs().max().item()
     # new LoRA adds zeros; what multiplies (DoRA, OFT) is rounded on the way, in 16 bits to be seen
-    adds = all(c.peft_type == "LORA" and not c.use_dora for c in model.peft_config.values())
+    adds = all(
+        c.peft_type == "LORA" and not c.use_dora for c in adapted(model).peft_config.values()
+    )
     exact = adds or next(model.parameters()).dtype.itemsize >= 4
     if not change <= (1e-4 if exact else 0.1):
         raise InputError(
@@ -170,8 +173,9 @@ def _without_adapters(model: nn.Module) -> LiveReference:
 def _check_fits(policy: nn.Module, reference: Reference) -> None:
     own = head(policy)
     if own.weight.numel():  # ZeRO-3 leaves nothing to look at
-        cached = isinstance(reference, CachedReference)
-        check_heads(own, reference.stored if cached else reference.head(own.weight))
+        # a store's is compared where it lies: nothing is moved for it
+        stored = reference.stored if isinstance(reference, CachedReference) else None
+        check_heads(own, stored or reference.head(own.weight))
 
 
 def _carries_logp(data: Sequence[TokenPair] | None) -> bool:
@@ -194,11 +198,14 @@ def load_reference(
 
     Raises InputError as `cached_reference` and `load_model` do.
     """
-    code = dict(trust_remote_code=trust_remote_code)
-    cached = cached_reference(path, data, tokenizer, keep=keep, dtype=dtype, **code)
+    cached = cached_reference(
+        path, data, tokenizer, keep=keep, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     if cached is not None:
         return cached
-    model = load_model(path, dtype=weights_dtype, attn_impl=attn_impl, **code)
+    model = load_model(
+        path, dtype=weights_dtype, attn_impl=attn_impl, trust_remote_code=trust_remote_code
+    )
     return LiveReference(model.requires_grad_(False))
 
 

@@ -8,13 +8,14 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from sepo.data.types import PackedBatch
 from sepo.errors import InputError
+from sepo.model.base import base_of
 
 NAME = "load_balancing_loss_func"  # of transformers, in every module of such a model
 ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
@@ -52,45 +53,41 @@ class RouterLoss:
         return torch.cat(losses)
 
 
-def router_loss(model: PreTrainedModel) -> RouterLoss | None:
+def router_loss(model: nn.Module) -> RouterLoss | None:
     """Read what the model adds to its own loss, if its config asks for it: `output_router_logits`.
 
     Raises InputError for one that defines it in another way than transformers usually does, and for
     a loss on its logits (Bamba's `z_loss_coefficient`), which rows that are left out would change.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = model.config.get_text_config(decoder=True)
-    if z_loss := getattr(model, "z_loss_coefficient", 0):
+    base = base_of(model)
+    config = base.config.get_text_config(decoder=True)
+    if z_loss := getattr(base, "z_loss_coefficient", 0):
         raise InputError(
-            f"{type(model).__name__}: z_loss_coefficient {z_loss} asks for a loss on the logits of "
+            f"{type(base).__name__}: z_loss_coefficient {z_loss} asks for a loss on the logits of "
             "all tokens, which are not made here; expected 0 in its config.json"
         )
     if not getattr(config, "output_router_logits", False):
         return None
-    names = dict(
-        coefficient=("router_aux_loss_coef", "aux_loss_coef"),
-        num_experts=("num_experts", "num_local_experts"),
-        top_k=("num_experts_per_tok",),
-    )
-    found = {
-        key: next(
-            (v for o in (model, config) for n in own if (v := getattr(o, n, None)) is not None),
-            None,
-        )
-        for key, own in names.items()
-    }
+
+    def first(*names: str) -> Any:
+        found = (getattr(owner, name, None) for owner in (base, config) for name in names)
+        return next((value for value in found if value is not None), None)
+
+    coefficient = first("router_aux_loss_coef", "aux_loss_coef")
+    num_experts = first("num_experts", "num_local_experts")
+    top_k = first("num_experts_per_tok")
     function = next(
         (
             f
-            for cls in type(model).__mro__
+            for cls in type(base).__mro__
             if (f := getattr(sys.modules[cls.__module__], NAME, None))
         ),
         None,
     )
     known = function is not None and list(inspect.signature(function).parameters) == ARGUMENTS
-    if not known or None in found.values():
+    if function is None or not known or None in (coefficient, num_experts, top_k):
         raise InputError(
-            f"{type(model).__name__}: output_router_logits asks for a loss of its routers that is not "
+            f"{type(base).__name__}: output_router_logits asks for a loss of its routers that is not "
             f"transformers' {NAME}; expected false in its config.json"
         )
-    return RouterLoss(function=function, **found)
+    return RouterLoss(coefficient, function, num_experts, top_k)

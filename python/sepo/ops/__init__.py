@@ -11,6 +11,7 @@ from sepo.losses import (
     tdpo_loss,
 )
 from sepo.ops import _flops  # noqa: F401  registers the FLOP formulas
+from sepo.ops._k_targets import sampled_first
 from sepo.ops._labels import LabelRows, labels_from_rows, logprob_from_labels, rows_from_labels
 from sepo.ops._segment_reduce import segment_mean, segment_sum
 from sepo.ops._segment_topk import SegmentTopk, segment_topk
@@ -20,26 +21,31 @@ from sepo.ops._selected_logprob_kl import (
     explain_selected_logprob_kl,
     selected_logprob_kl,
 )
+from sepo.ops._selected_stats import SelectedStats, explain_selected_stats, selected_stats
 
 __all__ = [
     "Explanation",
     "LabelRows",
     "LogprobKL",
     "SegmentTopk",
+    "SelectedStats",
     "dpo_loss",
     "dpop_loss",
     "explain_selected_logprob",
     "explain_selected_logprob_kl",
+    "explain_selected_stats",
     "ipo_loss",
     "labels_from_rows",
     "logprob_from_labels",
     "rows_from_labels",
     "rrhf_loss",
+    "sampled_first",
     "segment_mean",
     "segment_sum",
     "segment_topk",
     "selected_logprob",
     "selected_logprob_kl",
+    "selected_stats",
     "sepo_loss",
     "simpo_loss",
     "sparsepo_loss",

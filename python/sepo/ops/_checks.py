@@ -8,6 +8,25 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sepo_kernels.devices import accumulator
+from sepo_kernels.scales import Scale
+
+
+def check_one_head(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    rows: Tensor,  # (M,)
+    targets: Tensor,  # (M,)
+    bias: Tensor | None,  # (V,)
+    scale: Scale,  # a number, or (M,)
+    softcap: float | None,
+) -> None:
+    check_head(hidden, weight, bias)
+    check_indices(rows, targets)
+    check_one_device(hidden, weight, rows, targets, bias)
+    check_scale(scale, rows, hidden)
+    check_softcap(softcap)
+
 
 def check_head(
     hidden: Tensor,  # (N, D)
@@ -62,6 +81,24 @@ def check_softcap(softcap: float | None) -> None:
         raise ValueError(f"expected softcap > 0 or None, got {softcap}")
 
 
+def check_scale(
+    scale: Scale,  # a number, or (M,)
+    rows: Tensor,  # (M,)
+    hidden: Tensor,  # (N, D)
+) -> None:
+    if not isinstance(scale, Tensor):
+        return
+    dtype = accumulator(hidden.dtype)
+    if scale.shape != rows.shape or scale.dtype != dtype:
+        raise ValueError(
+            f"expected scale a number, or ({rows.shape[0]},) {dtype}, "
+            f"got {tuple(scale.shape)} {scale.dtype}"
+        )
+    check_one_device(hidden, scale)
+    if torch.is_grad_enabled() and scale.requires_grad:
+        raise ValueError("expected scale without a gradient, got one that requires it")
+
+
 def check_reverse_mode(operation: str, *inputs: Tensor | None) -> None:
     """Raise NotImplementedError for an input with a tangent, which would be lost without a word."""
     if forward_ad._current_level < 0:  # no dual level is open: nothing to look for
@@ -87,6 +124,15 @@ def check_index_values(
         if low < 0 or high >= size:
             wrong = low if low < 0 else high
             raise ValueError(f"expected 0 <= {name} < {size}, got {wrong}")
+
+
+def check_scale_values(scales: Tensor | None) -> None:  # (M,), one a row
+    """Raise ValueError for a scale that is not positive, if it is on the CPU; else do nothing."""
+    if scales is None or scales.device.type != "cpu" or scales.shape[0] == 0:
+        return
+    low = float(scales.amin())  # NaN if there is one
+    if not low > 0:
+        raise ValueError(f"expected scale > 0 in every row, got {low}")
 
 
 def as_int32(rows: Tensor) -> Tensor:

@@ -7,10 +7,13 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 import sepo.ops._selected_logprob
-import sepo.ops._selected_logprob_kl  # noqa: F401  these define the operators
+import sepo.ops._selected_logprob_kl
+import sepo.ops._selected_stats
+import sepo.ops._target_logits  # noqa: F401  these define the operators
 from sepo_kernels import schedules
 from sepo_kernels.selected_logprob.layout import HeadLayout
 from sepo_kernels.selected_logprob_kl.layout import TwoHeadLayout
+from sepo_kernels.selected_stats.layout import EntropyLayout
 
 Shape = Sequence[int]  # the counter passes shapes in the place of tensors
 
@@ -32,6 +35,24 @@ def _bwd_flops(
 ) -> int:  # fmt: skip
     (M,), num_saved = rows, _num_saved(saved, schedule)
     return _flops([weight], HeadLayout.bwd_rows(M, num_saved, schedule, need_hidden, need_weight))
+
+
+@register_flop_formula(torch.ops.sepo.target_logits_fwd)
+def _targets_fwd_flops(
+    hidden: Shape, weight: Shape, bias: Shape, rows: Shape, targets: Shape, *_: Any, **__: Any
+) -> int:
+    M, K = targets
+    return 2 * M * K * hidden[1]
+
+
+@register_flop_formula(torch.ops.sepo.target_logits_bwd)
+def _targets_bwd_flops(
+    grad_logits: Shape, hidden: Shape, weight: Shape, rows: Shape, targets: Shape, logits: Shape,
+    scale: Shape, softcap: float, budget: int, grad_hidden: Shape | None,
+    grad_weight: Shape | None, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    M, K = targets
+    return 2 * M * K * hidden[1] * ((grad_hidden is not None) + (grad_weight is not None))
 
 
 @register_flop_formula(torch.ops.sepo.selected_logprob_kl_fwd)
@@ -56,6 +77,29 @@ def _kl_bwd_flops(
     return _flops(
         [weight, ref_weight],
         TwoHeadLayout.bwd_rows(M, num_saved, schedule, need_hidden, need_weight),
+    )
+
+
+@register_flop_formula(torch.ops.sepo.selected_stats_fwd)
+def _stats_fwd_flops(
+    hidden: Shape, weight: Shape, bias: Shape, rows: Shape, targets: Shape, scale: float,
+    softcap: float, entropy_grad: bool, schedule: str, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    layout = EntropyLayout if entropy_grad else HeadLayout
+    (M,) = rows
+    return _flops([weight], [M * gemms for gemms in layout.fwd_gemms(schedule)])
+
+
+@register_flop_formula(torch.ops.sepo.selected_stats_bwd)
+def _stats_bwd_flops(
+    grad_logp: Shape, grad_entropy: Shape, hidden: Shape, weight: Shape, bias: Shape, rows: Shape,
+    targets: Shape, logp: Shape, lse: Shape, entropy: Shape, reference: Shape, row_scale: Shape,
+    saved: Shape, scale: float, softcap: float, schedule: str, budget: int, need_hidden: bool,
+    need_weight: bool, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    (M,), num_saved = rows, _num_saved(saved, schedule)
+    return _flops(
+        [weight], EntropyLayout.bwd_rows(M, num_saved, schedule, need_hidden, need_weight)
     )
 
 

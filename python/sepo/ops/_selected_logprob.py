@@ -1,6 +1,6 @@
 """selected_logprob: log-probabilities of chosen tokens straight from hidden states.
 
-Reading order: the public functions, their checks, the autograd Function, the operator boundary.
+Reading order: the public functions, the autograd Function, the operator boundary.
 """
 
 from collections.abc import Iterator
@@ -13,17 +13,23 @@ from torch.autograd.function import once_differentiable
 
 from sepo.ops._checks import (
     as_int32,
-    check_head,
     check_index_values,
-    check_indices,
-    check_one_device,
+    check_one_head,
     check_reverse_mode,
-    check_softcap,
+    check_scale_values,
 )
+from sepo.ops._k_targets import (
+    check_k_targets,
+    explain_over_vocabulary,
+    fields_over_targets,
+    k_logprob,
+)
+from sepo.ops._target_logits import plan_targets
 from sepo_kernels import devices, schedules
 from sepo_kernels.devices import accumulator
 from sepo_kernels.gemm import dtype_note
 from sepo_kernels.registry import pick
+from sepo_kernels.scales import Scale, scale_arguments
 from sepo_kernels.selected_logprob import IMPLS
 from sepo_kernels.selected_logprob.loops import layout_of, new_saved
 
@@ -32,18 +38,26 @@ def selected_logprob(
     hidden: Tensor,  # (N, D) after the final norm
     weight: Tensor,  # (V, D), same dtype as hidden
     rows: Tensor,  # (M,) int32 or int64, 0 <= rows < N, may repeat
-    targets: Tensor,  # (M,) int64, 0 <= targets < V
+    targets: Tensor,  # (M,) int64, 0 <= targets < V; or (M, K), -1: absent
     *,
+    over: str = "vocabulary",  # or "targets": p among the K targets of a row alone
     bias: Tensor | None = None,  # (V,), same dtype as hidden
-    scale: float = 1.0,  # multiplies the logits before the bias
+    scale: Scale = 1.0,  # multiplies the logits before the bias: a number, or (M,), one a row
     softcap: float | None = None,  # logits = softcap * tanh(logits / softcap), as in Gemma 2
     budget: int | None = None,  # bytes of logits or probabilities alive at once; None: see below
     impl: str = "auto",
-) -> Tensor:  # (M,) float32 nats, or float64 for float64 inputs
+) -> Tensor:  # of the targets' shape, float32 nats, or float64 for float64 inputs
     """Return log p(targets[m] | hidden[rows[m]]), the lp_t of SePO eq. 11, and no (N, V) tensor.
 
     There is no shift inside: rows[m] must be the state that predicts targets[m]. Index values
     are checked on the CPU; on a GPU that would wait, and what made them has checked them.
+
+    A row may have K targets: for distillation from a teacher's top K, or a cached reference's. All
+    of them take the GEMMs of one. A target of -1 is absent: it gets 0 and no gradient, but a row
+    needs one that is present. An id that occurs twice in a row has two results, whose gradients
+    add. With over="targets" p is the softmax over the row's present targets alone, each column
+    counted, in 2 M K D FLOP without any GEMM of the head. That replays a sampler that kept only
+    some ids (top-k, top-p): see `sampled_first`.
 
     `explain_selected_logprob` tells how the work is scheduled: by `budget` and by which inputs need
     a gradient. The result is the same up to the rounding of chunk sums, and bit for bit where
@@ -57,34 +71,47 @@ def selected_logprob(
         hidden: (N, D) floating point with contiguous rows, the states after the final norm.
         weight: (V, D) with contiguous rows, the head, in the dtype of hidden.
         rows: (M,) int32 or int64, 0 <= rows < N, may repeat: the states that predict.
-        targets: (M,) int64, 0 <= targets < V: the token ids that they predict.
+        targets: (M,) int64, 0 <= targets < V: the token ids that they predict; or (M, K), with -1
+            where a row has fewer.
+        over: "vocabulary", or "targets": what p sums to 1 over; the latter with targets (M, K).
         bias: (V,) of the head, in the dtype of hidden.
-        scale: multiplies the logits before the bias.
+        scale: multiplies the logits before the bias. A number, or (M,) float32 (float64 for
+            float64 inputs) positive numbers, one a row: 1 / temperature of each sample. It has no
+            gradient.
         softcap: logits = softcap * tanh(logits / softcap), as in Gemma 2; None: not.
-        budget: bytes of logits or probabilities alive at once; None: by device, see above.
+        budget: bytes of logits, probabilities or gathered rows of the head alive at once; None: by
+            device, see above.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
 
     Returns:
-        Tensor: (M,) float32, or float64 for float64 inputs, natural logarithms; differentiable in
-        hidden, weight and bias.
+        Tensor: (M,) or (M, K), as the targets, float32, or float64 for float64 inputs, natural
+        logarithms; differentiable in hidden, weight and bias.
 
     Raises:
-        ValueError: for shapes, strides, dtypes or devices that do not fit, for indices on the CPU
-            out of range, for a budget that holds not even one row or is more than the GPU's memory,
-            and for an `impl` that is unknown or cannot run.
+        ValueError: for shapes, strides, dtypes or devices that do not fit, for indices or scales on
+            the CPU out of range and for a row of nothing but -1, for a scale that requires a
+            gradient, for a budget that holds not even one row or is more than the GPU's memory, and
+            for an `impl` that is unknown or cannot run.
         torch.OutOfMemoryError: in one line, where the memory that is left does not suffice.
         NotImplementedError: for an input with a tangent (jvp): there is no forward mode.
     """
-    _check(hidden, weight, rows, targets, bias, softcap)
+    if targets.ndim == 2 or over != "vocabulary":
+        options: dict[str, Any] = dict(scale=scale, softcap=softcap, budget=budget, impl=impl)
+        one_target = lambda hidden, weight, bias, targets: selected_logprob(
+            hidden, weight, rows, targets, bias=bias, **options
+        )
+        return k_logprob(one_target, hidden, weight, bias, rows, targets, over=over, **options)
+    check_one_head(hidden, weight, rows, targets, bias, scale, softcap)
     check_reverse_mode("selected_logprob", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight)
     layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
     need = needs_grad(hidden, weight, bias)
     schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
-    args = (hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, chosen.name)
+    one, each = scale_arguments(scale)
+    args = (hidden, weight, bias, rows, targets, one, softcap, schedule, budget, chosen.name)
     if schedule == schedules.NO_GRAD:
-        return _fwd(*args)[0]
-    return _SelectedLogprob.apply(*args)
+        return _fwd(*args, scales=each)[0]
+    return _SelectedLogprob.apply(*args, each)
 
 
 class Explanation(NamedTuple):
@@ -92,10 +119,12 @@ class Explanation(NamedTuple):
 
     Attributes:
         impl: the implementation's name.
-        schedule: "save", "partial", "recompute", "frozen_head" or "no_grad".
+        schedule: "save", "partial", "recompute", "frozen_head" or "no_grad"; "targets" where p is
+            over the targets alone.
         fwd_chunk: rows at once in the forward.
         bwd_chunk: rows at once in the backward, 0 where it makes no logits.
-        peak_bytes: of all (rows, V) buffers alive at once, the larger of both directions.
+        peak_bytes: of all (rows, V) buffers alive at once, the larger of both directions; or of
+            gathered rows of the head, where those of K targets are more.
         gemms: matrix products of 2 M D V FLOP, both directions together.
         saved: rows of which the forward keeps (V,) numbers for the backward.
         budget: bytes.
@@ -103,7 +132,7 @@ class Explanation(NamedTuple):
     """
 
     impl: str
-    schedule: str  # "save" | "partial" | "recompute" | "frozen_head" | "no_grad"
+    schedule: str  # "save" | "partial" | "recompute" | "frozen_head" | "no_grad" | "targets"
     fwd_chunk: int  # rows
     bwd_chunk: int  # rows, 0 where the backward makes no logits
     peak_bytes: int  # of all (rows, V) buffers alive at once, the larger of both directions
@@ -122,10 +151,11 @@ def explain_selected_logprob(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     rows: Tensor,  # (M,) int32 or int64
-    targets: Tensor,  # (M,) int64
+    targets: Tensor,  # (M,) or (M, K) int64
     *,
+    over: str = "vocabulary",  # or "targets"
     bias: Tensor | None = None,  # (V,)
-    scale: float = 1.0,
+    scale: Scale = 1.0,  # a number, or (M,)
     softcap: float | None = None,
     budget: int | None = None,  # bytes
     impl: str = "auto",
@@ -138,9 +168,10 @@ def explain_selected_logprob(
         hidden: (N, D) floating point, the states after the final norm.
         weight: (V, D), the head, in the dtype of hidden.
         rows: (M,) int32 or int64, the states that predict.
-        targets: (M,) int64, the token ids that they predict.
+        targets: (M,) or (M, K) int64, the token ids that they predict.
+        over: "vocabulary", or "targets": what p sums to 1 over.
         bias: (V,) of the head, in the dtype of hidden.
-        scale: multiplies the logits before the bias.
+        scale: multiplies the logits before the bias; a number, or (M,), one a row.
         softcap: of the logits; None: not.
         budget: bytes of logits or probabilities alive at once; None: by device.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
@@ -151,7 +182,19 @@ def explain_selected_logprob(
     Raises:
         ValueError: as `selected_logprob`, but for index values, which are not read.
     """
-    _check(hidden, weight, rows, targets, bias, softcap)
+    if targets.ndim == 2 or over != "vocabulary":
+        check_k_targets(hidden, weight, bias, rows, targets, over, scale, softcap)
+        plan = plan_targets(budget, hidden, weight, targets, impl)
+        if over == "targets":
+            source = source_of(plan.budget, budget, hidden.device)
+            need = needs_grad(hidden, weight, bias)
+            return Explanation(**fields_over_targets(plan, any(need), source))
+        one_target = explain_selected_logprob(
+            hidden, weight, rows, targets[:, 0], bias=bias, scale=scale, softcap=softcap,
+            budget=budget, impl=impl,
+        )  # fmt: skip
+        return explain_over_vocabulary(one_target, plan)
+    check_one_head(hidden, weight, rows, targets, bias, scale, softcap)
     chosen = pick(IMPLS, impl, hidden, weight)
     layout = layout_of(hidden, weight, softcap, chosen.fused(hidden.dtype))
     need = needs_grad(hidden, weight, bias)
@@ -251,30 +294,19 @@ def out_of_memory(budget: int) -> Iterator[None]:
         ) from None
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-) -> None:
-    check_head(hidden, weight, bias)
-    check_indices(rows, targets)
-    check_one_device(hidden, weight, rows, targets, bias)
-    check_softcap(softcap)
-
-
 class _SelectedLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
         scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+        scales: Tensor | None,
     ) -> Tensor:  # fmt: skip
         logp, lse, row_scale, saved = _fwd(
-            hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl
-        )
-        ctx.save_for_backward(hidden, weight, bias, rows, targets, logp, lse, row_scale, saved)
+            hidden, weight, bias, rows, targets, scale, softcap, schedule, budget, impl,
+            scales=scales,
+        )  # fmt: skip
+        found = logp, lse, row_scale, saved
+        ctx.save_for_backward(scales, hidden, weight, bias, rows, targets, *found)
         ctx.settings = (scale, softcap, schedule, budget)
         ctx.impl = impl
         return logp
@@ -283,48 +315,57 @@ class _SelectedLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
-        grads = _bwd(grad_logp, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
-        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 7
+        scales, *tensors = ctx.saved_tensors
+        grads = _bwd(grad_logp, *tensors, *ctx.settings, *need, ctx.impl, scales=scales)
+        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 8
 
 
 # The operator boundary: one opaque node per direction for torch.compile, FakeTensor, the
-# profiler and the FLOP counter. It knows nothing of autograd.
+# profiler and the FLOP counter. It knows nothing of autograd. `scales` (M,) stands in for `scale`:
+# beside it, because a tensor made of every number would be a kernel more on a GPU.
 
 torch.library.define(
     "sepo::selected_logprob_fwd",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, float scale,"
-    " float? softcap, str schedule, SymInt budget, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float? softcap, str schedule, SymInt budget, str impl, *, Tensor? scales=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "sepo::selected_logprob_bwd",
     "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets,"
     " Tensor logp, Tensor lse, Tensor row_scale, Tensor saved, float scale, float? softcap, str schedule,"
-    " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl)"
+    " SymInt budget, bool need_hidden, bool need_weight, bool need_bias, str impl, *,"
+    " Tensor? scales=None)"
     " -> (Tensor, Tensor, Tensor)",
 )
 _BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 
 
 def _run_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
+    check_scale_values(scales)
+    head = (hidden, weight, bias)
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
-        return _BY_NAME[args[-1]].fwd(hidden, weight, bias, as_int32(rows), targets, *args[:-1])
+        return _BY_NAME[args[-1]].fwd(*head, as_int32(rows), targets, *args[:-1], scales=scales)
 
 
 def _run_bwd(
-    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *args: Any,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     head = (hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
-        return _BY_NAME[args[-1]].bwd(grad_logp, *head, as_int32(rows), *args[:-1])
+        return _BY_NAME[args[-1]].bwd(grad_logp, *head, as_int32(rows), *args[:-1], scales=scales)
 
 
 def _fake_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
     scale: float, softcap: float | None, schedule: str, budget: int, impl: str,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     logp = hidden.new_empty(rows.shape, dtype=accumulator(hidden.dtype))
     M = rows.shape[0]
@@ -334,7 +375,9 @@ def _fake_fwd(
     return logp, torch.empty_like(logp), torch.empty_like(logp), saved
 
 
-def _fake_bwd(grad_logp: Tensor, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_bwd(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, *args: Any, scales: Tensor | None = None
+) -> tuple[Tensor, ...]:
     need_hidden, need_weight, need_bias = args[-4:-1]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),

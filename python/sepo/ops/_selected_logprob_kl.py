@@ -16,6 +16,8 @@ from sepo.ops._checks import (
     check_indices,
     check_one_device,
     check_reverse_mode,
+    check_scale,
+    check_scale_values,
     check_softcap,
 )
 from sepo.ops._selected_logprob import (
@@ -27,6 +29,7 @@ from sepo.ops._selected_logprob import (
 )
 from sepo_kernels import schedules
 from sepo_kernels.registry import pick
+from sepo_kernels.scales import Scale, scale_arguments
 from sepo_kernels.selected_logprob_kl import IMPLS
 from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS
 from sepo_kernels.selected_logprob_kl.loops import outputs
@@ -57,7 +60,7 @@ def selected_logprob_kl(
     direction: str = "ref||policy",  # or "policy||ref"
     bias: Tensor | None = None,  # (V,), same dtype as hidden
     ref_bias: Tensor | None = None,  # (V,), same dtype as hidden
-    scale: float = 1.0,  # multiplies both heads' logits before the bias
+    scale: Scale = 1.0,  # multiplies both heads' logits before the bias: a number, or (M,)
     softcap: float | None = None,  # of both heads: logits = softcap * tanh(logits / softcap)
     budget: int | None = None,  # bytes of logits or probabilities alive at once; None: by device
     impl: str = "auto",
@@ -80,7 +83,8 @@ def selected_logprob_kl(
         direction: "ref||policy" or "policy||ref".
         bias: (V,) of the policy's head, in the dtype of hidden.
         ref_bias: (V,) of the reference's head, in the dtype of hidden.
-        scale: multiplies both heads' logits before the bias; not 0.
+        scale: multiplies both heads' logits before the bias: a number other than 0, or (M,), one a
+            row, as for `selected_logprob`.
         softcap: of both heads: logits = softcap * tanh(logits / softcap); None: not.
         budget: bytes of logits or probabilities alive at once; None: by device.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
@@ -103,12 +107,13 @@ def selected_logprob_kl(
     chosen = pick(IMPLS, impl, hidden, weight)
     layout, need = chosen.kernels.layout_of(hidden, weight), needs_grad(hidden, weight, bias)
     schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
+    one, each = scale_arguments(scale)
     args = (
-        *heads, rows, targets, scale, softcap, direction, schedule, budget, chosen.name,
+        *heads, rows, targets, one, softcap, direction, schedule, budget, chosen.name,
     )  # fmt: skip
     if schedule == schedules.NO_GRAD:
-        return LogprobKL(*_fwd(*args)[:3])
-    return LogprobKL(*_SelectedLogprobKL.apply(*args))
+        return LogprobKL(*_fwd(*args, scales=each)[:3])
+    return LogprobKL(*_SelectedLogprobKL.apply(*args, each))
 
 
 def explain_selected_logprob_kl(
@@ -122,7 +127,7 @@ def explain_selected_logprob_kl(
     direction: str = "ref||policy",
     bias: Tensor | None = None,  # (V,)
     ref_bias: Tensor | None = None,  # (V,)
-    scale: float = 1.0,
+    scale: Scale = 1.0,  # a number, or (M,)
     softcap: float | None = None,
     budget: int | None = None,  # bytes
     impl: str = "auto",
@@ -141,7 +146,7 @@ def explain_selected_logprob_kl(
         direction: "ref||policy" or "policy||ref".
         bias: (V,) of the policy's head, in the dtype of hidden.
         ref_bias: (V,) of the reference's head, in the dtype of hidden.
-        scale: multiplies both heads' logits before the bias; not 0.
+        scale: multiplies both heads' logits before the bias: a number other than 0, or (M,).
         softcap: of both heads' logits; None: not.
         budget: bytes of logits or probabilities alive at once; None: by device.
         impl: "auto", or a name of an implementation: "native", "triton", "chunked".
@@ -170,7 +175,7 @@ def _check(
     rows: Tensor,
     targets: Tensor,
     direction: str,
-    scale: float,
+    scale: Scale,
     softcap: float | None,
 ) -> None:
     check_head(hidden, weight, bias)
@@ -186,7 +191,8 @@ def _check(
     check_indices(rows, targets)
     check_one_device(hidden, weight, ref_hidden, ref_weight, rows, targets, bias, ref_bias)
     check_softcap(softcap)
-    if scale == 0:  # the bias gradient is found by dividing by it
+    check_scale(scale, rows, hidden)
+    if not isinstance(scale, Tensor) and scale == 0:  # the bias gradient is found by dividing by it
         raise ValueError(f"expected a scale other than 0, got {scale}")
     if direction not in DIRECTIONS:
         raise ValueError(f'expected direction "ref||policy" or "policy||ref", got "{direction}"')
@@ -198,15 +204,16 @@ class _SelectedLogprobKL(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor,
         ref_weight: Tensor, ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float,
         softcap: float | None, direction: str, schedule: str, budget: int, impl: str,
+        scales: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ref: tuple[Tensor | None, ...] = (ref_hidden, ref_weight, ref_bias)
         settings = (scale, softcap, direction, schedule, budget)
-        found = _fwd(hidden, weight, bias, *ref, rows, targets, *settings, impl)
+        found = _fwd(hidden, weight, bias, *ref, rows, targets, *settings, impl, scales=scales)
         logp, ref_logp, kl = found[:3]
         # the reference's hidden states are held only where they are multiplied again
         if schedule not in (schedules.PARTIAL, schedules.RECOMPUTE):
             ref = (None, None, None)
-        ctx.save_for_backward(hidden, weight, bias, *ref, rows, targets, *found)
+        ctx.save_for_backward(scales, hidden, weight, bias, *ref, rows, targets, *found)
         ctx.mark_non_differentiable(ref_logp)
         ctx.settings, ctx.impl = settings, impl
         return logp, ref_logp, kl
@@ -217,8 +224,9 @@ class _SelectedLogprobKL(torch.autograd.Function):
         ctx: Any, grad_logp: Tensor, _: Tensor, grad_kl: Tensor
     ) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
-        grads = _bwd(grad_logp, grad_kl, *ctx.saved_tensors, *ctx.settings, *need, ctx.impl)
-        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 11
+        scales, *tensors = ctx.saved_tensors
+        grads = _bwd(grad_logp, grad_kl, *tensors, *ctx.settings, *need, ctx.impl, scales=scales)
+        return *(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 12
 
 
 # The operator boundary: one opaque node per direction for torch.compile, FakeTensor, the
@@ -228,7 +236,7 @@ torch.library.define(
     "sepo::selected_logprob_kl_fwd",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight,"
     " Tensor? ref_bias, Tensor rows, Tensor targets, float scale, float? softcap, str direction,"
-    " str schedule, SymInt budget, str impl)"
+    " str schedule, SymInt budget, str impl, *, Tensor? scales=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
@@ -237,7 +245,8 @@ torch.library.define(
     " Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor rows, Tensor targets,"
     " Tensor logp, Tensor ref_logp, Tensor kl, Tensor state, Tensor first, Tensor second,"
     " float scale, float? softcap, str direction, str schedule, SymInt budget, bool need_hidden,"
-    " bool need_weight, bool need_bias, str impl) -> (Tensor, Tensor, Tensor)",
+    " bool need_weight, bool need_bias, str impl, *, Tensor? scales=None)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 _BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 
@@ -245,29 +254,31 @@ _BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 def _run_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor,
     ref_bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_index_values(rows, targets, hidden.shape[0], weight.shape[0])
+    check_scale_values(scales)
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     # autocast would also reach the products inside, and round the logits
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-2]):
-        return _BY_NAME[args[-1]].fwd(*heads, as_int32(rows), targets, *args[:-1])
+        return _BY_NAME[args[-1]].fwd(*heads, as_int32(rows), targets, *args[:-1], scales=scales)
 
 
 def _run_bwd(
     grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, rows: Tensor,
-    *args: Any,
+    *args: Any, scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     upstream = (grad_logp, grad_kl)
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     with torch.autocast(hidden.device.type, enabled=False), out_of_memory(args[-5]):
-        return _BY_NAME[args[-1]].bwd(*upstream, *heads, as_int32(rows), *args[:-1])
+        return _BY_NAME[args[-1]].bwd(*upstream, *heads, as_int32(rows), *args[:-1], scales=scales)
 
 
 def _fake_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor,
     ref_bias: Tensor | None, rows: Tensor, targets: Tensor, scale: float, softcap: float | None,
-    direction: str, schedule: str, budget: int, impl: str,
+    direction: str, schedule: str, budget: int, impl: str, scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels, M = _BY_NAME[impl].kernels, rows.shape[0]
     num_saved = schedules.saved_rows(M, kernels.layout_of(hidden, weight), budget, schedule)
@@ -275,7 +286,12 @@ def _fake_fwd(
 
 
 def _fake_bwd(
-    grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, *args: Any
+    grad_logp: Tensor,
+    grad_kl: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    *args: Any,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     need_hidden, need_weight, need_bias = args[-4:-1]
     return (

@@ -252,7 +252,7 @@ def table(chart: Chart) -> tuple[list[str], list[list[str]]]:
         chosen = _spread_out(range(len(names)))
         return head, [[names[i], *(_number(s.y[i]) for s in chart.series)] for i in chosen]
     if chart.table_at is not None:  # of curves without a gap, between whose points lines are drawn
-        values = [np.interp(chart.table_at, s.x, s.y) for s in chart.series]
+        values = [np.interp(chart.table_at, s.x, np.array(s.y, float)) for s in chart.series]
         rows = zip(chart.table_at, *values, strict=True)
         return head, [[f"{x:g}", *map(_number, ys)] for x, *ys in rows]
     columns = [dict(zip(s.x, s.y, strict=True)) for s in chart.series]

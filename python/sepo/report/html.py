@@ -17,8 +17,9 @@ from sepo.report.texts import visible
 
 def render_page(data: dict) -> str:
     """The report as HTML: what `collect` returned, all of its text escaped."""
+    loader = jinja2.PackageLoader("sepo.report", "template")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sepo.report", "template"),
+        loader=loader,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -31,7 +32,7 @@ def render_page(data: dict) -> str:
         "separators": (",", ":"),
     }
     environment.filters |= {"visible": visible, "signed": signed}
-    style, script = (_source(environment, name) for name in ("report.css", "report.js"))
+    style, script = (_source(loader, environment, name) for name in ("report.css", "report.js"))
     return environment.get_template("report.html.j2").render(
         data=data,
         sides=SIDES,
@@ -87,10 +88,10 @@ def encode_score(score: np.ndarray) -> np.ndarray:  # (T,) float -> (T,) uint16
     code = np.zeros(len(score), np.uint16)
     for i, value in enumerate(score):
         if value and np.isfinite(value):
-            digits, exponent = f"{abs(value):.2e}".split("e")
-            exponent = int(exponent) + 12
+            mantissa, power = f"{abs(value):.2e}".split("e")
+            exponent = int(power) + 12
             if 0 <= exponent < 36:
-                digits = int(digits.replace(".", ""))
+                digits = int(mantissa.replace(".", ""))
                 code[i] = 1 + (value < 0) + 2 * (digits - 100 + 900 * exponent)
     return code
 
@@ -108,9 +109,9 @@ def _base64(values: np.ndarray) -> str:
     return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
 
 
-def _source(environment: jinja2.Environment, name: str) -> Markup:
+def _source(loader: jinja2.BaseLoader, environment: jinja2.Environment, name: str) -> Markup:
     """A file of the page as it stands: the policy names the hash of these bytes."""
-    return Markup(environment.loader.get_source(environment, name)[0])
+    return Markup(loader.get_source(environment, name)[0])
 
 
 def _hash(source: str) -> str:

@@ -1,6 +1,7 @@
 """The same charts as PNG files, for papers."""
 
 from pathlib import Path
+from typing import Any
 
 from sepo.errors import needs
 from sepo.report.charts import Chart
@@ -24,7 +25,7 @@ def write_pngs(charts: list[Chart], folder: Path, *, owner: str) -> list[Path]:
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         for series in chart.series:
-            look = {
+            look: dict[str, Any] = {
                 "color": PALETTE[series.colour % COLOURS],
                 "linestyle": STROKES[series.dash % DASHES],
                 "label": _plain(series.name),

@@ -138,7 +138,7 @@ def histograms(scores: Sequence[tuple]) -> list[dict | None]:
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, BINS + 1)
-    result = []
+    result: list[dict | None] = []
     for one, pair in zip(every, scores, strict=True):
         if not len(one):
             result.append(None)
@@ -216,6 +216,6 @@ def _of_kind(value, kind: type):
     """The value if it is of a kind, and a dict's values are counts; else None."""
     if not isinstance(value, kind):
         return None
-    if kind is dict and not all(type(count) is int for count in value.values()):
+    if isinstance(value, dict) and not all(type(count) is int for count in value.values()):
         return None
     return value

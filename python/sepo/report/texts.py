@@ -32,14 +32,14 @@ class TokenTexts:
 
     def each(self, ids: np.ndarray) -> list[str]:  # (T,) int32 -> T
         """Every token's text; of a character cut into several the last has it, the others ""."""
-        ids = ids.tolist()
-        texts = [self.one(token) for token in ids]
+        tokens = ids.tolist()
+        texts = [self.one(token) for token in tokens]
         start = 0
-        while start < len(ids):
+        while start < len(tokens):
             end = start + 1
             if BROKEN in texts[start]:
-                for stop in range(start + 2, min(start + LONGEST, len(ids)) + 1):
-                    text = self._behind_anchor(ids[start:stop])
+                for stop in range(start + 2, min(start + LONGEST, len(tokens)) + 1):
+                    text = self._behind_anchor(tokens[start:stop])
                     if BROKEN not in text:
                         texts[start:stop] = [""] * (stop - start - 1) + [text]
                         end = stop

@@ -1,6 +1,6 @@
 """Ask a model about every response token, in batches under a token budget."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 
@@ -24,7 +24,8 @@ def response_logp(
     pairs: list[TokenPair],
     role: str,  # for messages
     max_tokens: int,
-    on_batch=lambda tokens: None,  # called after each batch with the number of its tokens
+    # called after each batch with the number of its tokens
+    on_batch: Callable[[float], object] = lambda tokens: None,
     *,
     hidden: Tensor | None = None,  # (T_all, D) to fill: chosen and rejected of each pair, in order
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # P x chosen (T1,), rejected (T2,) float32
@@ -33,7 +34,7 @@ def response_logp(
     `max_tokens` bounds a batch, with each prompt counted once. Raises InputError naming the row for
     a pair that is longer, and for a value that is not finite.
     """
-    result = [None] * len(pairs)
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by the pair's place
     lengths = [n for p in pairs for n in (len(p.chosen), len(p.rejected))]
     starts = np.cumsum([0, *lengths])
     weight, bias, scale, softcap = head(prepare_if_new(model))
@@ -50,13 +51,13 @@ def response_logp(
             cuts = np.cumsum([0, *(n for i in members for n in lengths[2 * i : 2 * i + 2])])
             segments = np.split(flat.cpu().numpy(), cuts[1:-1])
             for slot, i in enumerate(members):
-                result[i] = segments[2 * slot], segments[2 * slot + 1]
-                _check_finite(pairs[i].id, result[i], model, role)
+                found[i] = segments[2 * slot], segments[2 * slot + 1]
+                _check_finite(pairs[i].id, found[i], model, role)
                 if hidden is not None:  # a pair's two segments lie side by side, here as there
                     rows = packed.rows[cuts[2 * slot] : cuts[2 * slot + 2]]
                     hidden[starts[2 * i] : starts[2 * i + 2]] = states[rows].to(hidden.dtype)
             on_batch(sum(len(pairs[i]) for i in members))
-    return result
+    return [found[i] for i in range(len(pairs))]
 
 
 def _packed(pairs: list[TokenPair], members: Sequence[int]) -> PackedBatch:
@@ -67,18 +68,21 @@ def _packed(pairs: list[TokenPair], members: Sequence[int]) -> PackedBatch:
 
 
 def kept_logp(
-    pairs: list[ScoredPair],
+    pairs: Sequence[TokenPair],  # of a store
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # as `response_logp` gave them
     """Read what a store keeps of the reference; nothing is run. Raises InputError where it keeps none."""
+    kept = []
     for pair in pairs:
-        if pair.chosen_ref_logp is None or pair.rejected_ref_logp is None:
+        one = pair if isinstance(pair, ScoredPair) else None
+        if one is None or one.chosen_ref_logp is None or one.rejected_ref_logp is None:
             raise InputError(
                 f"pair {pair.id}: expected the reference's log-probabilities, got none"
             )
-    return [(pair.chosen_ref_logp, pair.rejected_ref_logp) for pair in pairs]
+        kept.append((one.chosen_ref_logp, one.rejected_ref_logp))
+    return kept
 
 
-def check_budget(pairs: list[TokenPair], max_tokens: int) -> None:
+def check_budget(pairs: Sequence[TokenPair], max_tokens: int) -> None:
     """Raise InputError naming the first pair that no batch of `max_tokens` holds."""
     for pair in pairs:
         if len(pair) > max_tokens:
@@ -94,7 +98,9 @@ def _exact_float32() -> Iterator[None]:
 
     A score is a small difference of two large numbers: see docs/precision.md.
     """
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    # torch puts an object in place of the module, which its types don't know
+    cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    settings = (torch.backends.cuda.matmul, cpu)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:
@@ -105,7 +111,9 @@ def _exact_float32() -> Iterator[None]:
             setting.fp32_precision = precision
 
 
-def _check_finite(row: str, responses: tuple[np.ndarray, ...], model, role: str) -> None:
+def _check_finite(
+    row: str, responses: tuple[np.ndarray, ...], model: PreTrainedModel, role: str
+) -> None:
     for side, logp in zip(("chosen", "rejected"), responses, strict=True):
         if (bad := np.flatnonzero(~np.isfinite(logp))).size:
             raise InputError(
@@ -118,7 +126,8 @@ def _check_finite(row: str, responses: tuple[np.ndarray, ...], model, role: str)
 def _batches(pairs: list[TokenPair], max_tokens: int) -> list[list[int]]:
     """Indices by length, cut where the next pair would pass the budget."""
     check_budget(pairs, max_tokens)
-    batches, room = [], 0
+    batches: list[list[int]] = []
+    room = 0
     # shortest first: ties in the data's order, so the same pairs give the same batches
     for i in sorted(range(len(pairs)), key=lambda i: len(pairs[i])):
         if not batches or len(pairs[i]) > room:

@@ -6,6 +6,7 @@ over a few tenths of a nat, which is what the rounding of a bfloat16 trunk amoun
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -128,10 +129,9 @@ def _in_float32(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
     """
     if model.dtype == torch.float32:
         return model, "as loaded"
-    try:
-        exact = load_model(model.name_or_path, dtype=torch.float32, device=model.device)
-    except InputError:
-        exact = None
+    exact, path = None, model.name_or_path or ""
+    with suppress(InputError):
+        exact = load_model(path, dtype=torch.float32, device=model.device)
     if exact is not None and _rounds_to(exact, model):
         return exact, "checkpoint"
     return copy.deepcopy(model).float(), "rounded"

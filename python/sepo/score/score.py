@@ -8,7 +8,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -105,7 +105,7 @@ def score_dataset(
         "pairs": len(pairs),
         "pairs_per_part": pairs_per_part,
     }
-    if "hidden" in keep:
+    if reference is not None and "hidden" in keep:
         manifest |= _about_rows(reference)
     if oracle is not None and manifest["oracle"] == manifest["reference"]:
         warnings.warn(
@@ -140,7 +140,7 @@ def _fill(
     (index, count), keep = shard, writer.manifest["keep"]
     missing = writer.missing()
     mine = [part for part in missing if part % count == index]
-    if "hidden" in keep:
+    if reference is not None and "hidden" in keep:
         _make_room(writer, [pairs[i] for part in missing for i in writer.pairs_of(part)], progress)
         writer.write_head(StoredHead(*head(reference)))
     if mine:
@@ -175,24 +175,27 @@ def score_pairs(
     *,
     keep: Sequence[str] = ("score",),
     max_tokens: int = 8192,
-    on_batch=lambda tokens: None,  # called after each batch with its share of the pairs' tokens
+    # called after each batch with its share of the pairs' tokens
+    on_batch: Callable[[float], object] = lambda tokens: None,
 ) -> list[ScoredPair]:
     """Score pairs in memory, in their own order; see `score_dataset`."""
-    with_score, live = "score" in keep, reference is not None
-    share = lambda tokens: on_batch(tokens / (with_score + live))
+    keep = _checked_keep(keep, oracle, reference)
+    share = lambda tokens: on_batch(tokens / ((oracle is not None) + (reference is not None)))
     rows, end = None, 0
-    if "hidden" in keep:
-        rows = torch.empty(_response_tokens(pairs), _width(reference), dtype=ROW_DTYPE)
-    if live:
-        ref_logp = response_logp(reference, pairs, "reference", max_tokens, share, hidden=rows)
-    else:
+    if reference is None:
         ref_logp = kept_logp(pairs)
-    logp = response_logp(oracle, pairs, "oracle", max_tokens, share) if with_score else None
+    else:
+        if "hidden" in keep:
+            rows = torch.empty(_response_tokens(pairs), _width(reference), dtype=ROW_DTYPE)
+        ref_logp = response_logp(reference, pairs, "reference", max_tokens, share, hidden=rows)
+    logp = None
+    if oracle is not None:
+        logp = response_logp(oracle, pairs, "oracle", max_tokens, share)
     scored = []
     for i, pair in enumerate(pairs):
         fields = {f.name: getattr(pair, f.name) for f in dataclasses.fields(TokenPair)}
         for j, side in enumerate(("chosen", "rejected")):
-            if with_score:
+            if logp is not None:
                 fields[f"{side}_score"] = logp[i][j] - ref_logp[i][j]
             if "logp" in keep:
                 fields[f"{side}_ref_logp"] = ref_logp[i][j]
@@ -203,7 +206,9 @@ def score_pairs(
     return scored
 
 
-def _checked_keep(keep: Sequence[str], oracle, reference) -> list[str]:
+def _checked_keep(
+    keep: Sequence[str], oracle: PreTrainedModel | None, reference: PreTrainedModel | None
+) -> list[str]:
     kept = sorted(set(keep))
     if not kept or not set(kept) <= set(KEEP):
         raise InputError(f"keep: expected some of {', '.join(KEEP)}, got {list(keep)}")

@@ -7,13 +7,14 @@ tenth of the time that decoding takes.
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, uint8
 
 from sepo.errors import InputError
 
 
-def crc32_of_json(value, start: int = 0) -> int:
+def crc32_of_json(value: Any, start: int = 0) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode(), start)
 
 

@@ -28,7 +28,7 @@ class Atomic:
             raise self._refusal(error) from error
         return self._folder / self.file.name
 
-    def __exit__(self, _, error: BaseException | None, *__) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         try:
             if error is None:
                 temporary = self._folder / self.file.name

@@ -3,10 +3,10 @@
 from importlib.util import find_spec
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig
 
 from sepo.errors import InputError
-from sepo.model.reference import has_adapters
+from sepo.model.base import adapted, base_of, has_adapters
 from sepo.trainer.config import SePOConfig
 
 
@@ -29,7 +29,7 @@ def lora_config(args: SePOConfig):
 
 
 def add_adapters(
-    model: PreTrainedModel,
+    model: torch.nn.Module,  # of transformers
     peft_config,  # peft.PeftConfig
 ) -> torch.nn.Module:  # peft.PeftModel
     """The model, frozen, with new adapters to train: float32 ones, whatever the model's dtype.
@@ -40,7 +40,7 @@ def add_adapters(
     from peft import get_peft_model
 
     try:
-        return get_peft_model(model, peft_config)
+        return get_peft_model(base_of(model), peft_config)
     except ValueError as error:
         raise InputError(f"--lora_target_modules: {error}") from error
 
@@ -66,7 +66,8 @@ def check_adapters(
 def _trains_adapters(model: torch.nn.Module) -> bool:
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-    marks = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[c.peft_type] for c in model.peft_config.values())
+    configs = adapted(model).peft_config.values()
+    marks = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[c.peft_type] for c in configs)
     trained = (name for name, p in model.named_parameters() if p.requires_grad)
     return any(mark in name for name in trained for mark in marks)
 

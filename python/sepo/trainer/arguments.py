@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 from types import NoneType
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
@@ -35,8 +36,9 @@ class TrainParser(HfArgumentParser, Parser):
     """The flags of SePOConfig, in groups."""
 
     def __init__(self):
+        dataclasses: Any = groups()  # of which transformers has a type of its own
         super().__init__(
-            groups(), prog="sepo train", usage=USAGE, description=ABOUT, formatter_class=Help
+            dataclasses, prog="sepo train", usage=USAGE, description=ABOUT, formatter_class=Help
         )
         self.add_argument("--config", metavar="RUN.yaml", help="YAML file of the same arguments.")
         for action in self._actions:
@@ -44,7 +46,7 @@ class TrainParser(HfArgumentParser, Parser):
             has_no_meaning = isinstance(verdict, Refused) and verdict.values is None
             if has_no_meaning or action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
-            if len(action.choices or ()) > MANY:
+            if len([*(action.choices or ())]) > MANY:
                 action.metavar = "NAME"  # a wrong one is answered with all that there are
 
     def given(self, argv: list[str]) -> dict:
@@ -62,13 +64,23 @@ def parse(argv: list[str]) -> SePOConfig:
     given = parser.given(argv)
     path = given.pop("config", None)
     values = overridden({} if path is None else _read_yaml(path, parser), given)
-    for flag in NEEDED:
-        if values.get(flag) is None:
-            raise InputError(f"expected --{flag} on the command line or in the YAML")
+    for name in NEEDED:
+        _demanded(name, values.get(name))
     args = SePOConfig(**values)
     if (flag := data_to_evaluate_on(args)) and args.eval_dataset_name is None:
         raise InputError(f"{flag}: expected --eval_dataset_name too, got nothing to evaluate on")
     return args
+
+
+def needed(args: SePOConfig, name: str) -> str:
+    """The value of one of NEEDED, without which `parse` gives no arguments."""
+    return _demanded(name, getattr(args, name))
+
+
+def _demanded(name: str, value: Any) -> Any:
+    if value is None:
+        raise InputError(f"expected --{name} on the command line or in the YAML")
+    return value
 
 
 def _read_yaml(path: str, parser: argparse.ArgumentParser) -> dict:
@@ -124,7 +136,7 @@ def _read_scalar(node: yaml.Node, action: argparse.Action):
     if node.tag == f"{TAG}bool" and (action.const is True or action.type is string_to_bool):
         return yaml.SafeLoader.bool_values[text.lower()]  # on and off too
     try:
-        return action.type(text)
+        return action.type(text) if callable(action.type) else text
     except ValueError:
         raise ValueError(f"expected {_wanted(action)}, got {text}") from None
 

@@ -15,6 +15,7 @@ from sepo.flags.renamed import today
 from sepo.system.files import Atomic
 
 MARK = "sepo_checkpoint.json"
+NO_MARK = f"no whole {MARK}, which is written last (--save_only_model writes none)"
 FORMAT = 4
 READABLE = (3, FORMAT)  # format 3 knows less of its run
 
@@ -32,7 +33,7 @@ def why_torn(checkpoint: Path, *, contents: bool = True) -> str | None:
     """Why a checkpoint can't be continued from, None if it can; without `contents`: sizes alone."""
     mark = read_mark(checkpoint)
     if mark is None:
-        return f"no whole {MARK}, which is written last (--save_only_model writes none)"
+        return NO_MARK
     files = mark["files"]
     for name, (size, _) in files.items():
         if not (checkpoint / name).is_file():
@@ -123,7 +124,14 @@ def completed_step(checkpoint: str | Path | None) -> int:
     if checkpoint is None:
         return 0
     _check_whole(Path(checkpoint), contents=False)
-    return read_mark(checkpoint)["step"]
+    return whole_mark(checkpoint)["step"]
+
+
+def whole_mark(checkpoint: str | Path) -> dict:
+    """What was written about a checkpoint. Raises InputError for one without a whole mark."""
+    if (mark := read_mark(checkpoint)) is None:
+        raise InputError(f"{checkpoint} is not a complete checkpoint: {NO_MARK}")
+    return mark
 
 
 def find_checkpoint(asked: str | bool | None, output_dir: str | Path) -> str | None:
@@ -172,9 +180,8 @@ def _sync(path: Path) -> None:
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:
     found = Path(output_dir).glob("checkpoint-*")
-    return [p for p in found if p.is_dir() and _step_of_name(p) is not None]
+    return [p for p in found if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
 
 
-def _step_of_name(path: Path) -> int | None:
-    suffix = path.name.removeprefix("checkpoint-")
-    return int(suffix) if suffix.isdigit() else None
+def _step_of_name(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))

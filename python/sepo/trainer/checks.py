@@ -16,6 +16,7 @@ from sepo.flags.values import in_yaml
 from sepo.trainer.inherited import idle_inherited
 from sepo_kernels.devices import INTERPRET
 
+Config = Any  # a SePOConfig, whose file imports this one
 POSITIVE = (
     "pairs_per_step", "max_tokens_per_batch", "max_length", "head_budget", "lora_r", "lora_alpha",
     "beta", "gamma", "ddp_timeout", "ddp_bucket_cap_mb",
@@ -32,7 +33,7 @@ LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # of its own, in
 
 
 def check_together(
-    args: TrainingArguments,  # a SePOConfig
+    args: Config,
     choices: dict[str, Any],  # flag -> the Literal of its words
 ) -> None:
     """Refuse values that are no choice, and flags that don't go together."""
@@ -73,7 +74,7 @@ def check_together(
         )
 
 
-def _check_fused(args: TrainingArguments) -> None:
+def _check_fused(args: Config) -> None:
     """--fused_layers beside transformers' own flags for the same: one of them decides."""
     wish, liger = args.fused_layers, "--fused_layers liger"
     for flag, given, agrees in (
@@ -111,6 +112,7 @@ def check_numbers(args: TrainingArguments) -> None:
             lambda value: 0 <= value < 1,
         ),
         (("label_smoothing",), "a number in [0, 0.5)", lambda value: 0 <= value < 0.5),
+        (("selection_quantile",), "a number in [0, 1]", lambda value: 0 <= value <= 1),
         (("max_steps",), "a positive number, or -1 for --num_train_epochs", lambda n: n >= -1),
     ):
         for name in names:
@@ -154,7 +156,7 @@ def check_words(args: TrainingArguments) -> None:
             raise InputError(f"--{name}: expected a JSON object{or_file}, got {value}")
 
 
-def warn(args: TrainingArguments) -> None:
+def warn(args: Config) -> None:
     """Say once what does nothing and what is slow here."""
     if not args.should_log:  # once, not once a rank
         return
@@ -165,7 +167,7 @@ def warn(args: TrainingArguments) -> None:
         warn_if_slow("--dtype bfloat16", args.device)
 
 
-def _check_selection(args: TrainingArguments) -> None:
+def _check_selection(args: Config) -> None:
     if args.method == "sepo-rand" and uses_mass(args):
         name = "select" if args.select == "mass" else "rejected_select"
         raise InputError(

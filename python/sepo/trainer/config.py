@@ -20,7 +20,7 @@ from sepo_kernels.devices import fast_dtype
 
 MethodName = Literal[
     "sft", "dpo", "ipo", "dpop", "tdpo1", "tdpo2", "sparsepo", "mapo", "simpo", "rrhf", "sepo",
-    "sepo-rand",
+    "sepo-rand", "confpo", "selective-dpo",
 ]  # fmt: skip
 AttnImpl = Literal["auto", "varlen", "flex", "native", "sdpa"]
 DTypeName = Literal["float32", "bfloat16"]
@@ -29,8 +29,10 @@ Form = Literal["paper", "released"]
 MaskKind = Literal["learned", "binary", "random"]
 MaskNorm = Literal["minmax", "zscore"]
 FusedLayers = Literal["auto", "liger", "compile", "none"]
-DEFAULT_BETA = dict.fromkeys(("dpo", "ipo", "tdpo1", "tdpo2", "sparsepo", "mapo"), 0.1)
-DEFAULT_BETA |= {"dpop": 0.3, "simpo": 2.0}
+DEFAULT_BETA = dict.fromkeys(
+    ("dpo", "ipo", "tdpo1", "tdpo2", "sparsepo", "mapo", "selective-dpo"), 0.1
+)
+DEFAULT_BETA |= {"dpop": 0.3, "simpo": 2.0, "confpo": 2.0}
 CHOICES = {
     "method": MethodName, "dtype": DTypeName, "attn_impl": AttnImpl, "fused_layers": FusedLayers,
     "ipo_reduce": Reduce, "sft_reduce": Reduce, "form": Form, "mask_kind": MaskKind,
@@ -114,14 +116,21 @@ class SePOConfig(TrainingArguments):
         "a response and counts without it.",
         "paper",
     )
+    selection_quantile: float = _help(
+        "selective-dpo: at each step a response's loss uses the tokens from this quantile up of the "
+        "reference's log-probability minus the policy's (rejected: the reverse).",
+        0.6,
+    )
     gamma: float = _help("sepo: scale of the score difference, per nat.", 2.0)
     margin: float = _help("sepo: the paper's lambda; 0.5 for 1B, 0.9 for 7B, 1.3 for 13B.", 0.5)
     beta: float | None = _help(
-        "All but sft, rrhf, sepo and sepo-rand: scale of the reward, per nat. Default: simpo 2, "
-        "dpop 0.3, others 0.1."
+        "All but sft, rrhf, sepo and sepo-rand: scale of the reward, per nat. Default: simpo and "
+        "confpo 2, dpop 0.3, others 0.1."
     )
-    gamma_beta_ratio: float = _help("simpo: target margin in units of beta.", 0.5)
-    label_smoothing: float = _help("dpo: probability that a pair is labelled wrongly.", 0.0)
+    gamma_beta_ratio: float = _help("simpo, confpo: target margin in units of beta.", 0.5)
+    label_smoothing: float = _help(
+        "dpo, selective-dpo: probability that a pair is labelled wrongly.", 0.0
+    )
     ipo_reduce: Reduce = _help("ipo: a response counts by its mean or sum over tokens.", "mean")
     dpop_lambda: float = _help("dpop: weight of a chosen response below its reference.", 50.0)
     tdpo2_alpha: float = _help("tdpo2: weight of the KL divergence.", 0.5)

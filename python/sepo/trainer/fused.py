@@ -3,18 +3,17 @@
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_flag_from_env
 from torch import nn
-from transformers import PreTrainedModel
 
 from sepo.errors import InputError
-from sepo.model.forward import base_of
-from sepo.model.prepare import prepare_model, probe_logprob, rounding
+from sepo.model.base import base_of
+from sepo.model.prepare import has_storage, prepare_model, probed, rounding
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.layers import choose_fused, compile_layers, runs_triton, use_liger, why_not_liger
 
 
 def settle_layers(
     args: SePOConfig,
-    model: PreTrainedModel,  # or a PeftModel around one
+    model: nn.Module,  # of transformers, or a PeftModel around one
 ) -> str:  # what it came to and why, for a log
     """Put what it comes to in the place of --fused_layers auto: a checkpoint then knows it.
 
@@ -31,7 +30,7 @@ def settle_layers(
 
 
 def place_and_prepare(
-    model: PreTrainedModel,  # or a PeftModel around one
+    model: nn.Module,  # of transformers, or a PeftModel around one
     args: SePOConfig,  # its layers settled
     *,
     policy: bool = True,  # False: a reference, which computes as the policy does where it can
@@ -47,8 +46,8 @@ def place_and_prepare(
         model.to(args.device)
     base = base_of(model)
     if args.fused_layers == "liger" and (policy or why_not_liger(base, base.device) is None):
-        keep_products = args.selective_checkpointing
-        fuse_layers(model, args.liger_kernel_config, keep_products=keep_products)
+        save_gemms = args.selective_checkpointing
+        fuse_layers(model, args.liger_kernel_config, save_gemms=save_gemms)
     prepare_model(model, attn_impl=args.attn_impl)
 
 
@@ -66,7 +65,7 @@ def _moves_later(policy: nn.Module, args: SePOConfig) -> bool:
     )
 
 
-def compile_parts(model: PreTrainedModel, args: SePOConfig, accelerator: Accelerator) -> None:
+def compile_parts(model: nn.Module, args: SePOConfig, accelerator: Accelerator) -> None:
     """Compile a prepared model's layers, if the run is one of compiled layers."""
     plugin = accelerator.state.dynamo_plugin
     if args.fused_layers == "compile" and plugin.backend == DynamoBackend.NO:
@@ -76,10 +75,10 @@ def compile_parts(model: PreTrainedModel, args: SePOConfig, accelerator: Acceler
 
 
 def fuse_layers(
-    model: PreTrainedModel,  # prepared; or a PeftModel around one; where it will run
+    model: nn.Module,  # prepared; or a PeftModel around one; where it will run
     kernels: dict[str, bool] | None = None,  # see use_liger
     *,
-    keep_products: bool = False,
+    save_gemms: bool = False,
 ) -> None:
     """Let Liger's kernels compute the model's layers, and hold them against what they replace.
 
@@ -89,10 +88,10 @@ def fuse_layers(
     base = base_of(model)
     # FSDP and ZeRO move a model when training starts, and shard it: it was compared as it was
     here = runs_triton(base.device)
-    expected = probe_logprob(model) if here else None
-    undo = use_liger(base, kernels, keep_products=keep_products)
+    expected = probed(model) if here and has_storage(base) else None
+    undo = use_liger(base, kernels, save_gemms=save_gemms)
     if expected is not None:
-        error = (probe_logprob(model) - expected).abs().max().item()
+        error = (probed(model) - expected).abs().max().item()
         if not error <= (allowed := rounding(base, expected)):
             undo()
             raise InputError(

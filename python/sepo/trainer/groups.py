@@ -18,6 +18,7 @@ GROUPS = {  # title -> fields of SePOConfig; a test says which are in none
     ),
     "selection of tokens": (
         "select", "rejected_select", "fraction", "rejected_fraction", "mass", "first_token",
+        "selection_quantile",
     ),
     "reference": ("reference",),
     "mask of sparsepo and mapo": (

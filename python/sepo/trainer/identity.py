@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
 from sepo.flags.selection import selection_flags, uses_mass
+from sepo.model.base import base_of
 from sepo.model.fingerprint import UNREAD, quick_hash
 from sepo.model.reference import CachedReference, LiveReference, Reference
 from sepo.model.routers import router_loss
@@ -174,7 +175,7 @@ def _flag(name: str) -> str:
 
 def _in_words(run: dict) -> dict:
     """The run as a message calls it; its method comes first, and decides which flags follow."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, words in RUN.items():
         if "{}" in words:
             found |= {words.format(name): v for name, v in run.get(key, {}).items()}
@@ -219,7 +220,7 @@ def _adapters(model: nn.Module) -> dict:
     if not isinstance(told, dict):
         return {"peft_type": None}
     here = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
-    found = {}
+    found: dict[str, Any] = {}
     for adapter, config in told.items():
         name = "" if adapter == "default" else f"{adapter}."
         found |= {f"{name}{k}": v for k, v in config.to_dict().items() if k not in here}
@@ -229,7 +230,7 @@ def _adapters(model: nn.Module) -> dict:
 def _config(model: nn.Module) -> dict:
     """The model's configuration, but for what loading and training may set."""
     config = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
+    if config is None or not hasattr(config, "to_dict"):
         return {}
     here = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
     known = config.to_dict().items()
@@ -241,7 +242,7 @@ def _in_force(model: nn.Module) -> dict:
     """Numbers that the model took from its configuration when it was made, and reads ever since."""
     found = {}
     # this token's own embedding gets no gradient; its id in the configuration is anybody's to set
-    padding = getattr(model.get_input_embeddings(), "padding_idx", None)
+    padding = getattr(base_of(model).get_input_embeddings(), "padding_idx", None)
     if padding is not None:
         found["padding_idx"] = padding
     if (routers := router_loss(model)) is not None:

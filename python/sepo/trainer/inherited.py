@@ -31,7 +31,7 @@ class Needs:
     """Served, but nothing reads it unless `met`: then it does nothing, which is said."""
 
     what: str  # follows "--name does nothing without "
-    met: Callable[[TrainingArguments], Any]
+    met: Callable[[Any], Any]  # of a SePOConfig, whose file imports this one
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ _LOADER = Refused("the loader hands out step numbers; pairs are read where they 
 _PREDICTIONS = Refused("an evaluation is means over all pairs and makes no predictions")
 _FULL_EVAL = Refused("an evaluation computes as training does, see --bf16")
 _HUB = Needs("--push_to_hub", lambda a: a.push_to_hub)
-_TRACKIO = Needs("--report_to trackio", lambda a: "trackio" in a.report_to)
+_TRACKIO = Needs("--report_to trackio", lambda a: "trackio" in (a.report_to or ()))
 _TRACKER = Needs("--report_to", lambda a: a.report_to)
 _EVALUATION = Needs("--eval_strategy", lambda a: a.eval_strategy != "no")
 _BEST = Needs(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
@@ -16,9 +17,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sepo.errors import InputError, one_line
+from sepo.trainer.config import FusedLayers
 from sepo_kernels.devices import INTERPRET
 
-DEAR = {  # by namespace: matrix products, and every attention that a packed batch may take
+OPS_TO_SAVE = {  # by namespace: GEMMs, and every attention that a packed batch may take
     "aten": (
         "mm",
         "addmm",
@@ -44,15 +46,15 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def recompute_cheap(model: PreTrainedModel) -> None:
-    """Keep what products and attention put out, and make everything between them again in backward.
+def checkpoint_selectively(model: PreTrainedModel) -> None:
+    """Save the outputs of GEMMs and attention; recompute everything between them in backward.
 
     Norms, activations, rotations and casts take most of a layer's memory and little of its time.
     The gradient is the same, bit for bit.
     """
-    keep = [
+    saved = [
         operator.default
-        for namespace, names in DEAR.items()
+        for namespace, names in OPS_TO_SAVE.items()
         for name in names
         if (operator := getattr(getattr(torch.ops, namespace), name, None)) is not None
     ]
@@ -60,19 +62,19 @@ def recompute_cheap(model: PreTrainedModel) -> None:
     (enable or model.gradient_checkpointing_enable)(  # its name before transformers 5.20
         {
             "use_reentrant": False,
-            "context_fn": partial(create_selective_checkpoint_contexts, keep),
+            "context_fn": partial(create_selective_checkpoint_contexts, saved),
         }
     )
 
 
 def choose_fused(
-    wish: str,  # auto, liger, compile or none
+    wish: FusedLayers,
     model: PreTrainedModel,
     device: torch.device,  # where it will run
     *,
     selective: bool = False,  # --selective_checkpointing
     compiled: bool = False,  # --torch_compile: the compiler is chosen already
-) -> tuple[str, str]:
+) -> tuple[FusedLayers, str]:
     """Decide what `wish` comes to, and why: (liger, compile or none; in words).
 
     Raises InputError for a wish for Liger's kernels that this model or device can't have.
@@ -94,10 +96,11 @@ def choose_fused(
     if reason is None:
         return "liger", "auto"
     if selective:
-        why_none = "a compiled part hides its GEMMs from --selective_checkpointing"
-    else:
-        why_none = None if has_triton() else "the compiler has no triton here"
-    return ("none", f"{reason}, and {why_none}") if why_none else ("compile", reason)
+        hides = "a compiled part hides its GEMMs from --selective_checkpointing"
+        return "none", f"{reason}, and {hides}"
+    if not has_triton():
+        return "none", f"{reason}, and the compiler has no triton here"
+    return "compile", reason
 
 
 def why_not_liger(model: PreTrainedModel, device: torch.device) -> str | None:
@@ -133,7 +136,7 @@ def use_liger(
     model: PreTrainedModel,  # one that why_not_liger finds nothing against
     kernels: dict[str, bool] | None = None,  # by Liger's names for them; None: all for layers
     *,
-    keep_products: bool = False,  # what a projection put out is read again: never write into it
+    save_gemms: bool = False,  # their outputs are read in backward: never write into one
 ) -> Callable[[], None]:  # takes it all back
     """Let Liger's kernels compute norms, gated activations and rotations of this model, in place.
 
@@ -161,7 +164,7 @@ def use_liger(
             vars(module).clear()
             vars(module).update(attributes)
 
-    rotations = {}  # file -> its functions that Liger has kernels for
+    rotations: dict[str, dict[str, Callable]] = {}  # file -> what Liger has kernels for
     try:
         _liger()._apply_liger_kernel_to_instance(model, **kernels | off)
     except Exception:
@@ -171,17 +174,20 @@ def use_liger(
         for file, names in theirs.items():
             functions = {name: f for name, f in names.items() if isinstance(f, FunctionType)}
             rotations[file.__name__] = {
-                name: _without_writing(new) if keep_products else new
+                name: _without_writing(new) if save_gemms else new
                 for name, old in functions.items()
                 if (new := vars(file)[name]) is not old
             }
             vars(file).update(names)
     for module in model.modules():
-        functions, forward = rotations.get(type(module).__module__, {}), type(module).forward
+        rotated = rotations.get(type(module).__module__, {})
+        forward: Any = type(module).forward  # a function, of which torch's types say Callable
         code = forward.__code__
-        own = getattr(vars(module).get("forward"), "__func__", forward)  # ours, of an earlier call
-        if own.__code__ is code and functions.keys() & {*code.co_names}:
-            module.forward = MethodType(_which_calls(forward, functions), module)
+        own: Any = getattr(
+            vars(module).get("forward"), "__func__", forward
+        )  # ours, of an earlier call
+        if own.__code__ is code and rotated.keys() & {*code.co_names}:
+            module.forward = MethodType(_which_calls(forward, rotated), module)
     return undo
 
 
@@ -212,7 +218,7 @@ def _which_calls(forward: FunctionType, functions: dict[str, Callable]) -> Funct
 
 
 def _without_writing(rotate: Callable) -> Callable:
-    """Liger rotates in place, and tells nobody: what is kept for backward would be rotated twice."""
+    """Liger rotates in place, and tells nobody: what is saved for backward would be rotated twice."""
 
     def rotated(q, k, *args, **kwargs):
         return rotate(q.clone(), k.clone(), *args, **kwargs)
@@ -225,14 +231,15 @@ def compile_layers(model: nn.Module, plugin: TorchDynamoPlugin) -> None:
 
     Parts, because activation checkpointing wraps a layer and the compiler does not look through
     it: compiled parts are recomputed as they ran first. All layers share the code of one, and
-    sizes are dynamic from the start, or the second batch would compile everything again.
+    sizes are dynamic from the start, or the second batch would recompile everything.
     """
     # every part is called by the same code, nn.Module's: kinds of parts, times training, evaluating
     # and references, share its limit, beyond which they would run as they are, and nobody be told
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    if next(model.parameters()).device.type == "cpu":
-        _name_vectors()
     kwargs = plugin.to_kwargs() | {"dynamic": True, "fullgraph": False}
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and kwargs.get("backend", "inductor") == "inductor":  # it alone compiles C++
+        _name_vectors()
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             for part in layer.children():

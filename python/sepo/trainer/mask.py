@@ -13,6 +13,7 @@ from torch import nn
 from transformers import set_seed
 
 from sepo.masks import MASK, SparseMask, decayed, load_into, num_layers, save_mask
+from sepo.model.base import Base, base_of
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.resume import ResumableTrainer
 
@@ -23,7 +24,7 @@ def add_mask(model: nn.Module, reference: nn.Module, args: SePOConfig) -> None:
     base = _base(model)
     mask = SparseMask(
         num_layers(reference),
-        reference.config.get_text_config(decoder=True).hidden_size,
+        base_of(reference).config.get_text_config(decoder=True).hidden_size,
         independent=args.independent_masks,
         layernorm=args.mask_layernorm,
         binary=args.mask_kind == "binary",
@@ -75,7 +76,7 @@ class MaskedTrainer(ResumableTrainer):
         with self._mask_aside() as mask:
             super()._save(output_dir, state_dict=state_dict)
         if mask is not None and self.args.should_save:
-            save_mask(mask, output_dir or self.args.output_dir, tensors=tensors)
+            save_mask(mask, output_dir or self.output_dir, tensors=tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # shards hold the mask too
@@ -90,8 +91,9 @@ class MaskedTrainer(ResumableTrainer):
             return super()._load_best_model()
         with self._mask_aside() as mask:
             super()._load_best_model()
-        if mask is not None:
-            load_into(mask, self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        if mask is not None and best is not None:
+            load_into(mask, best)
 
     @contextmanager
     def _mask_aside(self) -> Iterator[SparseMask | None]:
@@ -106,7 +108,6 @@ class MaskedTrainer(ResumableTrainer):
                 setattr(base, MASK, mask)
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: nn.Module) -> Base:
     """The transformers model inside a PeftModel, or inside DDP."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base_of(getattr(model, "module", model))

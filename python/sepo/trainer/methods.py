@@ -1,7 +1,7 @@
 """Tell training methods apart: one entry of METHODS each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,6 +20,8 @@ from sepo.losses import (
     sparsepo_loss,
     tdpo_loss,
 )
+from sepo.masks import AboveQuantile, BelowMean
+from sepo.model.kept import TokenRule
 from sepo.model.reads import Needed, TokenValues
 from sepo.ops import segment_sum
 from sepo.trainer.config import SePOConfig
@@ -39,6 +41,10 @@ class ResponseSums:
     kl: Tensor | None  # sum of kl_mask * kl
     reward_mask: Tensor | None  # sum: the mask's L1 norm
     kl_mask: Tensor | None
+
+    @property
+    def empty(self) -> Tensor:  # (P,) bool: a rule left one of the pair's responses no token
+        return (self.tokens.view(-1, 2) == 0).any(1)
 
     @property
     def mean_logp(self) -> Tensor:  # 0 for an empty segment
@@ -64,6 +70,7 @@ class Method:
     reference: Needed | None = None
     direction: Callable[[SePOConfig], str] | None = None  # of the KL divergence; None: not needed
     mask: Literal["learned", "activation"] | None = None  # on each token's reward and KL
+    rule: Callable[[SePOConfig], TokenRule] | None = None  # which tokens stay; None: all positions
 
     @property
     def needs_score(self) -> bool:
@@ -89,6 +96,9 @@ def reduce_segments(
     weights: Tensor,  # (M,) float32
     cu_rows: Tensor,  # (S + 1,) int32
 ) -> ResponseSums:
+    if tokens.keep is not None:
+        weights = weights * tokens.keep
+
     def total(values: Tensor | None, mask: Tensor | None = None) -> Tensor | None:
         if values is None:
             return None
@@ -107,6 +117,14 @@ def reduce_segments(
 
 def _sepo(s: ResponseSums, a: SePOConfig) -> Tensor:
     return sepo_loss(s.mean_logp, gamma=a.gamma, margin=a.margin)
+
+
+def _simpo(s: ResponseSums, a: SePOConfig) -> Tensor:
+    return simpo_loss(s.mean_logp, beta=a.beta, margin=a.beta * a.gamma_beta_ratio)
+
+
+def _confpo(s: ResponseSums, a: SePOConfig) -> Tensor:
+    return torch.where(s.empty, 0.0, _simpo(s, a))  # such a pair has no difference to learn from
 
 
 def _ipo_logratio(s: ResponseSums, a: SePOConfig) -> Tensor:
@@ -134,7 +152,25 @@ def _masked_reward(s: ResponseSums, a: SePOConfig) -> Tensor:
 
 _LEARNED = "mask_kind", "independent_masks", "mask_layernorm", "mask_l1", "kl_mask_l1"
 _FORWARD, _REVERSE = "ref||policy", "policy||ref"
-_SEPO = dict(loss=_sepo, reward=lambda s, a: a.gamma * s.mean_logp, settings=("gamma", "margin"))
+_SEPO = Method(
+    positions="selected",
+    loss=_sepo,
+    settings=("gamma", "margin"),
+    reward=lambda s, a: a.gamma * s.mean_logp,
+)
+_DPO = Method(
+    positions="all",
+    loss=lambda s, a: dpo_loss(s.logratio, beta=a.beta, label_smoothing=a.label_smoothing),
+    settings=("beta", "label_smoothing"),
+    reward=lambda s, a: a.beta * s.logratio,
+    reference="logp",
+)
+_SIMPO = Method(
+    positions="all",
+    loss=_simpo,
+    settings=("beta", "gamma_beta_ratio"),
+    reward=lambda s, a: a.beta * s.mean_logp,
+)
 _MASKED = dict(
     positions="all",
     reward=_masked_reward,
@@ -147,12 +183,11 @@ METHODS = {
         loss=lambda s, a: -s.logp[0::2],
         per="token",
     ),
-    "dpo": Method(
-        positions="all",
-        loss=lambda s, a: dpo_loss(s.logratio, beta=a.beta, label_smoothing=a.label_smoothing),
-        settings=("beta", "label_smoothing"),
-        reward=lambda s, a: a.beta * s.logratio,
-        reference="logp",
+    "dpo": _DPO,
+    "selective-dpo": replace(
+        _DPO,
+        settings=(*_DPO.settings, "selection_quantile"),
+        rule=lambda a: AboveQuantile(a.selection_quantile),
     ),
     "ipo": Method(
         positions="all",
@@ -190,20 +225,16 @@ METHODS = {
     "mapo": Method(
         loss=_masked, mask="activation", settings=("beta", "form", "mask_norm"), **_MASKED
     ),
-    "simpo": Method(
-        positions="all",
-        loss=lambda s, a: simpo_loss(s.mean_logp, beta=a.beta, margin=a.beta * a.gamma_beta_ratio),
-        settings=("beta", "gamma_beta_ratio"),
-        reward=lambda s, a: a.beta * s.mean_logp,
-    ),
+    "simpo": _SIMPO,
+    "confpo": replace(_SIMPO, loss=_confpo, rule=lambda a: BelowMean()),
     "rrhf": Method(
         positions="all",
         loss=_rrhf,
         settings=("sft_weight", "sft_reduce"),
         reward=lambda s, a: s.mean_logp,
     ),
-    "sepo": Method(positions="selected", **_SEPO),
-    "sepo-rand": Method(positions="random", **_SEPO),
+    "sepo": _SEPO,
+    "sepo-rand": replace(_SEPO, positions="random"),
 }
 
 

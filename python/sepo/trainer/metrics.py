@@ -16,13 +16,15 @@ def pair_metrics(
     sums: ResponseSums,
     losses: Tensor,  # (P,)
     rewards: Tensor | None,  # (S,), None: the method compares nothing
-    router_loss: Tensor | None = None,  # (P,) of a mixture of experts, before its coefficient
+    tokens: TokenValues,
 ) -> dict[str, Tensor]:
-    """Sums over the pairs, under TRL's names."""
+    """Sums over the pairs, under TRL's names; of a rule, the pairs that it leaves out."""
     logp_chosen, logp_rejected = sums.logp.view(-1, 2).unbind(1)
     totals = {"loss": losses.sum(), "logps/chosen": logp_chosen.sum()}
-    if router_loss is not None:
-        totals["aux_loss"] = router_loss.sum()
+    if tokens.router_loss is not None:
+        totals["aux_loss"] = tokens.router_loss.sum()
+    if tokens.keep is not None:
+        totals["selection/empty"] = sums.empty.sum()
     if rewards is None:
         return totals
     chosen, rejected = rewards.view(-1, 2).unbind(1)
@@ -37,8 +39,10 @@ def pair_metrics(
 
 
 def token_metrics(tokens: TokenValues) -> dict[str, Tensor]:
-    """Sums over the used tokens: their KL, and of each mask its values, zeros and the rest."""
+    """Sums over the used tokens: their KL, of a rule those kept, of a mask values, zeros, the rest."""
     sums = {} if tokens.kl is None else {"kl": tokens.kl.sum()}
+    if tokens.keep is not None:
+        sums["selection/density"] = tokens.keep.sum()
     for name in ("reward", "kl"):
         mask = getattr(tokens, f"{name}_mask")
         if mask is not None:
@@ -55,6 +59,7 @@ def metric_names(method: Method) -> list[str]:
     names = ["loss", "logps/chosen"]
     names += ["logps/rejected", *sides] * (method.reward is not None)
     names += ["kl"] * (method.direction is not None)
+    names += ["selection/empty", "selection/density"] * (method.rule is not None)
     masks = ("reward", "kl") if method.mask is not None else ()
     return names + [f"mask/{m}/{n}" for m in masks for n in ("mean", "sparsity", "density")]
 
@@ -81,7 +86,7 @@ class RunningMeans:
         values = torch.stack([self._sums[name].to(accelerator.device) for name in names])
         counts = values.new_tensor([self._counts[name] for name in names])
         sums, counts = accelerator.reduce(torch.stack([values, counts]), "sum").tolist()
-        self.__init__()
+        self._sums, self._counts = {}, {}
         return {n: s / max(c, 1) for n, s, c in zip(names, sums, counts, strict=True)}
 
     def state(self) -> dict:
@@ -118,7 +123,7 @@ class Throughput:
         if self._start is None:
             return {}
         rate = self._tokens / (time.perf_counter() - self._start)
-        self.__init__()
+        self._start, self._tokens = None, 0
         return {"tokens/second": rate}
 
 

@@ -15,7 +15,7 @@ from sepo.trainer.config import SePOConfig
 from sepo.trainer.methods import METHODS
 
 
-class PreparedPairs(Sequence):
+class PreparedPairs:
     """Segments of every pair, selected and truncated anew at each reading.
 
     Nothing of a pair is kept but three lengths and a count, so a million pairs take tens of

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from sepo.errors import InputError
 from sepo.system.lock import lock
@@ -28,6 +30,7 @@ from sepo.trainer.checkpoints import (
     read_mark,
     remove,
     rotate,
+    whole_mark,
     write_mark,
 )
 from sepo.trainer.config import SePOConfig
@@ -40,6 +43,7 @@ from sepo.trainer.identity import (
 )
 from sepo.trainer.metrics import MetricsFile, RunningMeans
 
+T = TypeVar("T")
 CHUNK = 1 << 24  # weights looked at at once
 OF_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")
 # what a disk or a folder can do to a writer; a connection's errors have other numbers
@@ -57,6 +61,9 @@ class ResumableTrainer(Trainer):
     that can't be written to any more, and for weights that are not finite.
     """
 
+    args: SePOConfig
+    model: nn.Module  # of transformers, or a PeftModel around one
+
     def __init__(self, model: nn.Module, args: SePOConfig, *, run: dict | None, **kwargs):
         self.run, self._flags = run, describe_flags(args)
         asked = args.resume_from_checkpoint
@@ -65,14 +72,19 @@ class ResumableTrainer(Trainer):
             of_rank_0(args, lambda: check_same_run(asked, run))
         super().__init__(model, args, **kwargs)
         self._means = RunningMeans()
-        self._metrics_file = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
+        self._metrics_file = MetricsFile(Path(self.output_dir) / "metrics.jsonl")
         self._mark: dict | None = None  # of the checkpoint that training goes on from
         self._newest: Path | None = None  # checkpoint of this run in its output directory
         self._limit = args.save_total_limit
         self.add_callback(_SaveLast())  # after the user's: it must see what they asked for
         self.add_callback(_ContinueLog(self))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train; `resume_from_checkpoint=True` takes the last complete checkpoint, if there is one.
 
         A checkpoint that a kill left half-written is passed over for the one before. One at or
@@ -87,7 +99,7 @@ class ResumableTrainer(Trainer):
             history = [entry for entry in self.state.log_history if entry["step"] == 0]
             self._newest = None
             if checkpoint is not None:
-                here = Path(self.args.output_dir) / Path(checkpoint).name
+                here = Path(self.output_dir) / Path(checkpoint).name
                 if here.exists() and here.samefile(checkpoint):
                     self._newest = here
                 self.args.eval_on_start = False  # done before step 1, and in the checkpoint's log
@@ -100,7 +112,7 @@ class ResumableTrainer(Trainer):
             # at the end, for a best one
             self._limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
-                output = super().train(checkpoint, **kwargs)
+                output = super().train(checkpoint, trial, ignore_keys_for_eval)
             finally:
                 self.args.save_total_limit = self._limit
             self._check_weights()
@@ -110,22 +122,27 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's; raises InputError for weights that are not finite, before anything is written."""
         self._check_weights()
-        with self._or_one_line(Path(output_dir or self.args.output_dir)):
+        with self._or_one_line(Path(output_dir or self.output_dir)):
             super().save_model(output_dir, _internal_call)
 
     def save_state(self) -> None:
-        with self._or_one_line(Path(self.args.output_dir)):
+        with self._or_one_line(Path(self.output_dir)):
             super().save_state()
+
+    @property
+    def output_dir(self) -> str:
+        """The flag's, or what TrainingArguments puts in the place of none."""
+        return self.args.output_dir or ""
 
     def _begin(self, held: ExitStack, asked: str | bool | None) -> str | None:
         """Hold the output directory, and find what training goes on from; on rank 0."""
-        held.enter_context(lock(self.args.output_dir))
-        check_room(Path(self.args.output_dir), self._checkpoint_bytes())
-        checkpoint = find_checkpoint(asked, self.args.output_dir)
-        if checkpoint is None:
-            return None
+        held.enter_context(lock(self.output_dir))
+        check_room(Path(self.output_dir), self._checkpoint_bytes())
+        checkpoint = find_checkpoint(asked, self.output_dir)
+        if checkpoint is None or self.run is None:
+            return checkpoint
         check_same_run(checkpoint, self.run)
-        for note in notes(read_mark(checkpoint), self.run, self._flags):
+        for note in notes(whole_mark(checkpoint), self.run, self._flags):
             logging.getLogger(__name__).warning(f"{checkpoint} {note}")
         return checkpoint
 
@@ -149,7 +166,10 @@ class ResumableTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's; then the flags that changed, which the checkpoint's state would undo."""
-        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
+        optimizer, scheduler = self.optimizer, self.lr_scheduler
+        if optimizer is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        groups = optimizer.param_groups
         told = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in groups]
         rates = list(getattr(scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -160,7 +180,7 @@ class ResumableTrainer(Trainer):
         }
         if not changed:
             return
-        if self.is_deepspeed_enabled or not hasattr(scheduler, "lr_lambdas"):
+        if self.is_deepspeed_enabled or scheduler is None or not hasattr(scheduler, "lr_lambdas"):
             keeper = "DeepSpeed" if self.is_deepspeed_enabled else "this --lr_scheduler_type"
             name, (was, now) = next(iter(changed.items()))
             raise InputError(
@@ -171,9 +191,7 @@ class ResumableTrainer(Trainer):
             rate * share(scheduler.last_epoch)
             for rate, share in zip(rates, scheduler.lr_lambdas, strict=True)
         ]
-        for group, new, rate in zip(
-            self.optimizer.param_groups, told, scheduler._last_lr, strict=True
-        ):
+        for group, new, rate in zip(optimizer.param_groups, told, scheduler._last_lr, strict=True):
             group.update(new, lr=rate)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -239,10 +257,10 @@ class ResumableTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         unlogged = gather_object([self._unlogged()])
         self.accelerator.wait_for_everyone()  # every rank wrote the state of its generators
-        if args.save_only_model or not args.should_save:
+        if args.save_only_model or not args.should_save or self.run is None:
             return  # without its optimiser there is nothing to go on with
-        step, run = self.state.global_step, self.run
-        write_mark(folder, step=step, run=run, flags=self._flags, unlogged=unlogged)
+        step = self.state.global_step
+        write_mark(folder, step=step, run=self.run, flags=self._flags, unlogged=unlogged)
 
     def _unlogged(self) -> dict:
         """Collect what the next line of the log says about steps that this checkpoint has behind it."""
@@ -274,7 +292,7 @@ def _is_finite(parameter: nn.Parameter) -> torch.Tensor:  # () bool
     return torch.stack([chunk.isfinite().all() for chunk in mine.reshape(-1).split(CHUNK)]).all()
 
 
-def of_rank_0(args: SePOConfig, choose: Callable):
+def of_rank_0(args: SePOConfig, choose: Callable[[], T]) -> T:
     """Run `choose` on rank 0 and broadcast the result, or its InputError, to every rank."""
     found, error = None, None
     if args.process_index == 0:
@@ -288,7 +306,7 @@ def of_rank_0(args: SePOConfig, choose: Callable):
     return found
 
 
-def _of_the_disk(error: Exception) -> str | None:
+def _of_the_disk(error: BaseException) -> str | None:
     """The reason in one line if the disk or a folder refused to be written; None: a bug."""
     if isinstance(error, OSError):
         return error.strerror if error.errno in OF_THE_DISK else None
@@ -309,8 +327,8 @@ class _SaveLast(TrainerCallback):
     def __init__(self):
         self._put_off = False
 
-    def on_step_end(self, args, state, control, *, train_dataloader, **kwargs):
-        last = state.global_step % len(train_dataloader) == 0
+    def on_step_end(self, args, state, control, **kwargs):
+        last = state.global_step % len(kwargs["train_dataloader"]) == 0
         if control.should_save and (
             last or control.should_training_stop or control.should_epoch_stop
         ):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from sepo.data.cost import attention_share
 from sepo.data.pack import pack
@@ -25,9 +25,10 @@ from sepo.data.plan import StepPlan, num_steps, plan_step
 from sepo.data.types import PackedBatch, TokenPair
 from sepo.errors import InputError, in_their_words
 from sepo.flags.options import say_idle
+from sepo.model.base import base_of
 from sepo.model.budget import default_budget
 from sepo.model.feed import StepFeed, feed
-from sepo.model.forward import base_of, restore_attention, vocabulary
+from sepo.model.forward import restore_attention, vocabulary
 from sepo.model.reads import TokenValues
 from sepo.model.reference import LiveReference, Reference, ReferenceFolder, resolve_reference
 from sepo.model.routers import router_loss
@@ -36,12 +37,12 @@ from sepo.trainer.adapters import add_adapters, check_adapters
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.fused import compile_parts, place_and_prepare, settle_layers
 from sepo.trainer.identity import describe_run
-from sepo.trainer.layers import disable_dropout, recompute_cheap
+from sepo.trainer.layers import checkpoint_selectively, disable_dropout
 from sepo.trainer.mask import MaskedTrainer, add_mask
 from sepo.trainer.methods import METHODS, idle_settings, reduce_segments
 from sepo.trainer.metrics import RunningMeans, Throughput, pair_metrics, token_metrics
 from sepo.trainer.pairs import PreparedPairs, data_seed
-from sepo.trainer.step import step_reads
+from sepo.trainer.step import not_finite, step_reads
 
 if TYPE_CHECKING:
     from datasets import Dataset  # which only who has rows in it needs
@@ -58,7 +59,7 @@ class SePOTrainer(MaskedTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,  # of transformers, or a PeftModel around one
         args: SePOConfig,
         train_dataset: "Sequence[TokenPair] | Dataset | None" = None,
         # several are evaluated one after the other, by name: eval_NAME_loss
@@ -66,7 +67,7 @@ class SePOTrainer(MaskedTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         # unless the pairs carry what the method reads of it; with what a store keeps of it, no model
-        reference_model: PreTrainedModel | Reference | ReferenceFolder | None = None,
+        reference_model: nn.Module | Reference | ReferenceFolder | None = None,
         peft_config=None,  # peft.PeftConfig
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
@@ -89,10 +90,10 @@ class SePOTrainer(MaskedTrainer):
         self.reference = resolve_reference(
             self.method.reference, reference_model, model, train_dataset, method=args.method
         )
-        live = isinstance(self.reference, LiveReference) and self.reference.model is not model
-        models = {"policy": model} | ({"reference": self.reference.model} if live else {})
-        if live:
-            place_and_prepare(models["reference"], args, policy=False)
+        models = {"policy": model}
+        if isinstance(self.reference, LiveReference) and self.reference.model is not model:
+            models["reference"] = self.reference.model
+            place_and_prepare(self.reference.model, args, policy=False)
         if args.max_tokens_per_batch is None:
             budget, why = default_budget(base_of(model), args, models.get("reference"))
             args.max_tokens_per_batch, self.explained["micro-batches"] = budget, why
@@ -102,7 +103,8 @@ class SePOTrainer(MaskedTrainer):
         self._vocabularies = {role: vocabulary(one) for role, one in models.items()}
         self.train_pairs = self._prepared(train_dataset, args)
         self._eval_pairs = each(self._prepared, eval_dataset, args)
-        if self.method.mask == "learned" and args.mask_kind != "random":
+        learns = self.method.mask == "learned" and args.mask_kind != "random"
+        if learns and isinstance(self.reference, LiveReference):
             add_mask(model, self.reference.model, args)
         self._reads = step_reads(self.method, args, self.reference, self._router_loss)
         run = None if self.train_pairs is None else describe_run(
@@ -121,12 +123,10 @@ class SePOTrainer(MaskedTrainer):
         )
         self.args.logging_nan_inf_filter = False  # see _get_grad_norm
         self._throughput = Throughput()
-        self._feed = StepFeed(
-            lambda step: self._parts(self._train_plan(step)),
-            partial(self._batches, self.train_pairs),
-        )
+        parts_of = lambda step: self._parts(self._train_plan(step))
+        self._feed = StepFeed(parts_of, lambda parts: self._batches(self._to_train, parts))
         if args.selective_checkpointing:
-            recompute_cheap(model)
+            checkpoint_selectively(base_of(model))
         for one in models.values():
             compile_parts(one, args, self.accelerator)
         # accelerate would compile the model whole: for every batch anew
@@ -135,13 +135,13 @@ class SePOTrainer(MaskedTrainer):
     # One step
 
     def training_step(
-        self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | None = None
+        self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward of every micro-batch of this rank; gradients meet in the last."""
         self._throughput.start()
         model.train()
         self._switch_optimizer("train")
-        pairs, world_size = self.train_pairs, self.args.world_size
+        pairs, world_size = self._to_train, self.args.world_size
         plan = self._train_plan(self.state.global_step)
         parts, count = self._parts(plan), self._loss_count(pairs, plan.pairs)
         batches = self._feed.of(self.state.global_step, self.state.max_steps)
@@ -186,7 +186,7 @@ class SePOTrainer(MaskedTrainer):
         return norm
 
     def _refuse_step(self, loss: float, norm: float = 0.0) -> NoReturn:
-        row = lambda i: self.train_pairs.name(int(i))
+        row = lambda i: self._to_train.name(int(i))
         mine = [
             f"{row(i)} ({value})"
             for part, losses in self._pair_losses
@@ -199,12 +199,7 @@ class SePOTrainer(MaskedTrainer):
         if not mine:
             whose = f"gradient (norm {norm}) and loss ({loss}) of all of"
             rows = [row(i) for i in self._step_pairs]
-        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        raise InputError(
-            f"step {self.state.global_step + 1}: expected a finite loss and gradient, got the "
-            f"{whose} pair {shown}; {self._whole()}: look at the data, or try a lower "
-            "--learning_rate"
-        )
+        raise not_finite(self.state.global_step + 1, whose, rows, self._whole())
 
     def _switch_optimizer(self, mode: str) -> None:
         """Schedule-free optimisers keep other weights to train than to evaluate."""
@@ -220,8 +215,15 @@ class SePOTrainer(MaskedTrainer):
             yield
         gradients._set_sync_gradients(True)
 
+    @property
+    def _to_train(self) -> PreparedPairs:
+        """The pairs of a trainer that has some to train on."""
+        if self.train_pairs is None:
+            raise InputError("training needs train_dataset")
+        return self.train_pairs
+
     def _train_plan(self, step: int) -> StepPlan:
-        return self._plan(self.train_pairs, self.args.pairs_per_step, step=step)
+        return self._plan(self._to_train, self.args.pairs_per_step, step=step)
 
     def _plan(
         self, pairs: PreparedPairs, pairs_per_step: int, *, step: int = 0, shuffle: bool = True
@@ -264,19 +266,20 @@ class SePOTrainer(MaskedTrainer):
     ) -> Tensor:  # (P,) of one micro-batch
         sums = reduce_segments(tokens, batch.weights, batch.cu_rows)
         losses = self.method.loss(sums, self.args)
-        if tokens.router_loss is not None:
-            losses = losses + self._router_loss.coefficient * self._per_pair(tokens, batch)
+        if self._router_loss is not None and tokens.router_loss is not None:
+            routers = self._per_pair(tokens.router_loss, batch)
+            losses = losses + self._router_loss.coefficient * routers
         reward = self.method.reward
         rewards = None if reward is None else reward(sums, self.args)
-        means.add(pair_metrics(sums, losses, rewards, tokens.router_loss), len(losses))
+        means.add(pair_metrics(sums, losses, rewards, tokens), len(losses))
         means.add(token_metrics(tokens), len(batch.rows))
         return losses
 
-    def _per_pair(self, tokens: TokenValues, batch: PackedBatch) -> Tensor:  # (P,)
+    def _per_pair(self, router_loss: Tensor, batch: PackedBatch) -> Tensor:  # (P,) both
         """The router's loss, for a sum that `_loss_count` will make a mean."""
         if self.method.per == "pair":
-            return tokens.router_loss
-        return tokens.router_loss * batch.cu_rows.diff().view(-1, 2).sum(1)
+            return router_loss
+        return router_loss * batch.cu_rows.diff().view(-1, 2).sum(1)
 
     def _loss_count(self, pairs: PreparedPairs, indices: np.ndarray) -> int:
         """Count what the step's sum of losses is divided by, the same on every rank."""
@@ -323,22 +326,20 @@ class SePOTrainer(MaskedTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Step numbers of one epoch: they count the steps and let a resumed run skip."""
-        if self.train_pairs is None:
-            raise InputError("training needs train_dataset")
-        steps = num_steps(len(self.train_pairs), self.args.pairs_per_step)
-        return DataLoader(range(steps), batch_size=1, collate_fn=lambda step: {"step": step[0]})
+        steps: Any = range(num_steps(len(self._to_train), self.args.pairs_per_step))  # no Dataset
+        return DataLoader(steps, batch_size=1, collate_fn=lambda step: {"step": step[0]})
 
-    def get_total_train_batch_size(self, args: SePOConfig) -> int:
-        return args.pairs_per_step
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return self.args.pairs_per_step
 
     def num_examples(self, dataloader: DataLoader) -> int:
-        return len(self.train_pairs)
+        return len(self._to_train)
 
     def floating_point_ops(self, inputs: dict) -> int:
         """Six FLOP a parameter and token read, the usual estimate; the head is counted whole."""
         # of this rank: Trainer adds the ranks up
         tokens = self._step_counts["tokens/read"] // self.args.world_size
-        return 6 * tokens * self.model.num_parameters()
+        return 6 * tokens * base_of(self.model).num_parameters()
 
     @torch.no_grad()
     def evaluate(
@@ -355,7 +356,7 @@ class SePOTrainer(MaskedTrainer):
             pairs = each(self._prepared, data, self.args)
         if pairs is None:
             raise InputError("evaluation needs eval_dataset")
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, part in (pairs if isinstance(pairs, dict) else {None: pairs}).items():
             prefix = metric_key_prefix if name is None else f"{metric_key_prefix}_{name}"
             self._memory_tracker.start()

@@ -10,13 +10,14 @@ import numpy as np
 from sepo.data.align import Placed, TokenBytes, shift, transfer_scores, transfer_selection
 from sepo.data.read.formats import DroppedRow
 from sepo.data.read.render import Span
-from sepo.data.selection import select_positions
+from sepo.data.selection import Selection
 from sepo.data.store.part import TOKENS
 from sepo.data.types import ScoredPair, TokenPair
 
 Mode = Literal["score", "overlap"]
 Aggregate = Literal["mean", "max"]
 SIDES = TOKENS[1:]
+Texts = tuple[Span, Span] | DroppedRow  # of chosen and rejected, or why there are none
 
 
 class SkippedRow(StrEnum):
@@ -86,23 +87,23 @@ class RowAligner:
     is_same: bool  # the two tokenizers
     mode: Mode
     aggregate: Aggregate
-    fraction: float
+    selection: Selection  # overlap: of the oracle's tokens
 
     def __call__(
         self,
         scored: ScoredPair,  # in the oracle's tokens
         target: TokenPair,  # in the policy's
-        texts: tuple[
-            tuple[Span, Span] | DroppedRow, ...
-        ],  # as the oracle and as the policy reads it
+        texts: tuple[Texts, Texts],  # as the oracle and as the policy reads it
         counts: Counter[str],  # added to if the row is carried
     ) -> ScoredPair | SkippedRow:
-        if any(isinstance(text, DroppedRow) for text in texts):
+        ours, theirs = texts
+        if isinstance(ours, DroppedRow) or isinstance(theirs, DroppedRow):
             return SkippedRow.TEMPLATES
         fields = {name: getattr(target, name) for name in ("id", *TOKENS)}
-        found = Counter()
-        for side, *text in zip(SIDES, *texts, strict=True):
-            placed = self._place(getattr(scored, side), getattr(target, side), *text)
+        found: Counter[str] = Counter()
+        for side, source_text, target_text in zip(SIDES, ours, theirs, strict=True):
+            source, tokens = getattr(scored, side), getattr(target, side)
+            placed = self._place(source, tokens, source_text, target_text)
             if isinstance(placed, SkippedRow):
                 return placed
             found.update(
@@ -160,9 +161,7 @@ class RowAligner:
     def _weights(
         self, score: np.ndarray, source: np.ndarray, target: np.ndarray, side: str, found: Counter
     ) -> np.ndarray | SkippedRow:  # (T,) float32
-        positions = select_positions(
-            score, self.fraction, "highest" if side == "chosen" else "lowest"
-        )
+        positions = self.selection.by_score(score, side)
         selected = transfer_selection(positions, source, target)
         if len(selected) == 0:
             return SkippedRow.UNSELECTED

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 import sepo
 from sepo.data.align import TokenBytes
-from sepo.data.read.formats import Preference, find_format
+from sepo.data.read.formats import Preference, TokenIds, find_format
 from sepo.data.read.load import load_rows
 from sepo.data.read.read import PairSet, named_rows
 from sepo.data.read.render import spans
+from sepo.data.selection import Selection
 from sepo.data.store.manifest import begun_with
 from sepo.data.store.store import (
     FORMAT,
@@ -83,7 +83,7 @@ def transfer_store(
             == tokenizer_hash(policy_tokenizer, like=store.manifest["tokenizer"]),
             mode=mode,
             aggregate=aggregate,
-            fraction=fraction,
+            selection=Selection("selected", fraction=fraction),
         )
         read = lambda one: (spans(one, oracle_tokenizer), spans(one, policy_tokenizer))
         rows = tqdm(preferences, desc="align", unit="row", disable=not progress)
@@ -123,7 +123,7 @@ def _align(
             if target is not None:
                 coverage.leave_out(SkippedRow.NOT_SCORED, one.id)
             continue
-        if isinstance(one.prompt, np.ndarray):
+        if isinstance(one, TokenIds):
             raise InputError(
                 f"pair {one.id}: expected text, which any tokenizer reads, got token ids"
             )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from sepo.data.read.formats import Preference
+from sepo.data.read.formats import TextRow
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what is thought aloud
 THOUGHT = "</think>"  # ends what templates cut from earlier turns, at inference too
@@ -30,8 +30,8 @@ def is_shown(message: dict | str, text: str, *, is_earlier: bool = False) -> boo
         return shows(text, message)
     for said in _texts(message):
         if not shows(text, said):
-            _, found, answer = said.rpartition(THOUGHT)
-            if not (is_earlier and found and shows(text, answer)):
+            _, thought, answer = said.rpartition(THOUGHT)
+            if not (is_earlier and thought and shows(text, answer)):
                 return False
     found = partial(shows, text)
     if not is_earlier and not all(map(found, _reasoning(message))):
@@ -47,7 +47,7 @@ def tool_names(tools: list | None) -> Iterator[str]:
             yield tool["name"]
 
 
-def repeats_prompt(p: Preference) -> bool:
+def repeats_prompt(p: TextRow) -> bool:
     """Whether a response begins with all that is asked; short words do so by chance, unless both do."""
     prompt = p.prompt if isinstance(p.prompt, str) else "".join(_texts(p.prompt[-1]))
     if not (prompt := prompt.strip()):
@@ -71,9 +71,10 @@ def shows_parts(message: dict, text: str) -> bool:
 def with_string(message: dict) -> dict:
     """The message with its parts end to end, if they are all text."""
     content = message.get("content")
-    if not isinstance(content, list) or None in map(_text, content):
+    if not isinstance(content, list):
         return message
-    return message | {"content": "".join(map(_text, content))}
+    texts = list(_texts(message))
+    return message | {"content": "".join(texts)} if len(texts) == len(content) else message
 
 
 def with_reasoning(message: dict) -> dict:

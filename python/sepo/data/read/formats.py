@@ -5,7 +5,7 @@ in `sepo.data.read.tokenise`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,21 +17,52 @@ from sepo.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preference:
-    """One row before tokenising: all three texts are messages, or strings, or token ids.
-
-    Messages and two strings, as SePO's released code has them, are text after the generation prompt.
-    """
+class TokenIds:
+    """A row that is tokenised."""
 
     id: str
-    prompt: list[dict] | str | np.ndarray  # turns, a string, or (T0,) int32
-    chosen: dict | str | np.ndarray  # one assistant message, a string, or (T1,) int32
-    rejected: dict | str | np.ndarray  # one assistant message, a string, or (T2,) int32
-    chosen_weight: np.ndarray | None = None  # (T1,) float32 >= 0, token ids only
-    rejected_weight: np.ndarray | None = None  # (T2,) float32 >= 0, token ids only
-    tools: list | None = None  # what the chat template calls tools, messages only
-    template_kwargs: dict | None = None  # what else the row tells the template, messages only
-    selected: tuple[official.Selected, official.Selected] | None = None  # of chosen and rejected
+    prompt: np.ndarray  # (T0,) int32
+    chosen: np.ndarray  # (T1,) int32
+    rejected: np.ndarray  # (T2,) int32
+    chosen_weight: np.ndarray | None = None  # (T1,) float32 >= 0
+    rejected_weight: np.ndarray | None = None  # (T2,) float32 >= 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainText:
+    """A row of strings; each response follows the prompt as it is."""
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Messages:
+    """A row of conversations, for a chat template."""
+
+    id: str
+    prompt: list[dict]
+    chosen: dict  # one assistant message
+    rejected: dict
+    tools: list | None = None  # what the chat template calls tools
+    template_kwargs: dict | None = None  # what else the row tells the template
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """A row of SePO's released code: two strings that follow the generation prompt."""
+
+    id: str
+    prompt: list[dict]  # one message
+    chosen: str
+    rejected: str
+    selected: tuple[official.Selected, official.Selected]  # of chosen and rejected
+
+
+TextRow = PlainText | Messages | Released
+Preference = TokenIds | TextRow  # one row before tokenising
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,25 +135,25 @@ def read_row(
     if isinstance(one, DroppedRow):
         return one
     # no template writes plain text, so nothing beside it reaches the model
-    served = PLAIN if isinstance(one.prompt, str) else form.serves
+    served = PLAIN if isinstance(one, PlainText) else form.serves
     for column in BESIDE:
         if column in row and column not in served and cells.is_filled(row[column]):
             return DroppedRow(one.id, DropReason.UNSERVED, f"{column}, beside {_written(one)}")
-    if isinstance(one.prompt, list) and (media := _media(one)):
+    if isinstance(one, Messages) and (media := _media(one)):
         return DroppedRow(one.id, DropReason.UNSERVED, f"{media}, as part of a message")
     return one
 
 
 def _written(one: Preference) -> str:
-    if isinstance(one.prompt, np.ndarray):
+    if isinstance(one, TokenIds):
         return "token ids"
-    return "plain text" if isinstance(one.prompt, str) else "messages"
+    return "plain text" if isinstance(one, PlainText) else "messages"
 
 
-def _media(one: Preference) -> str | None:
+def _media(one: Messages) -> str | None:
     """The kind of a part of a message that is no text: a picture, a sound."""
     for message in (*one.prompt, one.chosen, one.rejected):
-        if isinstance(message, dict) and isinstance(message.get("content"), list):
+        if isinstance(message.get("content"), list):
             for part in message["content"]:
                 kind = part.get("type") if isinstance(part, dict) else None
                 if isinstance(kind, str) and not MEDIA.isdisjoint(kind.split("_")):
@@ -162,8 +193,13 @@ def _read_ids(row: dict, pair_id: str) -> Preference | DroppedRow:
     weights = {side: cells.weight(row, pair_id, side, len(ids[side])) for side in SIDES}
     if any(weight is not None and not weight.any() for weight in weights.values()):
         return DroppedRow(pair_id, DropReason.ZERO_WEIGHT)
-    return Preference(
-        id=pair_id, **ids, chosen_weight=weights["chosen"], rejected_weight=weights["rejected"]
+    return TokenIds(
+        id=pair_id,
+        prompt=ids["prompt"],
+        chosen=ids["chosen"],
+        rejected=ids["rejected"],
+        chosen_weight=weights["chosen"],
+        rejected_weight=weights["rejected"],
     )
 
 
@@ -233,13 +269,18 @@ def _read_official(row: dict, pair_id: str) -> Preference | DroppedRow:
     prompt, chosen, rejected = (official.read_text(row[field], pair_id, field) for field in fields)
     if not prompt.strip():
         return DroppedRow(pair_id, DropReason.NO_PROMPT)
-    texts = _texts(pair_id, prompt, chosen, rejected)
-    if isinstance(texts, DroppedRow):
-        return texts
-    selected = tuple(official.read_selected(row, pair_id, side) for side in SIDES)
-    if any(len(one.before) == 0 for one in selected):
+    if not chosen.strip() or not rejected.strip():
+        return DroppedRow(pair_id, DropReason.EMPTY)
+    high, low = (official.read_selected(row, pair_id, side) for side in SIDES)
+    if len(high.before) == 0 or len(low.before) == 0:
         return DroppedRow(pair_id, DropReason.ZERO_WEIGHT)
-    return replace(texts, prompt=[{"role": "user", "content": prompt}], selected=selected)
+    return Released(
+        id=pair_id,
+        prompt=[{"role": "user", "content": prompt}],
+        chosen=chosen,
+        rejected=rejected,
+        selected=(high, low),
+    )
 
 
 ASKED = CHAT | {"history"}
@@ -261,10 +302,10 @@ FIELDS = {name for form in FORMATS for name in form.columns} | WEIGHTS | CHAT | 
 # --- what the readers share ----------------------------------------------------------------------
 
 
-def _texts(pair_id: str, prompt: str, chosen: str, rejected: str) -> Preference | DroppedRow:
+def _texts(pair_id: str, prompt: str, chosen: str, rejected: str) -> PlainText | DroppedRow:
     if not chosen.strip() or not rejected.strip():
         return DroppedRow(pair_id, DropReason.EMPTY)
-    return Preference(id=pair_id, prompt=prompt, chosen=chosen, rejected=rejected)
+    return PlainText(id=pair_id, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def _conversations(row: dict, pair_id: str, shared: list[dict]) -> Preference | DroppedRow:
@@ -296,7 +337,7 @@ def _conversations(row: dict, pair_id: str, shared: list[dict]) -> Preference | 
         return DroppedRow(pair_id, DropReason.PROMPTS_DIFFER)
     if not chosen[:-1]:
         return DroppedRow(pair_id, DropReason.NO_PROMPT)
-    return Preference(
+    return Messages(
         id=pair_id,
         prompt=chosen[:-1],
         chosen=chosen[-1],

@@ -120,8 +120,9 @@ def read_pairs(
                 report.drop(one)
             else:
                 batch.append(one)
-        how = dict(max_length=max_length, append_eos=append_eos, strict=strict)
-        for done in tokenise(batch, tokenizer, **how):
+        for done in tokenise(
+            batch, tokenizer, max_length=max_length, append_eos=append_eos, strict=strict
+        ):
             if isinstance(done, DroppedRow):
                 report.drop(done)
                 continue

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sepo.data.read.formats import Preference
+from sepo.data.read.formats import PlainText, Preference, Released, TokenIds
 from sepo.data.read.reasons import DroppedRow, DropReason, RowNote
 from sepo.data.read.render import Span, spans
 from sepo.data.read.sepo_csv import Selected
@@ -52,11 +52,12 @@ def tokenise(
     """
     if max_length is not None and max_length < 2:
         raise InputError(f"expected max_length >= 2, got {max_length}")
-    rules = None if all(map(_has_ids, preferences)) else _rules(tokenizer)
-    has_plain = any(isinstance(p.chosen, str) for p in preferences)
+    has_text = any(not isinstance(p, TokenIds) for p in preferences)
+    rules = _rules(tokenizer) if has_text else _Rules([], None, frozenset(), frozenset())
+    has_plain = any(isinstance(p, PlainText | Released) for p in preferences)
     if has_plain and append_eos and rules.eos is None:
         raise InputError("expected a tokenizer with an eos_token, or append_eos=False; got none")
-    sides = [None if _has_ids(p) else spans(p, tokenizer) for p in preferences]
+    sides = [p if isinstance(p, TokenIds) else spans(p, tokenizer) for p in preferences]
     texts = [
         (p.id, span.text)
         for p, pair in zip(preferences, sides, strict=True)
@@ -66,16 +67,17 @@ def tokenise(
     encoded = iter(_encode(tokenizer, texts))
     results: list[Tokenised | DroppedRow] = []
     for preference, pair in zip(preferences, sides, strict=True):
+        whole: TokenPair | DroppedRow
         if isinstance(pair, DroppedRow):
             results.append(pair)
             continue
-        if pair is None:
-            whole, notes = _pair_of_ids(preference, tokenizer)
+        if isinstance(pair, TokenIds):
+            whole, notes = _pair_of_ids(pair, tokenizer)
         else:
             cut = [_cut_out(span, next(encoded), rules, append_eos) for span in pair]
             whole, notes = _pair_of_text(preference.id, *cut, has_prompt=pair[0].start > 0)
             notes = [*dict.fromkeys(note for span in pair for note in span.notes), *notes]
-            if preference.selected is not None and not isinstance(whole, DroppedRow):
+            if isinstance(preference, Released) and isinstance(whole, TokenPair):
                 whole = _with_selected(whole, preference.selected)
         done = whole if isinstance(whole, DroppedRow) else _finish(whole, notes, max_length)
         if strict and isinstance(done, Tokenised) and done.notes:
@@ -212,7 +214,7 @@ def _plain_side(side: _Side, text: str, ends: np.ndarray, rules: _Rules, append_
     """The side with the tokenizer's own tokens before it and the end token after it, both once."""
     ids, body = side.ids.tolist(), side.body
     prefix = [] if ids[: len(rules.prefix)] == rules.prefix else rules.prefix
-    if append_eos:
+    if append_eos and rules.eos is not None:
         end = _brought_end(side, ends, text, rules.eos)
         body = min(body, len(ids) if end is None else end)
         ids = [*ids[:end], rules.eos]
@@ -282,7 +284,7 @@ def _pair_of_text(
 
 
 def _with_selected(pair: TokenPair, selected: Sequence[Selected]) -> TokenPair | DroppedRow:
-    weights = {}
+    weights: dict[str, Any] = {}
     for side, one in zip(("chosen", "rejected"), selected, strict=True):
         weight = one.weight(getattr(pair, side))
         if isinstance(weight, str):
@@ -293,11 +295,7 @@ def _with_selected(pair: TokenPair, selected: Sequence[Selected]) -> TokenPair |
     return replace(pair, **weights)
 
 
-def _has_ids(preference: Preference) -> bool:
-    return isinstance(preference.prompt, np.ndarray)
-
-
-def _pair_of_ids(p: Preference, tokenizer: Any) -> tuple[TokenPair, list[RowNote]]:
+def _pair_of_ids(p: TokenIds, tokenizer: Any) -> tuple[TokenPair, list[RowNote]]:
     highest = max(int(ids.max()) for ids in (p.prompt, p.chosen, p.rejected))
     if tokenizer is not None and highest >= len(tokenizer):
         raise InputError(

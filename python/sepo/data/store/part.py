@@ -100,20 +100,25 @@ class Part:
         for name, (values, offsets, there) in self.columns.items():
             if there[row]:
                 fields[name] = values[offsets[row] : offsets[row + 1]].copy()
-        if self.hidden is not None:
-            for side in (0, 1):
-                response, count = 2 * row + side, int(self.lengths[row, 1 + side])
-                start = int(self._row_ends[response]) - count
-                rows = HiddenRows(self.hidden, start, count, self._row_checks[response])
-                fields[f"{TOKENS[1 + side]}_ref_hidden"] = rows
-        return ScoredPair(id=self.ids[row], **fields)
+        return ScoredPair(id=self.ids[row], **(fields | self._hidden_rows(row)))
 
     def check_rows(self) -> None:
         """Read all hidden rows. Raises InputError for those that are not as they were written."""
-        for row in range(len(self.ids)) if self.hidden is not None else ():
-            pair = self.pair(row)
-            for rows in (pair.chosen_ref_hidden, pair.rejected_ref_hidden):
+        for row in range(len(self.ids)):
+            for rows in self._hidden_rows(row).values():
                 rows.whole()
+
+    def _hidden_rows(self, row: int) -> dict[str, HiddenRows]:
+        """Where a pair's hidden rows lie, by the pair's field; empty where none are kept."""
+        if self.hidden is None:
+            return {}
+        found = {}
+        for side in (0, 1):
+            response, count = 2 * row + side, int(self.lengths[row, 1 + side])
+            start = int(self._row_ends[response]) - count
+            rows = HiddenRows(self.hidden, start, count, self._row_checks[response])
+            found[f"{TOKENS[1 + side]}_ref_hidden"] = rows
+        return found
 
     def _check_values(self, file: Path) -> None:
         if (self.lengths < 1).any():

@@ -26,7 +26,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from sepo.data.hidden import HEAD_FILE, StoredHead, read_head, write_head, write_rows
+from sepo.data.hidden import HEAD_FILE, HiddenRows, StoredHead, read_head, write_head, write_rows
 from sepo.data.read.tokenise import text_prefix
 from sepo.data.store.manifest import (
     FORMAT,
@@ -195,7 +195,7 @@ class StoreWriter:
             raise InputError(f"{self.path}: expected a folder, got {error.strerror}") from error
         # Two owners may both get here; they replace one file by another like it.
         self._write_json(self.manifest)
-        _check_same_run(self.path, read_manifest(self.path), self.manifest)
+        _check_same_run(self.path, _manifest_at(self.path), self.manifest)
 
     def write(self, part: int, pairs: list[ScoredPair], *, note: dict | None = None) -> None:
         """Write one part, atomically. `note`: what the manifest shall say about its making.
@@ -205,7 +205,7 @@ class StoreWriter:
         self.begin()
         name, about = part_name(self.manifest, part), about_part(self.manifest, part)
         if self.manifest.get("hidden_width") is not None:
-            rows = [r for p in pairs for r in (p.chosen_ref_hidden, p.rejected_ref_hidden)]
+            rows = _hidden_rows(pairs)
             # before the part that declares it: killed in between, the part is written again
             with Atomic(self.path / hidden_name(name), self.owner) as temporary:
                 write_rows(temporary, rows, about)
@@ -363,6 +363,14 @@ def _completed(manifest: dict, abouts: list[dict]) -> dict:
         "devices": sorted({device for a in abouts for device in a.get("devices", [])}),
         "precision_check": checks[0] if checks else None,
     }
+
+
+def _hidden_rows(pairs: list[ScoredPair]) -> list[HiddenRows]:
+    rows = [r for p in pairs for r in (p.chosen_ref_hidden, p.rejected_ref_hidden)]
+    kept = [r for r in rows if r is not None]
+    if len(kept) < len(rows):
+        raise ValueError(f"expected {len(rows)} responses with hidden rows, got {len(kept)}")
+    return kept
 
 
 def _check_same_run(path: Path, present: dict, wanted: dict) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +80,34 @@ def drive(page: str, folder: Path, script: str, *, width: int) -> tuple[dict, li
         </script>"""
     dom, console = browse(frame, folder)
     return json.loads(html.unescape(re.search(r"<body>(.*?)</body>", dom, re.DOTALL)[1])), console
+
+
+VOID = {"meta", "input", "br"}
+
+
+class Page(HTMLParser):
+    """Every element with its attributes and its own text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements, self._open = [], []
+        self.feed(text)
+        assert not self._open, f"left open: {self._open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes), []))
+        if tag not in VOID:
+            self._open.append(self.elements[-1])
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes), []))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self._open:
+            self._open[-1][2].append(data)
+
+    def all(self, tag: str) -> list[tuple[dict, str]]:
+        return [(a, "".join(text)) for name, a, text in self.elements if name == tag]
