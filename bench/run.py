@@ -1,7 +1,8 @@
 """Time, memory and error of what this project replaces and of what it does instead.
 
     python bench/run.py                     a correctness gate, then one case of each suite,
-                                            in the dtype that the machine multiplies fastest
+                                            in the dtype that the machine multiplies fastest,
+                                            and last the hours of an epoch by each trainer
     python bench/run.py --suite head        head | select | attention | step | full
     python bench/run.py --case 'head-bf16-*' --providers sepo cce
     python bench/run.py --case head-bf16-30 --base main    here and at another commit, in turn
@@ -113,6 +114,9 @@ def measure(args: argparse.Namespace, options: dict) -> int:
     alone = lambda: nullcontext(jobs.jobs(suites, **options))
     with base.beside(args.base, suites, options) if args.base else alone() as entries:
         records, code = run(entries, tell=tell, keep=keep, deadline=deadline)
+    if code == 0 and not (suites or args.case or args.providers or args.base):
+        if not jobs.lacking("step"):
+            tell("\n" + hours_of_an_epoch(entries, about["machine"]))
     if code == 0 and str(args.figure) != "none":
         usual = f"{report.default_path(args.device).stem}.svg"
         picture = args.figure or ROOT / "runs" / "bench" / usual
@@ -120,6 +124,19 @@ def measure(args: argparse.Namespace, options: dict) -> int:
         tell(f"\n{'' if for_files else f'rows: {path}; '}figure: {picture}")
     tell(f"{time.monotonic() - start:.0f} s")
     return code
+
+
+def hours_of_an_epoch(entries: Sequence, machine: str) -> str:
+    """The comparison of GPU-hours, from this run's step and from the cost model."""
+    from sepo.cost import epochs  # needs transformers, which the operations do not
+
+    steps = [job for job in entries if job.suite == "step" and "reference_seconds" in job.about]
+    if not steps:
+        return epochs.table(None)
+    seconds = {row.contender: row.median for row in steps[0].rows if row.median}
+    about = steps[0].about
+    what = f"{about['model']}, pairs of at most {about['max_length']} tokens, on {machine}"
+    return epochs.table(epochs.Measured(what, seconds, about["reference_seconds"]))
 
 
 def run(

@@ -110,8 +110,27 @@ def test_the_slower_of_computing_and_moving_counts():
     half = gpu.part_hours(work, a100, utilisation=0.5, bandwidth_share=0.25)
     assert half["trunk"] == pytest.approx(2 + 4)
     assert gpu.hours_at_full_rate(work, a100) == pytest.approx(1)
-    slow = gpu.part_hours(work, a100, float32=True, **full)
+    slow = gpu.part_hours(work, a100, arithmetic=gpu.FLOAT32, **full)
     assert slow["trunk"] == pytest.approx(312 / 19.5 + 2)
+
+
+def test_split_products_are_three_or_two_at_the_16_bit_rate():
+    """104 and 156 TFLOP/s of an A100; attention stays in float32, and halves have to be made."""
+    a100, hour = gpu.find("A100"), 3600
+    work = {
+        ("reference", "products"): Amount(flop=hour * 312e12, bytes=hour * 2.0e12 / 8),
+        ("reference", "attention"): Amount(flop=hour * 19.5e12),
+        ("reference", "elementwise"): Amount(bytes=hour * 2.0e12),
+    }
+    full = dict(utilisation=1.0, bandwidth_share=1.0)
+    for arithmetic, products in ((gpu.SPLIT, 3), (gpu.SPLIT_EXACT, 2)):
+        found = gpu.hours(work, a100, arithmetic=arithmetic, **full)
+        assert found == pytest.approx((products + 4 / 8) + 1 + 2)
+        assert gpu.hours_at_full_rate(work, a100, arithmetic=arithmetic) == products + 1
+    # bound by memory: three products read what three do, after halves were made of it
+    moved = {("reference", "logits"): Amount(bytes=hour * 2.0e12)}
+    assert gpu.hours(moved, a100, arithmetic=gpu.SPLIT, **full) == pytest.approx(3 + 4)
+    assert gpu.hours_at_full_rate(work, a100, arithmetic=gpu.FLOAT32) == 312 / 19.5 + 1
 
 
 def test_gpus_are_found_by_the_drivers_names():
@@ -215,12 +234,50 @@ def test_a_plan_adds_up(write):
     assert alone == pytest.approx(spent / 4, abs=0.01) and full < spent
 
 
-def test_a_reference_is_run_once_where_the_oracle_sees_every_pair(write):
+def test_a_reference_reads_every_pair_once_whatever_the_oracle_sees(write):
     keys = dict(model_name_or_path="LLaMA3-8B", oracle_model="TinyLlama-1.1B", pairs=6000)
     whole, some = (stages(planner.plan(write(**keys, oracle_pairs=n))) for n in (6000, 1500))
-    assert whole["score"] == whole["reference"]
-    assert some["score"] == pytest.approx(np.multiply(2, whole["score"]), abs=0.02)
-    assert some["reference"] == pytest.approx(np.divide(whole["reference"], 4), abs=0.02)
+    assert whole["score"] == whole["reference"] == some["score"] == some["reference"]
+    for name in ("SFT", "oracle"):
+        assert some[name] == pytest.approx(np.divide(whole[name], 4), abs=0.02)
+
+
+def test_split_scoring_is_a_plans_other_arithmetic(write):
+    keys = dict(model_name_or_path="LLaMA3-8B", oracle_model="TinyLlama-1.1B")
+    texts = [
+        planner.plan(write(**keys, **more))
+        for more in (
+            {},
+            dict(scoring_arithmetic="split"),
+            dict(scoring_arithmetic="split", bfloat16_checkpoints=True),
+        )
+    ]
+    wide, three, two = map(stages, texts)
+    assert all(wide[name] == three[name] == two[name] for name in ("SFT", "oracle", "train"))
+    assert two["score"] < three["score"] < wide["score"]
+    # products alone are 312 / 3 against 19.5; attention is not split, and is not in the products
+    assert 1 < three["score"][2] / (wide["score"][2] * 3 * 19.5 / 312) < 1.2
+    said = [" ".join(text.split()) for text in texts]
+    assert "scoring, 19.5 TFLOP/s in float32" in said[0]
+    assert "3 products of 16-bit halves for one (104 TFLOP/s; not built yet)" in said[1]
+    assert "2 products of 16-bit halves for one (156 TFLOP/s; not built yet)" in said[2]
+
+
+def test_a_plan_says_what_would_make_it_cheaper(write):
+    keys = dict(model_name_or_path="LLaMA3-8B", oracle_model="TinyLlama-1.1B")
+    last = lambda **more: " ".join(planner.plan(write(**keys, **more)).split("\n\n")[-1].split())
+    spent = lambda **more: stages(planner.plan(write(**keys, **more)))["all"][0]
+    items = last().rstrip(".").split(" save: ")[1].split("; ")
+    told = {item.split()[0].rstrip(":"): item.rpartition(", ")[2] for item in items}
+    for key, value in (("scoring_arithmetic", "split"), ("oracle_pairs", 15283), ("sft_epochs", 1)):
+        saved = spent() - spent(**{key: value})
+        assert float(told[key]) == pytest.approx(saved, abs=0.02), key
+    assert [*map(float, told.values())] == sorted(map(float, told.values()), reverse=True)
+    assert "bfloat16_checkpoints" not in told and "selective_checkpointing" not in told
+    assert "selective_checkpointing" in last(gradient_checkpointing=True)
+    assert "bfloat16_checkpoints" in last(scoring_arithmetic="split")
+    alone = planner.plan(write(method="simpo", model_name_or_path="LLaMA2-7B"))
+    assert alone.endswith("save: nothing that a plan can say.")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -233,8 +290,9 @@ def test_every_recipe_has_a_plan(write, path):
 def test_the_pages_plan_says_what_the_page_shows(tmp_path):
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     (config,) = (text for kind, text in blocks if kind == "yaml")
-    (tmp_path / "plan.yaml").write_text(config)
-    assert any(planner.plan(tmp_path / "plan.yaml") == text.strip() for _, text in blocks)
+    for more in ("", "scoring_arithmetic: split\n"):
+        (tmp_path / "plan.yaml").write_text(config + more)
+        assert any(planner.plan(tmp_path / "plan.yaml") == text.strip() for _, text in blocks)
 
 
 def test_the_pages_tables_are_current():
@@ -289,6 +347,10 @@ def test_a_rule_costs_one_product_of_all_rows_and_three_of_the_kept(write, metho
         (dict(gpus=0), "gpus: expected a positive number, got 0"),
         (dict(pairs=2.5), "pairs: expected a positive number, got 2.5"),
         (dict(gpu="V100"), "gpu: expected B200"),
+        (
+            dict(scoring_arithmetic="tf32"),
+            r"scoring_arithmetic: expected float32 \| split, got tf32",
+        ),
         (dict(method="ppo"), "method: expected sft"),
         (dict(fraction="mass"), "how many tokens mass takes is not known"),
         (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sepo.cost.work import PARTS, Work, needed_flop
+from sepo.cost.work import NEEDED, PARTS, Work
 from sepo.errors import InputError
 
 # what a good kernel reaches; assumed, and printed wherever hours are
@@ -64,25 +64,59 @@ def here() -> GPU | None:
     return of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """In what numbers a pass computes, and how it makes a product of them."""
+
+    name: str
+    float32: bool = False  # numbers twice as long
+    halves: int = 0  # 16-bit products that make up one of float32 numbers; 0: none do
+
+    def rate(self, gpu: GPU, kernel: str) -> float:
+        """FLOP a second that the data sheet allows, of what the model needs."""
+        if self.halves and kernel in PRODUCTS:
+            return gpu.flop / self.halves
+        return gpu.float32 if self.float32 else gpu.flop
+
+    def moved(self, kernel: str) -> tuple[float, float]:
+        """Bytes while it computes and before, over those of 16-bit numbers.
+
+        Halves are made in a pass of their own, which reads 4 bytes and writes 4; outputs are counted
+        as if they were split too. Each of their products reads and writes what one does.
+        """
+        if self.halves and kernel in PRODUCTS:
+            return self.halves, 4
+        return (2 if self.float32 else 1), 0
+
+
+PRODUCTS = "products", "logits"  # kinds of kernel; attention's products stay as they are
+BFLOAT16 = Arithmetic("bfloat16")
+FLOAT32 = Arithmetic("float32", float32=True)
+# x = hi + lo, both bfloat16: hi hi + lo hi + hi lo; two where every weight's lo is 0
+SPLIT = Arithmetic("split", float32=True, halves=3)
+SPLIT_EXACT = Arithmetic("split", float32=True, halves=2)
+
+
 def part_hours(
     work: Work,
     gpu: GPU,
     *,
     utilisation: float = UTILISATION,
     bandwidth_share: float = BANDWIDTH_SHARE,
-    float32: bool = False,  # products in float32, of numbers twice as long
+    arithmetic: Arithmetic = BFLOAT16,
 ) -> dict[str, float]:
     """GPU-hours of each part of the step."""
     hours = dict.fromkeys(PARTS, 0.0)
-    rate = gpu.float32 if float32 else gpu.flop
-    for (part, _), amount in work.items():
+    bandwidth = gpu.bandwidth * bandwidth_share
+    for (part, kernel), amount in work.items():
+        meanwhile, before = (times * amount.bytes / bandwidth for times in arithmetic.moved(kernel))
         seconds = max(
-            amount.flop / (rate * utilisation),
-            (2 if float32 else 1) * amount.bytes / (gpu.bandwidth * bandwidth_share),
+            amount.flop / (arithmetic.rate(gpu, kernel) * utilisation),
+            meanwhile,
             amount.link / gpu.link,
             amount.host / HOST_LINK + amount.host_memory / HOST_MEMORY,
         )
-        hours[part] += seconds / 3600
+        hours[part] += (seconds + before) / 3600
     return hours
 
 
@@ -90,6 +124,11 @@ def hours(work: Work, gpu: GPU, **assumed) -> float:
     return sum(part_hours(work, gpu, **assumed).values())
 
 
-def hours_at_full_rate(work: Work, gpu: GPU, *, float32: bool = False) -> float:
+def hours_at_full_rate(work: Work, gpu: GPU, *, arithmetic: Arithmetic = BFLOAT16) -> float:
     """GPU-hours if the GPU did nothing but what the model needs, at the rate of its data sheet."""
-    return needed_flop(work) / (gpu.float32 if float32 else gpu.flop) / 3600
+    needed = (
+        amount.flop / arithmetic.rate(gpu, kernel)
+        for (part, kernel), amount in work.items()
+        if part in NEEDED
+    )
+    return sum(needed) / 3600

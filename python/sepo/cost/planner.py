@@ -2,47 +2,39 @@
 
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import yaml
 
 from sepo.cost import lengths
 from sepo.cost.decoder import Decoder, named
-from sepo.cost.gpu import BANDWIDTH_SHARE, GPU, UTILISATION, find, hours, hours_at_full_rate
+from sepo.cost.gpu import (
+    BANDWIDTH_SHARE,
+    BFLOAT16,
+    FLOAT32,
+    GPU,
+    SPLIT,
+    SPLIT_EXACT,
+    Arithmetic,
+    find,
+    hours,
+    hours_at_full_rate,
+)
+from sepo.cost.keys import Keys, read
 from sepo.cost.lengths import Lengths
 from sepo.cost.work import Schedule, Work, forward_work, scaled, step_work
 from sepo.errors import InputError
-from sepo.flags.renamed import NAMES, today
 from sepo.model.budget import OFF_A_GPU
 from sepo.trainer.config import MethodName, SePOConfig
 from sepo.trainer.methods import METHODS
 
 STATE = 16  # bytes a trained parameter: float32 weight, gradient and two moments
+NOT_BUILT = "not built yet"
 ROOM = 0.7  # of a GPU's memory for them; the rest is for activations
 CUT_SHARE = 260 / 372  # of a response that is read at 30 %: SePO's, with prompts of 124 tokens
 BELOW_MEAN = 0.5  # of the tokens that ConfPO keeps: 0.51 and 0.68 of two data sets, by SmolLM2-135M
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Hold what a plan has to know beside a recipe. Lengths are means, in tokens."""
-
-    gpu: str = "A100"
-    gpus: int = 4
-    utilisation: float = UTILISATION
-    pairs: int = 61_135  # UltraFeedback's
-    prompt_tokens: float = 124
-    response_tokens: float = 372
-    truncated_tokens: float | None = None  # of a response, up to its last selected token
-    length_spread: float = lengths.SPREAD
-    oracle_model: str | None = None  # default: the policy's shape
-    oracle_pairs: int | None = None  # default: all
-    sft_epochs: float = 2
-    cached_reference: bool = True  # of the methods that have one
-    tokens_per_second: float | None = None  # of one GPU, through the trunk, of a measured step
 
 
 @dataclass(frozen=True)
@@ -65,10 +57,15 @@ class Setting:
     checkpointing: bool
     cheap: bool
     spread: float
+    scoring: Arithmetic
 
-    def stage(self, name: str, what: str, work: Work, float32: bool = False) -> Stage:
-        spent = hours(work, self.gpu, utilisation=self.utilisation, float32=float32)
-        return Stage(name, what, spent, hours_at_full_rate(work, self.gpu, float32=float32))
+    def stage(self, name: str, what: str, work: Work, arithmetic: Arithmetic = BFLOAT16) -> Stage:
+        spent = hours(work, self.gpu, utilisation=self.utilisation, arithmetic=arithmetic)
+        return Stage(name, what, spent, hours_at_full_rate(work, self.gpu, arithmetic=arithmetic))
+
+    def scored(self, name: str, what: str, work: Work) -> Stage:
+        """A stage of log-probabilities that scores are made of."""
+        return self.stage(name, f"{what}, {self.scoring.name}", work, self.scoring)
 
     def shards(self, decoder: Decoder, frozen: bool) -> bool:
         bytes = (2 if frozen else STATE) * decoder.parameters
@@ -111,10 +108,10 @@ class Setting:
             return data.whole * (1, 1, 0), float(data.whole[:, 1].sum())
         return data.whole, float(data.whole[:, 1:].sum())
 
-    def score(self, decoder: Decoder, data: Lengths, passes: int) -> Work:
+    def score(self, decoder: Decoder, data: Lengths) -> Work:
         rows = float(data.whole[:, 1:].sum())
         work = forward_work(decoder, data.whole, rows, tokens_at_once=self.tokens_at_once)
-        return scaled(work, data.scale * passes)
+        return scaled(work, data.scale)
 
 
 def _reference(method: str, cached: bool) -> Literal["none", "live", "cached"]:
@@ -124,120 +121,111 @@ def _reference(method: str, cached: bool) -> Literal["none", "live", "cached"]:
     return "cached" if cached and METHODS[method].reference != "layers" else "live"
 
 
-def read(path: str | Path) -> tuple[dict, Keys]:
-    """A recipe's keys and the plan's own. Raises InputError, a line for each key that is neither."""
-    try:
-        found = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected keys and values, got {type(found).__name__}")
-    own = {field.name: field for field in fields(Keys)}
-    known = own.keys() | SePOConfig.__dataclass_fields__.keys() | NAMES.keys()
-    if unknown := [key for key in found if key not in known]:
-        raise InputError("\n".join(f"{path}: no recipe and no plan has a key {k}" for k in unknown))
-    for key, value in found.items():
-        if key in own and not _fits(own[key], value):
-            raise InputError(f"{path}: {key}: expected {_expected(own[key])}, got {value}")
-    return today(found)[0], Keys(**{key: found[key] for key in own if key in found})
-
-
-def _fits(field, value) -> bool:
-    if value is None:
-        return field.default is None
-    if field.type in (str, str | None):
-        return isinstance(value, str)
-    if field.type is bool:
-        return isinstance(value, bool)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    whole = field.type in (int, int | None)
-    most = 1 if field.name == "utilisation" else np.inf
-    return 0 < value <= most and not (whole and value != int(value))
-
-
-def _expected(field) -> str:
-    if field.type in (str, str | None):
-        return "a name"
-    if field.type is bool:
-        return "true or false"
-    return "a number in (0, 1]" if field.name == "utilisation" else "a positive number"
-
-
 def plan(path: str | Path) -> str:
     """A table of the stages and the break-even, as text. Raises InputError."""
-    recipe, keys = read(path)
-    default = lambda name: recipe.get(name, SePOConfig.__dataclass_fields__[name].default)
-    method, model = default("method"), default("model_name_or_path")
-    if method not in METHODS:
-        raise InputError(
-            f"{path}: method: expected {' | '.join(get_args(MethodName))}, got {method}"
-        )
-    if model is None:
-        raise InputError(
-            f"{path}: expected model_name_or_path, the policy's directory or its shape"
-        )
-    uses_mass = "mass" in (default("select"), default("rejected_select"))
-    share = lambda name: _share(path, name, "mass" if uses_mass else default(name))
-    fraction = share("fraction")
-    if default("rejected_fraction") is not None:
-        fraction = (fraction + share("rejected_fraction")) / 2
-    setting = Setting(
-        find(keys.gpu), keys.gpus, keys.utilisation,
-        default("max_tokens_per_batch") or OFF_A_GPU, default("pairs_per_step"),
-        bool(default("gradient_checkpointing")), bool(default("selective_checkpointing")),
-        keys.length_spread,
-    )  # fmt: skip
-    policy = named(model)
-    oracle = named(keys.oracle_model) if keys.oracle_model else policy
-    data = _lengths(keys, keys.pairs)
-    rank = default("lora_r") if default("use_peft") else 0
-    epochs = float(default("num_train_epochs"))
-    cached = keys.cached_reference and not rank
-
-    kept = _kept(path, method, default)
-
-    def train(of: str, cached: bool = cached, **more: Any) -> Stage:
-        work = setting.train(
-            of, policy, data, epochs=epochs, rank=rank, cached=cached, fraction=fraction, **more
-        )
-        return setting.stage("train", f"{of}, {model}", work)
-
-    stages = []
-    if METHODS[method].needs_score:
-        stages += oracle_stages(setting, oracle, keys.oracle_model or model, keys, data)
-    elif _reference(method, cached) == "cached":
-        work = setting.score(policy, data, 1)
-        stages.append(setting.stage("reference", f"of {model}, kept, float32", work, float32=True))
-    stages.append(train(method, kept=kept))
-    text = [*_heading(keys, setting, policy, rank, kept), "", *table(stages, keys.gpus)]
+    asked = Plan(path, *read(path))
+    found, keys = asked.stages(), asked.keys
+    text = [*_heading(asked), "", *table(found, keys.gpus)]
     if keys.tokens_per_second is not None:
-        tokens = setting.read(method, data, fraction)[0].sum() * data.scale * epochs
-        spent = tokens / keys.tokens_per_second / 3600
-        text += ["", *textwrap.wrap(_measured(keys, tokens, spent, stages[-1].hours), 100)]
-    if METHODS[method].needs_score:
-        lines = break_even(stages, train("dpo", cached=False), train("simpo"))
-        text += ["", *(part for line in lines for part in textwrap.wrap(line, 100))]
-    return "\n".join(text)
+        text += ["", *_wrapped(_measured(asked, keys.tokens_per_second, found[-1].hours))]
+    if METHODS[asked.method].needs_score:
+        lines = break_even(found, asked.train("dpo", cached=False), asked.train("simpo"))
+        text += ["", *(part for line in lines for part in _wrapped(line))]
+    return "\n".join([*text, "", *_wrapped(cheaper(asked, found))])
 
 
-def oracle_stages(
-    setting: Setting, oracle: Decoder, name: str, keys: Keys, data: Lengths
-) -> list[Stage]:
-    """Reference, oracle and scores, with the whole model trained and without a cache to begin with."""
-    few = _lengths(keys, keys.oracle_pairs or keys.pairs)
-    sft = setting.train("sft", oracle, few, epochs=keys.sft_epochs)
-    kept = setting.score(oracle, few, 1)
-    dpo = setting.train("dpo", oracle, few, epochs=1)
-    # a store with the reference's log-probabilities of all pairs spares its second pass
-    both = few.pairs < data.pairs
-    scores = setting.score(oracle, data, 1 + both)
-    return [
-        setting.stage("SFT", f"reference, {name}, {keys.sft_epochs:g} epochs", sft),
-        setting.stage("reference", "its log-probabilities, float32", kept, float32=True),
-        setting.stage("oracle", f"dpo, {name}", dpo),
-        setting.stage("score", f"oracle{' and reference' * both}, float32", scores, float32=True),
+class Plan:
+    """A recipe with everything that its stages are computed from."""
+
+    def __init__(self, path: str | Path, recipe: dict, keys: Keys):
+        """Raises InputError for a value that has no plan."""
+        self.path, self.recipe, self.keys = path, recipe, keys
+        default = lambda name: recipe.get(name, SePOConfig.__dataclass_fields__[name].default)
+        self.method, self.model = default("method"), default("model_name_or_path")
+        if self.method not in METHODS:
+            known = " | ".join(get_args(MethodName))
+            raise InputError(f"{path}: method: expected {known}, got {self.method}")
+        if self.model is None:
+            raise InputError(
+                f"{path}: expected model_name_or_path, the policy's directory or its shape"
+            )
+        uses_mass = "mass" in (default("select"), default("rejected_select"))
+        share = lambda name: _share(path, name, "mass" if uses_mass else default(name))
+        self.fraction = share("fraction")
+        if default("rejected_fraction") is not None:
+            self.fraction = (self.fraction + share("rejected_fraction")) / 2
+        self.setting = Setting(
+            find(keys.gpu), keys.gpus, keys.utilisation,
+            default("max_tokens_per_batch") or OFF_A_GPU, default("pairs_per_step"),
+            bool(default("gradient_checkpointing")), bool(default("selective_checkpointing")),
+            keys.length_spread, _scoring(path, keys),
+        )  # fmt: skip
+        self.policy = named(self.model)
+        self.data = _lengths(keys, keys.pairs)
+        self.rank = default("lora_r") if default("use_peft") else 0
+        self.epochs = float(default("num_train_epochs"))
+        self.kept = _kept(path, self.method, default)
+
+    def train(self, method: str, *, cached: bool = True, kept: float | None = None) -> Stage:
+        """The policy's training, by its own method or by another."""
+        work = self.setting.train(
+            method, self.policy, self.data, epochs=self.epochs, rank=self.rank,
+            fraction=self.fraction, cached=cached and self.keys.cached_reference, kept=kept,
+        )  # fmt: skip
+        return self.setting.stage("train", f"{method}, {self.model}", work)
+
+    def stages(self) -> list[Stage]:
+        """All that is spent, in order; the policy's training comes last."""
+        before, cached = [], self.keys.cached_reference and not self.rank
+        if METHODS[self.method].needs_score:
+            before = self._oracle()
+        elif _reference(self.method, cached) == "cached":
+            work = self.setting.score(self.policy, self.data)
+            before = [self.setting.scored("reference", f"of {self.model}, kept", work)]
+        return [*before, self.train(self.method, kept=self.kept)]
+
+    def _oracle(self) -> list[Stage]:
+        """Reference, oracle and scores, with the whole model trained and without a cache at first.
+
+        The reference reads every pair once: scores need that, and it is what the oracle's DPO needs
+        of the pairs that it trains on.
+        """
+        setting, keys = self.setting, self.keys
+        name = keys.oracle_model or self.model
+        oracle = named(keys.oracle_model) if keys.oracle_model else self.policy
+        few = _lengths(keys, keys.oracle_pairs or keys.pairs)
+        sft = setting.train("sft", oracle, few, epochs=keys.sft_epochs)
+        dpo = setting.train("dpo", oracle, few, epochs=1)
+        a_pass = setting.score(oracle, self.data)
+        return [
+            setting.stage("SFT", f"reference, {name}, {keys.sft_epochs:g} epochs", sft),
+            setting.scored("reference", "its log-probabilities", a_pass),
+            setting.stage("oracle", f"dpo, {name}", dpo),
+            setting.scored("score", "oracle", a_pass),
+        ]
+
+
+def cheaper(asked: Plan, stages: list[Stage]) -> str:
+    """Say which changes would take a hundredth less or better, each by itself, the best first."""
+    keys, spent = asked.keys, sum(stage.hours for stage in stages)
+    fewer = max(1, (keys.oracle_pairs or keys.pairs) // 4)
+    changes: list[tuple[str, dict, dict]] = [  # of the recipe, of the keys
+        (f"scoring_arithmetic: split ({NOT_BUILT})", {}, dict(scoring_arithmetic="split")),
+        ("bfloat16_checkpoints: true, if they are", {}, dict(bfloat16_checkpoints=True)),
+        ("cached_reference: true", {}, dict(cached_reference=True)),
+        (f"oracle_pairs: {fewer} (another oracle)", {}, dict(oracle_pairs=fewer)),
+        ("sft_epochs: 1 (another reference)", {}, dict(sft_epochs=1)),
     ]
+    if asked.setting.checkpointing:
+        less = dict(gradient_checkpointing=False, selective_checkpointing=True)
+        changes.append(("selective_checkpointing for gradient_checkpointing, if it fits", less, {}))
+    saved = {}
+    for name, recipe, own in changes:
+        other = Plan(asked.path, asked.recipe | recipe, replace(keys, **own))
+        saved[name] = spent - sum(stage.hours for stage in other.stages())
+    best = sorted((n for n in saved if saved[n] > spent / 100), key=lambda n: -saved[n])
+    told = "; ".join(f"{name}, {saved[name]:.2f}" for name in best) or "nothing that a plan can say"
+    return f"What would make this cheaper, GPU-hours that each alone would save: {told}."
 
 
 def break_even(stages: list[Stage], dpo: Stage, simpo: Stage) -> list[str]:
@@ -268,31 +256,61 @@ def table(stages: list[Stage], gpus: int) -> list[str]:
     return [*lines, row("all", "", *map(sum, columns))]
 
 
-def _heading(
-    keys: Keys, setting: Setting, policy: Decoder, rank: int, kept: float | None
-) -> list[str]:
-    sharded = "sharded" if setting.shards(policy, rank > 0) else "whole on each"
+def _heading(asked: Plan) -> list[str]:
+    keys, setting = asked.keys, asked.setting
+    sharded = "sharded" if setting.shards(asked.policy, asked.rank > 0) else "whole on each"
     guessed = " (assumed)" if keys.truncated_tokens is None else ""
     about = (
         f"{keys.gpus} x {keys.gpu}, the policy {sharded}. {keys.pairs} pairs; mean tokens: prompt "
         f"{keys.prompt_tokens:g}, response {keys.response_tokens:g}, up to the last selected one "
         f"{_cut(keys):.0f}{guessed}. Products at {keys.utilisation:.0%} of the GPU's rate, memory at "
-        f"{BANDWIDTH_SHARE:.0%} of its bandwidth. At 100 %: what the model needs, no more, at the rate."
+        f"{BANDWIDTH_SHARE:.0%} of its bandwidth: {_rates(setting)}. At 100 %: what the model needs, no "
+        "more, at the rate."
     )
-    if kept is not None:
+    if asked.kept is not None:
         about += (
-            f" The head without a gradient at every response token, then with one at {kept:.0%} of "
-            "them."
+            f" The head without a gradient at every response token, then with one at {asked.kept:.0%} "
+            "of them."
         )
-    return ["Modelled, not measured", *textwrap.wrap(about, 100)]
+    return ["Modelled, not measured", *_wrapped(about)]
 
 
-def _measured(keys: Keys, tokens: float, spent: float, modelled: float) -> str:
+def _rates(setting: Setting) -> str:
+    """Say what the products' rates are, and that a kernel is not there yet."""
+    gpu, scoring = setting.gpu, setting.scoring
+    told = f"{gpu.flop / 1e12:g} TFLOP/s in bfloat16, {gpu.bandwidth / 1e12:g} TB/s"
+    if scoring.halves:
+        return (
+            f"{told}; scoring, {scoring.halves} products of 16-bit halves for one "
+            f"({gpu.flop / scoring.halves / 1e12:.0f} TFLOP/s; {NOT_BUILT}), attention in float32 "
+            f"({gpu.float32 / 1e12:g})"
+        )
+    return f"{told}; scoring, {gpu.float32 / 1e12:g} TFLOP/s in float32"
+
+
+def _measured(asked: Plan, rate: float, modelled: float) -> str:
+    """What training takes at a measured rate, tokens a second of one GPU."""
+    sizes, _ = asked.setting.read(asked.method, asked.data, asked.fraction)
+    tokens = sizes.sum() * asked.data.scale * asked.epochs
     return (
-        f"Measured, not modelled: {tokens / 1e6:.1f} million tokens through the trunk, at "
-        f"{keys.tokens_per_second:g} a second and GPU, make {spent:.2f} GPU-hours of training; the "
-        f"model says {modelled:.2f}."
+        f"Measured, not modelled: {tokens / 1e6:.1f} million tokens through the trunk, at {rate:g} a "
+        f"second and GPU, make {tokens / rate / 3600:.2f} GPU-hours of training; the model says "
+        f"{modelled:.2f}."
     )
+
+
+def _scoring(path, keys: Keys) -> Arithmetic:
+    known = {"float32": FLOAT32, "split": SPLIT_EXACT if keys.bfloat16_checkpoints else SPLIT}
+    if keys.scoring_arithmetic not in known:
+        expected = " | ".join(known)
+        raise InputError(
+            f"{path}: scoring_arithmetic: expected {expected}, got {keys.scoring_arithmetic}"
+        )
+    return known[keys.scoring_arithmetic]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 100)
 
 
 def _cut(keys: Keys) -> float:
