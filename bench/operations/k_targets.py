@@ -77,8 +77,7 @@ def cases(device: str) -> list[KTargetsCase]:
         ]
 
     half, full = torch.bfloat16, torch.float32
-    found = pair("bf16-30", 0.3, half) + pair("fp32-30", 0.3, full)
     if device == "cuda":
-        large = dict(N=8192, response=8192, D=4096, V=128256)
-        return found + pair("large-30", 0.3, half, **large)
+        return pair("large-30", 0.3, half, N=8192, response=8192, D=4096, V=128256)
+    found = pair("bf16-30", 0.3, half) + pair("fp32-30", 0.3, full)
     return found + pair("D2048", 0.3, half, D=2048, long=True)

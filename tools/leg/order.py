@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from bench import jobs
-from bench.operations import head, kl, topk
+from bench.operations import head, k_targets, kl, stats, topk
 from tools.leg.stages import ROOT, Stage
 
 ENVIRONMENT = "environment"
@@ -50,7 +50,7 @@ def _setting_up(path: Path) -> list[Stage]:
 
 
 def _cases(path: Path) -> list[Stage]:
-    suites = [("head", head), ("kl", kl), ("select", topk)]
+    suites = [("head", head), ("kl", kl), ("head", stats), ("head", k_targets), ("select", topk)]
     absent = jobs.lacking("attention")
     if not absent:
         from bench.operations import attention, block_mask

@@ -3,7 +3,7 @@
 import textwrap
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sepo.cost.gpu import GPUS, UTILISATION
 from sepo.cost.keys import Keys
@@ -20,7 +20,7 @@ RECIPE = dict(
     max_tokens_per_batch=8192, gradient_checkpointing=True,
 )  # fmt: skip
 PADDED = Schedule(packed=False, prompt_once=False, checkpointing=True)
-TRL = {  # on a GPU DPO's head takes the labelled positions alone, twice
+TRL: dict[str, dict[str, Any]] = {  # on a GPU DPO's head takes the labelled positions alone, twice
     "TRL DPO": dict(reference="live", head_again=True),
     "TRL SimPO": dict(selected=False),
 }
@@ -28,7 +28,7 @@ ROWS = (*TRL, "DPO", "SimPO", "SePO", "SePO and its oracle", "... scored by spli
 
 
 class Measured(NamedTuple):
-    """What a run's step took, a pair."""
+    """Hold what a run's step took, a pair."""
 
     what: str  # the machine, the model, the pairs
     seconds: dict[str, float]  # of a whole step, by the contender's name

@@ -1,4 +1,4 @@
-"""What a plan is made of: a recipe, and a few more keys."""
+"""Name what a plan is made of: a recipe, and a few more keys."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -289,7 +289,7 @@ def _rates(setting: Setting) -> str:
 
 
 def _measured(asked: Plan, rate: float, modelled: float) -> str:
-    """What training takes at a measured rate, tokens a second of one GPU."""
+    """Say what training takes at a measured rate, tokens a second of one GPU."""
     sizes, _ = asked.setting.read(asked.method, asked.data, asked.fraction)
     tokens = sizes.sum() * asked.data.scale * asked.epochs
     return (
