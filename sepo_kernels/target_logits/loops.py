@@ -23,6 +23,7 @@ from sepo_kernels import devices
 from sepo_kernels.devices import accumulator
 from sepo_kernels.gemm import add_rows
 from sepo_kernels.registry import Impl
+from sepo_kernels.scales import Scale, as_column
 from sepo_kernels.target_logits.layout import TargetLayout
 
 
@@ -71,13 +72,13 @@ def fwd(
     bias: Tensor | None,  # (V,)
     rows: Tensor,  # (M,) int32
     targets: Tensor,  # (M, K) int64; -1: absent
-    scale: Tensor,  # (M,) accumulator dtype
+    scale: Scale,  # a number, or (M,) in the accumulator's dtype
     softcap: float | None,
     budget: int,  # bytes
 ) -> Tensor:  # (M, K) accumulator dtype; -inf where absent, NaN beyond V
     V = weight.shape[0]
     z = kernels.dots(hidden, weight, rows, targets, budget)
-    z *= scale[:, None]
+    z *= as_column(scale)
     if bias is not None:
         z += bias[targets.clamp(0, V - 1)]
     if softcap is not None:
@@ -93,7 +94,7 @@ def bwd(
     rows: Tensor,  # (M,) int32
     targets: Tensor,  # (M, K) int64; -1: absent
     logits: Tensor,  # (M, K), what fwd returned
-    scale: Tensor,  # (M,) accumulator dtype
+    scale: Scale,  # a number, or (M,) in the accumulator's dtype
     softcap: float | None,
     budget: int,  # bytes
     grad_hidden: Tensor | None,  # (N, D), added to; None: unneeded
@@ -108,7 +109,7 @@ def bwd(
     if grad_bias is not None:
         at = targets.clamp(0, V - 1).flatten()
         _add_in(acc, grad_bias, lambda total: add_rows(total, at, coefficient.flatten()))
-    coefficient = coefficient * scale[:, None]
+    coefficient = coefficient * as_column(scale)
     if grad_hidden is not None:
         values = kernels.sum_targets(coefficient, weight, targets, budget)
         _add_in(acc, grad_hidden, lambda total: add_rows(total, rows, values))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops import implementations
-from ops.k_target_cases import OVER, make_inputs, run
+from ops.k_target_cases import OVER, dense, make_inputs, ours, run
 from ops.logprob_cases import SCHEDULES
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,22 +25,47 @@ DYNAMO_WARNS = pytest.mark.filterwarnings(
 def test_operator_registration(impl, dtype, wide):
     hidden, weight, bias, rows, targets, up = make_inputs(*SHAPE, bias=True, dtype=dtype)
     rows = rows.long() if wide else rows
-    scale, settings = torch.full((5,), 0.5), (4.0, 1 << 20)
-    torch.library.opcheck(FWD, (hidden, weight, bias, rows, targets, scale, *settings, impl))
-    z = FWD(hidden, weight, bias, rows, targets, scale, *settings, impl)
+    settings, scales = (0.5, 4.0, 1 << 20), dict(scales=torch.full((5,), 0.5) if wide else None)
+    torch.library.opcheck(FWD, (hidden, weight, bias, rows, targets, *settings, impl), scales)
+    z = FWD(hidden, weight, bias, rows, targets, *settings, impl, **scales)
     for need in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]:
         totals = [x.clone() if n else None for x, n in zip((hidden, weight, bias), need)]  # noqa: B905
-        args = (up, hidden, weight, rows, targets, z, scale, *settings, *totals, impl)
-        torch.library.opcheck(BWD, args)
+        args = (up, hidden, weight, rows, targets, z, *settings, *totals, impl)
+        torch.library.opcheck(BWD, args, scales)
 
 
-def test_a_scale_a_row(impl):
-    """(M,) of equal entries is the number; another row's is not read."""
-    hidden, weight, bias, rows, targets, _ = make_inputs(*SHAPE, bias=True)
-    z = lambda scale: FWD(hidden, weight, bias, rows, targets, scale, 4.0, 1 << 20, impl)
+@pytest.mark.parametrize("over", OVER)
+def test_a_scale_a_row(impl, over):
+    """(M,) of equal entries is the number, to the bit; each row has its own."""
+    inputs = make_inputs(*SHAPE, bias=True)
+    options = dict(impl=impl, over=over, softcap=4.0, dtype=torch.float32)
+    one, same = (ours(inputs, scale=x, **options) for x in (0.5, torch.full((5,), 0.5)))
+    assert all(torch.equal(one[name], same[name]) for name in one)
     scale = torch.linspace(0.5, 2.0, 5)
-    alone = torch.stack([z(torch.full((5,), x))[m] for m, x in enumerate(scale.tolist())])
-    assert torch.equal(z(scale), alone)
+    found = ours(inputs, scale=scale, **options)
+    alone = [ours(inputs, scale=x, **options)["logp"][m] for m, x in enumerate(scale.tolist())]
+    assert torch.equal(found["logp"], torch.stack(alone))
+    truth = run(
+        dense, inputs, dtype=torch.float64, over=over, softcap=4.0, scale=scale.double()[:, None]
+    )
+    for name, value in truth.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ([1.0, 0.5, 0.0, 1.0, 1.0], "expected scale > 0 in every row, got 0.0"),
+        ([1.0, 0.5, float("nan"), 1.0, 1.0], "expected scale > 0 in every row, got nan"),
+        ([1.0, 0.5], r"expected scale a number, or \(5,\) torch.float32, got \(2,\) torch.float32"),
+    ],
+)
+def test_a_scale_that_is_none(impl, over, scale, message):
+    hidden, weight, bias, rows, targets, _ = make_inputs(*SHAPE, bias=True)
+    options = dict(bias=bias, scale=torch.tensor(scale), over=over, impl=impl)
+    with pytest.raises(ValueError, match=message):
+        selected_logprob(hidden, weight, rows, targets, **options)
 
 
 @DYNAMO_WARNS

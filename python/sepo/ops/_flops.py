@@ -48,7 +48,7 @@ def _targets_fwd_flops(
 @register_flop_formula(torch.ops.sepo.target_logits_bwd)
 def _targets_bwd_flops(
     grad_logits: Shape, hidden: Shape, weight: Shape, rows: Shape, targets: Shape, logits: Shape,
-    scale: Shape, softcap: float, budget: int, grad_hidden: Shape | None,
+    scale: float, softcap: float, budget: int, grad_hidden: Shape | None,
     grad_weight: Shape | None, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     M, K = targets

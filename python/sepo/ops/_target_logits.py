@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sepo.ops._checks import as_int32, check_index_values
+from sepo.ops._checks import as_int32, check_index_values, check_scale_values
 from sepo_kernels.devices import accumulator
 from sepo_kernels.registry import pick
+from sepo_kernels.scales import Scale, scale_arguments
 from sepo_kernels.target_logits import IMPLS
 from sepo_kernels.target_logits.layout import TargetLayout
 from sepo_kernels.target_logits.loops import layout_of
@@ -32,7 +33,7 @@ def target_logits(
     bias: Tensor | None,  # (V,)
     rows: Tensor,  # (M,) int32 or int64
     targets: Tensor,  # (M, K) int64; -1: absent
-    scale: Tensor | float,  # or (M,), one a row
+    scale: Scale,  # a number, or (M,), one a row
     softcap: float | None,
     budget: int | None,  # bytes of gathered rows of the head; None: by device
     impl: str,
@@ -43,13 +44,12 @@ def target_logits(
     node, which adds its own to it in place: autograd would make a second (V, D) and add the two.
     """
     chosen, _, budget = plan_targets(budget, hidden, weight, targets, impl)
-    if not isinstance(scale, Tensor):
-        scale = hidden.new_full(rows.shape, scale, dtype=accumulator(hidden.dtype))
-    args = (hidden, weight, bias, rows, targets, scale, softcap, budget, chosen)
+    one, each = scale_arguments(scale)
+    args = (hidden, weight, bias, rows, targets, one, softcap, budget, chosen)
     head = (hidden, weight, bias)
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)):
-        return Tapped(*head, _fwd(*args))
-    tapped: tuple[Any, ...] = _TargetLogits.apply(*args)
+        return Tapped(*head, _fwd(*args, scales=each))
+    tapped: tuple[Any, ...] = _TargetLogits.apply(*args, each)
     # autograd marks all results alike: what needs no gradient goes on without
     return Tapped(
         tapped[0] if hidden.requires_grad else hidden,
@@ -99,11 +99,12 @@ class _TargetLogits(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-        scale: Tensor, softcap: float | None, budget: int, impl: str,
+        scale: float, softcap: float | None, budget: int, impl: str, scales: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        logits = _fwd(hidden, weight, bias, rows, targets, scale, softcap, budget, impl)
-        ctx.save_for_backward(hidden, weight, bias, rows, targets, logits, scale)
-        ctx.settings = (softcap, budget)
+        settings = scale, softcap, budget, impl
+        logits = _fwd(hidden, weight, bias, rows, targets, *settings, scales=scales)
+        ctx.save_for_backward(scales, hidden, weight, bias, rows, targets, logits)
+        ctx.settings = (scale, softcap, budget)
         ctx.impl = impl
         ctx.set_materialize_grads(False)
         return *(None if x is None else x.view_as(x) for x in (hidden, weight, bias)), logits
@@ -111,7 +112,7 @@ class _TargetLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *others = ctx.saved_tensors
+        scales, hidden, weight, bias, *others = ctx.saved_tensors
         *beside, grad_logits = grads
         need = ctx.needs_input_grad[:3]
         # of nobody but the node that read the head from here, so it may be added to
@@ -120,22 +121,23 @@ class _TargetLogits(torch.autograd.Function):
             for g, n, x in zip(beside, need, (hidden, weight, bias), strict=True)
         ]
         if grad_logits is not None:
-            _bwd(grad_logits, hidden, weight, *others, *ctx.settings, *totals, ctx.impl)
-        return *totals, *(None,) * 6
+            args = grad_logits, hidden, weight, *others, *ctx.settings, *totals, ctx.impl
+            _bwd(*args, scales=scales)
+        return *totals, *(None,) * 7
 
 
 # The operator boundary, as of selected_logprob. The backward adds to the gradients it is given.
 
 torch.library.define(
     "sepo::target_logits_fwd",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, Tensor scale,"
-    " float? softcap, SymInt budget, str impl) -> Tensor",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, float scale,"
+    " float? softcap, SymInt budget, str impl, *, Tensor? scales=None) -> Tensor",
 )
 torch.library.define(
     "sepo::target_logits_bwd",
     "(Tensor grad_logits, Tensor hidden, Tensor weight, Tensor rows, Tensor targets, Tensor logits,"
-    " Tensor scale, float? softcap, SymInt budget, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight,"
-    " Tensor(c!)? grad_bias, str impl) -> ()",
+    " float scale, float? softcap, SymInt budget, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight,"
+    " Tensor(c!)? grad_bias, str impl, *, Tensor? scales=None) -> ()",
 )
 _BY_NAME: dict[str, Any] = {impl.name: impl for impl in IMPLS}  # all have a bwd
 
@@ -162,26 +164,34 @@ def check_target_values(
 
 
 def _run_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, *args: Any
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+    scale: float, *args: Any, scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     check_target_values(rows, targets, hidden.shape[0], weight.shape[0])
+    check_scale_values(scales)
+    head = (hidden, weight, bias, as_int32(rows), targets)
     # autocast would reach the products inside
     with torch.autocast(hidden.device.type, enabled=False):
-        return _BY_NAME[args[-1]].fwd(hidden, weight, bias, as_int32(rows), targets, *args[:-1])
+        return _BY_NAME[args[-1]].fwd(*head, scale if scales is None else scales, *args[:-1])
 
 
-def _run_bwd(grad_logits: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor, *args: Any) -> None:
+def _run_bwd(
+    grad_logits: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor,
+    logits: Tensor, scale: float, *args: Any, scales: Tensor | None = None,
+) -> None:  # fmt: skip
+    head = (grad_logits, hidden, weight, as_int32(rows), targets, logits)
     with torch.autocast(hidden.device.type, enabled=False):
-        _BY_NAME[args[-1]].bwd(grad_logits, hidden, weight, as_int32(rows), *args[:-1])
+        _BY_NAME[args[-1]].bwd(*head, scale if scales is None else scales, *args[:-1])
 
 
 def _fake_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, *_: Any
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, *_: Any,
+    **__: Any,
+) -> Tensor:  # fmt: skip
     return hidden.new_empty(targets.shape, dtype=accumulator(hidden.dtype))
 
 
-def _fake_bwd(*_: Any) -> None:
+def _fake_bwd(*_: Any, **__: Any) -> None:
     """Return nothing: the gradients are added to where they lie."""
 
 
