@@ -375,15 +375,18 @@ def _fake_fwd(
     return logp, torch.empty_like(logp), torch.empty_like(logp), saved
 
 
-def _fake_bwd(
-    grad_logp: Tensor, hidden: Tensor, weight: Tensor, *args: Any, scales: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def fake_gradients(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Return what a head's backward returns, by its last arguments: which are needed, and impl."""
     need_hidden, need_weight, need_bias = args[-4:-1]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),
         weight.new_empty(weight.shape[:1] if need_bias else (0,)),
     )
+
+
+def _fake_bwd(grad_logp: Tensor, *args: Any, **_: Any) -> tuple[Tensor, ...]:
+    return fake_gradients(*args)
 
 
 torch.library.impl("sepo::selected_logprob_fwd", ("cpu", "cuda"), _run_fwd)

@@ -24,6 +24,7 @@ from sepo.ops._checks import (
 from sepo.ops._selected_logprob import (
     Explanation,
     explanation,
+    fake_gradients,
     needs_grad,
     out_of_memory,
     schedule_within,
@@ -312,15 +313,8 @@ def _fake_fwd(
     return outputs(kernels, hidden, weight, rows, schedule, num_saved)
 
 
-def _fake_bwd(
-    grad_logp: Tensor, grad_kl: Tensor, hidden: Tensor, weight: Tensor, *args: Any, **each: Any
-) -> tuple[Tensor, ...]:
-    need_hidden, need_weight, need_bias = args[-4:-1]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
-    )
+def _fake_bwd(grad_logp: Tensor, grad_kl: Tensor, *args: Any, **_: Any) -> tuple[Tensor, ...]:
+    return fake_gradients(*args)
 
 
 torch.library.impl("sepo::selected_logprob_kl_fwd", ("cpu", "cuda"), _run_fwd)
