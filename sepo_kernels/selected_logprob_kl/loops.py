@@ -11,7 +11,7 @@ Two terms with two incoming gradients for each row: forward saves two (M, V) blo
 each part of dW is written once, and nothing saved is overwritten: a second backward is right.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from sepo_kernels import devices, schedules
 from sepo_kernels.devices import accumulator
-from sepo_kernels.gemm import add_gemm, add_rows, add_targets, gemm
+from sepo_kernels.gemm import add_gemm, add_rows
+from sepo_kernels.gradients import HeadGradients
 from sepo_kernels.registry import Impl
-from sepo_kernels.scales import Scale, below_largest, largest, of_part
+from sepo_kernels.scales import Scale, of_part
 from sepo_kernels.schedules import parts
 from sepo_kernels.selected_logprob.loops import new_block
 from sepo_kernels.selected_logprob_kl.layout import (
@@ -115,7 +116,7 @@ def fwd(
     scales: Tensor | None = None,  # (M,) in the place of scale
     ref_scales: Tensor | None = None,  # (M,) in the place of ref_scale
 ) -> tuple[Tensor, ...]:  # logp, ref_logp, kl, state, first, second: see outputs
-    M, V = rows.shape[0], weight.shape[0]
+    M = rows.shape[0]
     scale = scale if scales is None else scales
     ref_scale = _of_reference(scale, ref_scale, ref_scales)
     layout = kernels.layout_of(hidden, weight)
@@ -129,8 +130,8 @@ def fwd(
         hidden, min(step, M), layout, blocks=frozen, saved=schedule == schedules.SAVE
     )
     if frozen:
-        columns = chunk_gradient(M, layout, budget, schedule).columns
-        buffer = new_block(hidden, min(step, M), columns, layout.fused)
+        width = chunk_gradient(M, layout, budget, schedule).columns
+        buffer = new_block(hidden, min(step, M), width, layout.fused)
     for part in (*parts(0, num_saved, step), *parts(num_saved, M, step)):
         saved = (first[part], second[part]) if part.start < num_saved else None
         blocks, logits = buffers.of(part, saved)
@@ -141,22 +142,17 @@ def fwd(
         )  # fmt: skip
         for whole, chunk in zip(statistics, values, strict=True):
             whole[part] = chunk
-        if frozen:
+        if frozen and blocks is not None:
             ones, zeros = torch.ones_like(logp[part]), torch.zeros_like(logp[part])
             # the directions of dX, with the gradients of logp and kl that give them
             directions = ((first[part], ones, zeros), (second[part], zeros, ones))
-            row = targets[part], logp[part], kl[part], state[part]
-            for c in parts(0, V, columns):
-                dz = buffer[: part.stop - part.start, : c.stop - c.start]
-                for total, of_logp, of_kl in directions:
-                    _combine(kernels, blocks, row, c, of_logp, of_kl, beta, dz)
+            for total, of_logp, of_kl in directions:
+                of_rows = logp[part], kl[part], state[part], of_logp, of_kl
+                columns = _columns(kernels, blocks, targets[part], *of_rows, beta, buffer[: len(x)])
+                for c, dz in columns:
                     add_gemm(total, dz, weight[c])
-            if layout.fused:
-                for total, of_logp, of_kl in directions:
-                    entry = _dz_at_target(
-                        logp[part], ref_logp[part], kl[part], state[part], of_logp, of_kl, beta,
-                        softcap,
-                    )  # fmt: skip
+                if layout.fused:
+                    entry = _dz_at_target(ref_logp[part], *of_rows, beta, softcap)
                     total += weight.index_select(0, targets[part]) * entry
     return results
 
@@ -196,13 +192,13 @@ def bwd(
     Tensor, Tensor, Tensor
 ]:  # (N, D), (V, D), (V,), in their input's dtype; (0,) if unneeded
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
-    M, V = rows.shape[0], weight.shape[0]
+    M = rows.shape[0]
     scale = scale if scales is None else scales
     ref_scale = _of_reference(scale, ref_scale, ref_scales)
     # dZ / scale would round X once more in dW; so dZ has the scale, and db is freed of it
     grad_logp, grad_kl = grad_logp.to(acc) * scale, grad_kl.to(acc) * scale
-    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=acc)
     if schedule == schedules.FROZEN_HEAD:
+        grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=acc)
         add_rows(grad_hidden, rows, first * grad_logp[:, None] + second * grad_kl[:, None])
         return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
 
@@ -210,14 +206,9 @@ def bwd(
     num_saved = schedules.saved_rows(M, layout, budget, schedule)
     step = schedules.chunk_rows(M, layout, budget, schedule, backward=True)
     chunks = [*parts(0, num_saved, max(1, num_saved)), *parts(num_saved, M, step)]
-    # one part of rows writes dW once, in the weight's dtype; more are summed in float32
-    grad_weight = weight.new_empty(
-        weight.shape if need_weight else (0,), dtype=acc if chunks[1:] else dtype
-    )
-    grad_bias = weight.new_zeros((V,) if need_bias else (0,), dtype=acc)
+    total = HeadGradients(hidden, weight, scale, (need_hidden, need_weight, need_bias), len(chunks))
     buffers: _Buffers | None = None
     buffer: Tensor | None = None
-    dz: Tensor | None = None
     for part in chunks:
         x = hidden.index_select(0, rows[part])
         if part.start < num_saved:
@@ -226,7 +217,7 @@ def bwd(
             buffer = new_block(hidden, *gradient, layout.fused)
         else:
             if buffers is None:
-                buffer = dz = None  # free the saved rows' before these are allocated
+                buffer = None  # free the saved rows' before these are allocated
                 gradient = chunk_gradient(M, layout, budget, schedule)
                 buffer = new_block(hidden, *gradient, layout.fused)
                 buffers = _Buffers(hidden, gradient.rows, layout, blocks=True, saved=False)
@@ -238,38 +229,14 @@ def bwd(
                 beta, blocks, logits,
                 logp[part], ref_logp[part], kl[part], state[part],
             )  # fmt: skip
-        assert buffer is not None
-        row = targets[part], logp[part], kl[part], state[part]
-        dx = x.new_zeros(x.shape if need_hidden else (0,), dtype=acc)
-        to_bias = below_largest(scale, part, x)  # (chunk, 1)
-        narrow = to_bias.to(dtype)
-        for c in parts(0, V, gradient.columns):
-            dz = buffer[: part.stop - part.start, : c.stop - c.start]
-            _combine(kernels, blocks, row, c, grad_logp[part], grad_kl[part], beta, dz)
-            if need_hidden:
-                add_gemm(dx, dz, weight[c])
-            if need_weight and part.start == 0:
-                gemm(dz.T, x, out=grad_weight[c])
-            elif need_weight:
-                add_gemm(grad_weight[c], dz.T, x)
-            if need_bias:
-                grad_bias[c] += gemm(dz.T, narrow)[:, 0]
+        assert buffer is not None and blocks is not None
+        of_rows = logp[part], kl[part], state[part], grad_logp[part], grad_kl[part]
+        columns = _columns(kernels, blocks, targets[part], *of_rows, beta, buffer[: len(x)])
+        entry = None
         if layout.fused:
-            entry = _dz_at_target(
-                logp[part], ref_logp[part], kl[part], state[part], grad_logp[part], grad_kl[part],
-                beta, softcap,
-            )  # fmt: skip
-            if need_hidden:
-                dx += weight.index_select(0, targets[part]) * entry
-            if need_weight:
-                add_targets(grad_weight, targets[part], x * entry)
-            if need_bias:
-                grad_bias.index_add_(0, targets[part], (entry * to_bias)[:, 0])
-        if need_hidden:
-            add_rows(grad_hidden, rows[part], dx)
-    if not chunks:
-        grad_weight.zero_()
-    return grad_hidden.to(dtype), grad_weight.to(dtype), (grad_bias / largest(scale)).to(dtype)
+            entry = _dz_at_target(ref_logp[part], *of_rows, beta, softcap)
+        total.add(part, rows[part], x, columns, targets[part], entry)
+    return total.results()
 
 
 def outputs(
@@ -340,8 +307,8 @@ def _of_reference(scale: Scale, ref_scale: Scale | None, ref_scales: Tensor | No
 
 
 def _dz_at_target(
-    logp: Tensor,  # (chunk,)
     ref_logp: Tensor,  # (chunk,)
+    logp: Tensor,  # (chunk,)
     kl: Tensor,  # (chunk,)
     state: Tensor,  # (chunk, num_state), of which the first is the target's logit
     grad_logp: Tensor,  # (chunk,)
@@ -362,19 +329,24 @@ def _dz_at_target(
     return entry[:, None]
 
 
-def _combine(
+def _columns(
     kernels: LogitKernels,
-    blocks: Pair | None,  # (chunk, V) each
-    row: tuple[Tensor, Tensor, Tensor, Tensor],  # targets, logp, kl, state of the chunk
-    c: slice,  # columns
+    blocks: Pair,  # (chunk, V) each
+    targets: Tensor,  # (chunk,)
+    logp: Tensor,  # (chunk,)
+    kl: Tensor,  # (chunk,)
+    state: Tensor,  # (chunk, num_state)
     grad_logp: Tensor,  # (chunk,)
     grad_kl: Tensor,  # (chunk,)
     beta: float,
-    dz: Tensor,  # (chunk, columns), written
-) -> None:
-    assert blocks is not None
+    buffer: Tensor,  # (chunk, columns at a time)
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield all columns, some at a time, and dZ there, in the buffer."""
     first, second = blocks
-    targets, logp, kl, state = row
-    kernels.combine(
-        first[:, c], second[:, c], targets, c.start, logp, kl, state, grad_logp, grad_kl, beta, dz,
-    )  # fmt: skip
+    for c in parts(0, first.shape[1], buffer.shape[1]):
+        dz = buffer[:, : c.stop - c.start]
+        kernels.combine(
+            first[:, c], second[:, c], targets, c.start, logp, kl, state, grad_logp, grad_kl, beta,
+            dz,
+        )  # fmt: skip
+        yield c, dz
