@@ -1,6 +1,6 @@
-"""Say what a method's loss reads of a micro-batch: `sepo.model.reads` reads it.
+"""Say what a method's loss reads of a micro-batch, and refuse a step that is not finite.
 
-And what a step says that can't be made.
+`sepo.model.reads` does the reading.
 """
 
 from collections.abc import Sequence

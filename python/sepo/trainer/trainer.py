@@ -103,8 +103,9 @@ class SePOTrainer(MaskedTrainer):
         self._vocabularies = {role: vocabulary(one) for role, one in models.items()}
         self.train_pairs = self._prepared(train_dataset, args)
         self._eval_pairs = each(self._prepared, eval_dataset, args)
-        learns = self.method.mask == "learned" and args.mask_kind != "random"
-        if learns and isinstance(self.reference, LiveReference):
+        if self.method.mask == "learned" and args.mask_kind != "random":
+            # such a method reads the reference's layers: a run without a live one was refused above
+            assert isinstance(self.reference, LiveReference)
             add_mask(model, self.reference.model, args)
         self._reads = step_reads(self.method, args, self.reference, self._router_loss)
         run = None if self.train_pairs is None else describe_run(
