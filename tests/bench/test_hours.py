@@ -324,12 +324,13 @@ def test_a_measured_rate_becomes_hours_beside_the_models(write):
         ("confpo", {}, planner.BELOW_MEAN),
         ("selective-dpo", {}, 0.4),
         ("selective-dpo", dict(selection_quantile=0.9), 0.1),
+        ("sepo-entropy", dict(fraction=0.2), 0.2),
     ],
 )
 def test_a_rule_costs_one_product_of_all_rows_and_three_of_the_kept(write, method, keys, kept):
     """Beside the same loss on all tokens, three of all; nothing else of the step changes."""
     given = dict(model_name_or_path="LLaMA2-7B", gpus=1, pairs=8000)
-    base = "simpo" if method == "confpo" else "dpo"
+    base = "dpo" if method == "selective-dpo" else "simpo"
     full = lambda text: stages(text)["train"][2]
     text = planner.plan(write(**given, **keys, method=method))
     found, all_rows = full(text), full(planner.plan(write(**given, method=base)))

@@ -160,7 +160,7 @@ def test_flop_of_the_trainers_step_are_what_torch_counts(arch, step):
 
 
 @pytest.mark.parametrize("budget", [None, 16 * V], ids=["saved", "recomputed"])
-@pytest.mark.parametrize("method", ["confpo", "selective-dpo"])
+@pytest.mark.parametrize("method", ["confpo", "selective-dpo", "sepo-entropy"])
 @COUNTED
 def test_flop_of_a_rule_are_what_torch_counts(method, budget, monkeypatch):
     """One product at all rows and three at those kept, four where their logits do not fit."""

@@ -74,7 +74,7 @@ def test_unknown_key_in_the_yaml(home, tmp_path, refused):
         (["--select", "mass", "--mass", "0"], "--mass: expected a number in (0, 1], got 0.0"),
         (
             ["--method", "sepo-rand", "--rejected_select", "mass"],
-            "--rejected_select: expected fraction for sepo-rand, which draws without scores",
+            "--rejected_select: expected fraction for sepo-rand, which chooses without scores",
         ),
         (["--learning_rate", "fast"], "--learning_rate"),
         (["--attn_impl", "fa9"], "--attn_impl"),

@@ -33,7 +33,7 @@ def dense_losses(model, reference, pairs, args) -> Tensor:  # (P,)
     reference: a model of the same vocabulary, None where the pairs carry its log-probabilities.
     A learned mask's parameters are those of `model.sparse_mask`.
     """
-    formula = FORMULAS["sepo" if args.method == "sepo-rand" else args.method]
+    formula = FORMULAS[args.method]
     read = lambda pair, side: _response(model, reference, pair, side, args)
     return torch.stack([formula(read(p, "chosen"), read(p, "rejected"), args) for p in pairs])
 
@@ -121,7 +121,7 @@ def _sepo(c, r, a):
 FORMULAS = {
     "sft": _sft, "dpo": _dpo, "ipo": _ipo, "dpop": _dpop, "tdpo1": _tdpo1, "tdpo2": _tdpo2,
     "mapo": _mapo, "sparsepo": _sparsepo, "simpo": _simpo, "rrhf": _rrhf, "sepo": _sepo,
-    "confpo": _confpo, "selective-dpo": _dpo,
+    "confpo": _confpo, "selective-dpo": _dpo, "sepo-rand": _sepo, "sepo-entropy": _sepo,
 }  # fmt: skip
 
 
@@ -132,6 +132,7 @@ def _response(model, reference, pair, side, args) -> SimpleNamespace:
     prompt, response = pair.prompt, getattr(pair, side)
     log_p = _log_softmax(model, prompt, response)  # (T, V)
     y = SimpleNamespace(logp=_gather(log_p, response), weight=_weight(pair, side, args).to(log_p))
+    y.entropy = -(log_p.exp() * log_p).sum(-1)
     if reference is None:
         ref_logp = getattr(pair, f"{side}_ref_logp", None)
         y.ratio = None if ref_logp is None else y.logp - torch.from_numpy(ref_logp)
@@ -181,6 +182,11 @@ def _kept(y, side, args) -> Tensor:  # (T,) 1 for the tokens that a rule leaves 
     if args.method == "selective-dpo":
         behind = -y.ratio if side == "chosen" else y.ratio
         return behind >= torch.quantile(behind[used], args.selection_quantile)
+    if args.method == "sepo-entropy":
+        of = [t for t in range(len(used)) if used[t]]
+        K = max(1, int(args.fraction * len(of) + 1e-9))
+        highest = sorted(of, key=lambda t: (-y.entropy[t].item(), t))[:K]
+        return torch.zeros_like(y.weight).index_fill(0, torch.tensor(highest), 1)
     return torch.ones_like(y.weight)
 
 

@@ -112,7 +112,7 @@ def confident(read, z, **options):
 
 def selective(read, z, quantile):
     tokens = read(z)
-    keep = AboveQuantile(quantile).keep(tokens.logp.detach(), tokens.ref_logp, tokens.cu_rows)
+    keep = AboveQuantile(quantile).keep(tokens.logp.detach(), tokens.ref_logp, None, tokens.cu_rows)
     return dpo_loss(ratio(read, z, mask=keep.double()), beta=0.1)
 
 

@@ -82,6 +82,8 @@ STEPS = {
     "ipo sum": dict(ipo_reduce="sum"),
     "selective-dpo few": dict(selection_quantile=0.9),
     "selective-dpo recomputed": dict(head_budget=8 * V * 8),
+    "sepo-entropy few": dict(fraction=0.1),
+    "sepo-entropy recomputed": dict(head_budget=8 * V * 8),
     "confpo recomputed": dict(head_budget=8 * V * 8),
     "rrhf mean": dict(sft_reduce="mean", sft_weight=0.25),
     "tdpo1 recomputed": dict(head_budget=8 * V * 8),

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,13 @@ from tiny import V, random_scored_pairs, tiny_model
 from sepo.data import pack
 from sepo.data.segments import make_segments
 from sepo.data.selection import Selection
-from sepo.masks import AboveQuantile, BelowMean, above_quantile, below_mean_probability
+from sepo.masks import (
+    AboveQuantile,
+    BelowMean,
+    HighestEntropy,
+    above_quantile,
+    below_mean_probability,
+)
 from sepo.model.kept import kept_logprob
 from sepo.model.prepare import prepare_model
 from sepo.ops import selected_logprob
@@ -84,35 +91,49 @@ def test_above_the_quantile_as_released(length):
 def test_a_policy_that_is_its_reference_keeps_all():
     """Strictly above would keep none, and then nothing would ever move."""
     logp, cu_rows = torch.randn(9), torch.tensor([0, 4, 9])
-    assert AboveQuantile(0.6).keep(logp, logp.clone(), cu_rows).all()
+    assert AboveQuantile(0.6).keep(logp, logp.clone(), None, cu_rows).all()
 
 
 def test_both_sides_keep_what_lags_behind_the_reference():
     """Chosen: what the reference finds more likely. Rejected: what it finds less likely."""
     logp, cu_rows = torch.zeros(8), torch.tensor([0, 4, 8])
     ref_logp = torch.tensor([1.0, 3.0, 2.0, 0.0, 1.0, 3.0, 2.0, 0.0])
-    keep = AboveQuantile(0.6).keep(logp, ref_logp, cu_rows)
+    keep = AboveQuantile(0.6).keep(logp, ref_logp, None, cu_rows)
     assert keep.tolist() == [False, True, True, False, True, False, False, True]
 
 
-@pytest.mark.parametrize("rule", [BelowMean(), AboveQuantile(0.6)])
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 1.0])
+@settings(max_examples=50, deadline=None)
+@given(responses=RESPONSES)
+def test_the_highest_entropies_by_sorting(fraction, responses):
+    entropy, cu_rows = packed(responses)
+    expected = []
+    for response in responses:
+        K = min(len(response), max(1, int(Fraction(str(fraction)) * len(response))))
+        highest = sorted(range(len(response)), key=lambda t: (-response[t], t))[:K]
+        expected.append([t in highest for t in range(len(response))])
+    keep = HighestEntropy(fraction).keep(torch.zeros_like(entropy), None, entropy, cu_rows)
+    assert split(keep, responses) == expected
+
+
+@pytest.mark.parametrize("rule", [BelowMean(), AboveQuantile(0.6), HighestEntropy(0.3)])
 def test_what_is_no_number_is_kept(rule):
     """Else it would leave the loss, and the run would go on with it."""
-    logp, ref_logp = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
+    logp, ref_logp, entropy = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
     cu_rows = torch.tensor([0, 5, 12])
     for at in (0, 4, 11):
-        broken = logp.clone()
-        broken[at] = torch.nan
-        keep = rule.keep(broken, ref_logp, cu_rows)
+        policy = torch.stack([logp, entropy])
+        policy[:, at] = torch.nan
+        keep = rule.keep(policy[0], ref_logp, policy[1], cu_rows)
         other = slice(5, 12) if at < 5 else slice(5)
         assert keep[at]
-        assert torch.equal(keep[other], rule.keep(logp, ref_logp, cu_rows)[other])
+        assert torch.equal(keep[other], rule.keep(logp, ref_logp, entropy, cu_rows)[other])
 
 
 def test_no_pairs():
     none, cu_rows = torch.empty(0), torch.zeros(1, dtype=torch.int32)
-    for rule in (BelowMean(), AboveQuantile(0.6)):
-        assert rule.keep(none, none, cu_rows).shape == (0,)
+    for rule in (BelowMean(), AboveQuantile(0.6), HighestEntropy(0.3)):
+        assert rule.keep(none, none, none, cu_rows).shape == (0,)
 
 
 # The head on what is left
@@ -121,11 +142,13 @@ def test_no_pairs():
 class Every:
     """Every second token, or none."""
 
+    needs_entropy = False
+
     def __init__(self, start: int):
         self.start = start
 
-    def keep(self, logp, ref_logp, cu_rows):
-        assert not logp.requires_grad
+    def keep(self, logp, ref_logp, entropy, cu_rows):
+        assert not logp.requires_grad and entropy is None
         keep = torch.zeros(len(logp), dtype=torch.bool)
         keep[self.start :: 2] = True
         return keep
@@ -176,3 +199,27 @@ def test_the_second_pass_sees_the_kept_rows_alone(monkeypatch):
     with torch.no_grad():  # an evaluation needs no second one
         logp, again = kept_logprob(model, given, Every(0), None)
     assert seen[2:] == [(M, False)] and torch.equal(again, keep) and not logp.requires_grad
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_entropies_come_with_the_first_pass(arch, monkeypatch):
+    """Of the whole distribution, softcap and all, in the product that has the log-probabilities."""
+
+    def without_a_gradient(*args, **options):
+        assert torch.is_grad_enabled(), "one product more"
+        return selected_logprob(*args, **options)
+
+    monkeypatch.setattr("sepo.model.kept.selected_logprob", without_a_gradient)
+    model, rule = prepare_model(tiny_model(arch, **F64)), HighestEntropy(0.4)
+    _, keep = kept_logprob(model, batch(), rule, None)
+    entropy = []
+    for pair in random_scored_pairs(5):
+        for response in (pair.chosen, pair.rejected):
+            ids = torch.from_numpy(np.concatenate([pair.prompt, response])).long()
+            with torch.no_grad():
+                log_p = (
+                    model(input_ids=ids[None]).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
+                )
+            entropy.append(-(log_p.exp() * log_p).sum(-1))
+    cu_rows = torch.tensor([0, *map(len, entropy)]).cumsum(0)
+    assert torch.equal(keep, rule.keep(keep, None, torch.cat(entropy), cu_rows))

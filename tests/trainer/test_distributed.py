@@ -90,7 +90,7 @@ def masked_jobs(path):
     ]
 
 
-RULES = ("confpo", "selective-dpo")
+RULES = ("confpo", "selective-dpo", "sepo-entropy")
 
 
 def rule_jobs(path, method):

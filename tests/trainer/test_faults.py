@@ -182,6 +182,7 @@ FROM_MARGIN = {
     "confpo": lambda m, a: -log_sigmoid(m - a.beta * a.gamma_beta_ratio),
     "sepo": lambda m, a: -log_sigmoid(m - a.margin),
     "sepo-rand": lambda m, a: -log_sigmoid(m - a.margin),
+    "sepo-entropy": lambda m, a: -log_sigmoid(m - a.margin),
     "ipo": lambda m, a: (m / a.beta - 1 / (2 * a.beta)) ** 2,
     "rrhf": lambda m, a: max(0.0, -m),
 }

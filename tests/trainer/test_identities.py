@@ -185,7 +185,7 @@ def test_a_divergence_of_probabilities_that_underflow(direction):
 
 
 NAMES = [
-    "dpo", "ipo", "rrhf", "tdpo2", "sparsepo independent", "sparsepo paper", "mapo", "sepo", "confpo",
+    "dpo", "ipo", "rrhf", "tdpo2", "sparsepo independent", "sparsepo paper", "mapo", "sepo", "sepo-entropy", "confpo",
     "selective-dpo",
 ]  # fmt: skip
 

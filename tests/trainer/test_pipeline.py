@@ -38,7 +38,9 @@ from sepo.trainer.pairs import PreparedPairs
 from sepo.trainer.step import step_reads
 
 # or with one in the pairs
-WITHOUT_REFERENCE = ["confpo", "dpo", "selective-dpo", "sepo", "sepo-rand", "sft", "simpo"]
+WITHOUT_REFERENCE = [
+    "confpo", "dpo", "selective-dpo", "sepo", "sepo-entropy", "sepo-rand", "sft", "simpo",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", WITHOUT_REFERENCE)

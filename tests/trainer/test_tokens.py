@@ -76,7 +76,7 @@ def with_adapters(**options):
 
 def test_every_kind_is_tested():
     assert NEEDS == {
-        None: ["confpo", "rrhf", "sepo", "sepo-rand", "sft", "simpo"],
+        None: ["confpo", "rrhf", "sepo", "sepo-entropy", "sepo-rand", "sft", "simpo"],
         "logp": ["dpo", "dpop", "ipo", "selective-dpo"],
         "hidden": ["tdpo1", "tdpo2"],
         "layers": ["mapo", "sparsepo"],

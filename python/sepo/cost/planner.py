@@ -327,7 +327,11 @@ def _kept(path, method: str, flag: Callable[[str], Any]) -> float | None:
     """Give the share of the tokens that a method's rule keeps; None for a method without one."""
     if METHODS[method].rule is None:
         return None
-    return BELOW_MEAN if method == "confpo" else 1 - _quantile(path, flag("selection_quantile"))
+    if method == "confpo":
+        return BELOW_MEAN
+    if method == "selective-dpo":
+        return 1 - _quantile(path, flag("selection_quantile"))
+    return _share(path, "fraction", flag("fraction"))
 
 
 def _quantile(path, value) -> float:

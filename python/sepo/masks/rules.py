@@ -5,19 +5,24 @@ gradient. A value that is not a number is kept, so that the loss shows it.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sepo.masks.segments import segment_of
-from sepo.ops import segment_mean
+from sepo.ops import segment_mean, segment_topk
 
 
 @dataclass(frozen=True)
 class BelowMean:
     """ConfPO's: the tokens that the policy is less sure of than on average."""
 
-    def keep(self, logp: Tensor, ref_logp: Tensor | None, cu_rows: Tensor) -> Tensor:  # (M,) bool
+    needs_entropy: ClassVar[bool] = False
+
+    def keep(
+        self, logp: Tensor, ref_logp: Tensor | None, entropy: Tensor | None, cu_rows: Tensor
+    ) -> Tensor:
         return below_mean_probability(logp, cu_rows)
 
 
@@ -29,13 +34,34 @@ class AboveQuantile:
     """
 
     quantile: float  # of a response's scores, in [0, 1]
+    needs_entropy: ClassVar[bool] = False
 
-    def keep(self, logp: Tensor, ref_logp: Tensor | None, cu_rows: Tensor) -> Tensor:  # (M,) bool
+    def keep(
+        self, logp: Tensor, ref_logp: Tensor | None, entropy: Tensor | None, cu_rows: Tensor
+    ) -> Tensor:
         if ref_logp is None:
             raise ValueError("expected the reference's log-probabilities, got none")
         rejected = segment_of(cu_rows, len(logp)) % 2 == 1
         gap = ref_logp - logp
         return above_quantile(torch.where(rejected, -gap, gap), cu_rows, self.quantile)
+
+
+@dataclass(frozen=True)
+class HighestEntropy:
+    """The tokens before which the policy is least decided: "80/20" (arXiv 2506.01939) on pairs."""
+
+    fraction: float  # of a response's tokens, in (0, 1], as `segment_topk` rounds it
+    needs_entropy: ClassVar[bool] = True
+
+    def keep(
+        self, logp: Tensor, ref_logp: Tensor | None, entropy: Tensor | None, cu_rows: Tensor
+    ) -> Tensor:
+        if entropy is None:
+            raise ValueError("expected the policy's entropies, got none")
+        entropy = entropy.nan_to_num(nan=torch.inf)  # segment_topk ranks what is no number last
+        keep = torch.zeros_like(entropy, dtype=torch.bool)
+        keep[segment_topk(entropy, cu_rows, self.fraction, "highest").indices.long()] = True
+        return keep
 
 
 def below_mean_probability(

@@ -1,7 +1,7 @@
 """Select first, compute after: a rule that reads the policy leaves few rows for the gradient."""
 
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -9,14 +9,21 @@ from transformers import PreTrainedModel
 
 from sepo.data.types import PackedBatch
 from sepo.model.forward import head, hidden_states, under_autocast
-from sepo.ops import selected_logprob
+from sepo.ops import selected_logprob, selected_stats
 
 
 class TokenRule(Protocol):
     """Choose the tokens that stay in the loss, at every step; `sepo.masks` has the kinds."""
 
-    def keep(self, logp: Tensor, ref_logp: Tensor | None, cu_rows: Tensor) -> Tensor:
-        """(M,) bool of both models' log-probabilities, which have no gradient."""
+    needs_entropy: ClassVar[bool]  # of the policy's whole distribution at each token
+
+    def keep(
+        self, logp: Tensor, ref_logp: Tensor | None, entropy: Tensor | None, cu_rows: Tensor
+    ) -> Tensor:
+        """(M,) bool of both models' log-probabilities and the policy's entropies, nats, (M,) each.
+
+        None of them has a gradient.
+        """
 
 
 def kept_logprob(
@@ -38,9 +45,17 @@ def kept_logprob(
     apply_head = partial(
         selected_logprob, hidden, weight, bias=bias, scale=scale, softcap=softcap, budget=budget
     )
+    entropy = None
     with torch.no_grad():
-        logp = apply_head(batch.rows, batch.targets)
-        keep = rule.keep(logp, ref_logp, batch.cu_rows)
+        if rule.needs_entropy:  # in the same product
+            stats = selected_stats(
+                hidden, weight, batch.rows, batch.targets,
+                bias=bias, scale=scale, softcap=softcap, budget=budget,
+            )  # fmt: skip
+            logp, entropy = stats.logp, stats.entropy
+        else:
+            logp = apply_head(batch.rows, batch.targets)
+        keep = rule.keep(logp, ref_logp, entropy, batch.cu_rows)
     if not torch.is_grad_enabled():
         return logp, keep
     kept = keep.nonzero().squeeze(1)

@@ -168,10 +168,10 @@ def warn(args: Config) -> None:
 
 
 def _check_selection(args: Config) -> None:
-    if args.method == "sepo-rand" and uses_mass(args):
+    if args.method in ("sepo-rand", "sepo-entropy") and uses_mass(args):
         name = "select" if args.select == "mass" else "rejected_select"
         raise InputError(
-            f"--{name}: expected fraction for sepo-rand, which draws without scores, got mass"
+            f"--{name}: expected fraction for {args.method}, which chooses without scores, got mass"
         )
     for name in ("fraction", "rejected_fraction", "mass"):
         value = getattr(args, name)

@@ -20,7 +20,7 @@ from sepo_kernels.devices import fast_dtype
 
 MethodName = Literal[
     "sft", "dpo", "ipo", "dpop", "tdpo1", "tdpo2", "sparsepo", "mapo", "simpo", "rrhf", "sepo",
-    "sepo-rand", "confpo", "selective-dpo",
+    "sepo-rand", "sepo-entropy", "confpo", "selective-dpo",
 ]  # fmt: skip
 AttnImpl = Literal["auto", "varlen", "flex", "native", "sdpa"]
 DTypeName = Literal["float32", "bfloat16"]
@@ -124,7 +124,7 @@ class SePOConfig(TrainingArguments):
     gamma: float = _help("sepo: scale of the score difference, per nat.", 2.0)
     margin: float = _help("sepo: the paper's lambda; 0.5 for 1B, 0.9 for 7B, 1.3 for 13B.", 0.5)
     beta: float | None = _help(
-        "All but sft, rrhf, sepo and sepo-rand: scale of the reward, per nat. Default: simpo and "
+        "All but sft, rrhf and sepo's: scale of the reward, per nat. Default: simpo and "
         "confpo 2, dpop 0.3, others 0.1."
     )
     gamma_beta_ratio: float = _help("simpo, confpo: target margin in units of beta.", 0.5)

@@ -20,7 +20,7 @@ from sepo.losses import (
     sparsepo_loss,
     tdpo_loss,
 )
-from sepo.masks import AboveQuantile, BelowMean
+from sepo.masks import AboveQuantile, BelowMean, HighestEntropy
 from sepo.model.kept import TokenRule
 from sepo.model.reads import Needed, TokenValues
 from sepo.ops import segment_sum
@@ -235,6 +235,12 @@ METHODS = {
     ),
     "sepo": _SEPO,
     "sepo-rand": replace(_SEPO, positions="random"),
+    "sepo-entropy": replace(
+        _SEPO,
+        positions="all",
+        settings=(*_SEPO.settings, "fraction"),
+        rule=lambda a: HighestEntropy(a.fraction),
+    ),
 }
 
 
