@@ -26,7 +26,7 @@ from statistics import fmean
 
 import torch
 import transformers
-from frontier_grid import ORACLE, QUICK, Run, Scale, grid
+from frontier_grid import ORACLE, QUICK, Run, Scale, granularities, grid
 from frontier_masks import mask_words
 from frontier_report import write_report
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -42,6 +42,7 @@ from sepo.demo.run import continue_openings, read_lines, score, train
 from sepo.demo.sample import Completion
 from sepo.demo.smollm2 import save_smollm2
 from sepo.errors import InputError, exit_with_one_line
+from sepo.masks import MASK_FILE
 from sepo.model.load import load_model, load_tokenizer
 from sepo.system.files import Atomic
 from sepo.trainer.methods import METHODS
@@ -52,11 +53,15 @@ RESULT = "result.json"
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    runs = [r for r in grid() if not args.only or any(part in r.name for part in args.only)]
+    runs = grid()
+    if args.granularity:
+        wanted = {run.name for of_seeds in granularities().values() for run in of_seeds}
+        runs = [run for run in runs if run.name in wanted]
+    runs = [r for r in runs if not args.only or any(part in r.name for part in args.only)]
     scale = QUICK if args.quick else Scale()
     if args.command == "report":
         results = read_results(args.output_dir, runs, scale)
-        write_report(args.output_dir, results, runs, args.to or args.output_dir)
+        write_report(args.output_dir, results, runs, args.to or args.output_dir, scale)
         return
     shared = Shared(args.output_dir, args.data, args.model, scale)
     index, count = args.shard
@@ -140,7 +145,7 @@ def make(run: Run, shared: Shared) -> None:
     policy = train_policy(run, shared, place) if run.arguments else shared.reference
     trained = time.perf_counter()
     result = evaluate(policy, shared, place)
-    if run.arguments.get("method") == "sparsepo":
+    if (place / MASK_FILE).exists():
         result["mask"] = mask_words(place, shared.live_reference, shared.heldout, shared.tokenizer)
     (place / "model.safetensors").unlink(missing_ok=True)  # half a gigabyte a run
     result |= {
@@ -159,9 +164,9 @@ def train_policy(run: Run, shared: Shared, place: Path) -> PreTrainedModel:
     reads = METHODS[run.arguments["method"]].reference
     if run.oracle_share is not None:
         pairs = shared.scored(run.oracle_share)
-    elif reads == "layers" or run.arguments["method"] == "dpop":
+    elif reads == "layers" or run.arguments["method"] in ("dpop", "selective-dpo"):
         # no store keeps layers; and DPOP's penalty makes 50 times as much of what lies between
-        # the cache's float32 and the training's bfloat16
+        # the cache's float32 and the training's bfloat16, by which Selective-DPO would choose first
         how["reference_model"] = shared.live_reference
     elif reads is not None:
         pairs = shared.cached
@@ -255,6 +260,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=DATA, help="directory of the data files")
     add("--model", type=Path, help="checkpoint of the reference; default: SmolLM2, converted")
     add("--only", nargs="+", metavar="PART", help="runs whose name holds one of these")
+    add("--granularity", action="store_true", help="the runs of the study of granularity only")
     add("--shard", type=shard, default=(0, 1), metavar="i/n", help="every n-th run only")
     add("--quick", action="store_true", help="a few pairs and openings: does it run at all?")
     add("--to", type=Path, help="report: where to; default: --output_dir")

@@ -1,4 +1,4 @@
-"""What the frontier experiment trains: every method at three strengths, and sweeps of SePO."""
+"""What the frontier experiment trains: methods at three strengths, sweeps of SePO, granularities."""
 
 from dataclasses import asdict, dataclass, field
 
@@ -38,6 +38,41 @@ METHODS = {
         (2.0, 10.0, 50.0),
     ),
 }
+# of the study of granularity alone: rules without an oracle, and SparsePO's ablation; the L1 norm of
+# a random mask is a constant
+MARGIN = 0.25  # in units of beta: at beta 2 SimPO's loss is SePO's, gamma 2 and lambda 0.5
+RULES = {
+    "confpo": (dict(method="confpo", gamma_beta_ratio=MARGIN), "beta", (2.0,)),
+    "selective-dpo": (dict(method="selective-dpo"), "beta", (0.1,)),
+    "sepo-entropy": (
+        dict(method="sepo-entropy", margin=0.5, fraction=FRACTION),
+        "gamma",
+        (2.0,),
+    ),
+    "sparsepo-random": (dict(method="sparsepo", mask_kind="random", mask_l1=0.0), "beta", (0.1,)),
+}
+# loss -> which tokens it reads -> label, strength, what else is not the label's own; the first of a
+# loss reads all tokens
+GRANULARITIES = {
+    "SePO": {
+        "all": ("simpo", 2.0, dict(gamma_beta_ratio=MARGIN)),
+        "30 % at random": ("sepo-rand", 2.0, {}),
+        "30 % by the oracle": ("sepo", 2.0, {}),
+        "30 % of the highest entropy": ("sepo-entropy", 2.0, {}),
+        "below the mean probability": ("confpo", 2.0, {}),
+    },
+    "DPO": {
+        "all": ("dpo", 0.1, {}),
+        "40 % that lag behind": ("selective-dpo", 0.1, {}),
+    },
+    "TDPO1": {
+        "all": ("tdpo1", 0.1, {}),
+        "weighed at random": ("sparsepo-random", 0.1, {}),
+        "weighed by a learned mask": ("sparsepo", 0.1, {}),
+        "weighed by activations": ("mapo", 0.1, {}),
+    },
+}
+GRANULARITY_SEEDS = (0, 1, 2)
 FRACTIONS = (0.1, 0.2, 0.5, 0.7, 1.0)  # and FRACTION, which the grid has
 ORACLE_SHARES = (10, 25, 50)  # per cent of the pairs, and ORACLE_SHARE
 MASK_EPOCHS = 4  # of one more SparsePO run: do its masks learn what one epoch was too short for?
@@ -67,7 +102,7 @@ QUICK = Scale(pairs=24, openings=4, heldout=4)  # 3 steps, the first of them war
 class Run:
     """One policy: trained, evaluated, and kept in the folder of its name."""
 
-    part: str  # what for: frontier, k, oracle, seed, rate, mask; reference, which is not trained
+    part: str  # what for: frontier, k, oracle, seed, rate, mask, granularity; reference, untrained
     label: str  # the method, as tables and figures call it
     strength: tuple[str, float] | None = None
     arguments: dict = field(default_factory=dict)  # of the training, seed and all
@@ -83,6 +118,8 @@ class Run:
             parts.append(f"epochs{self.epochs}")
         if (rate := self.arguments["learning_rate"]) != TRAIN["learning_rate"]:
             parts.append(f"rate{rate:g}")
+        if "gamma_beta_ratio" in self.arguments:
+            parts.append(f"ratio{self.arguments['gamma_beta_ratio']:g}")
         if "fraction" in self.arguments:
             parts.append(f"k{self.arguments['fraction']:g}")
         if self.oracle_share is not None:
@@ -109,7 +146,7 @@ def grid() -> list[Run]:
         make_run("frontier", label, values[place]) for label, (_, _, values) in METHODS.items()
     ]
     sepo = lambda part, **changes: make_run(part, "sepo", first["sepo"], **changes)
-    return [
+    runs = [
         REFERENCE,
         *every(0),
         *(sepo("k", fraction=fraction) for fraction in FRACTIONS),
@@ -124,11 +161,36 @@ def grid() -> list[Run]:
             for rate in rates
         ),
     ]
+    known = {run.name for run in runs}
+    return runs + [run for run in all_granularities() if run.name not in known]
+
+
+def granularities() -> dict[tuple[str, str], list[Run]]:
+    """Loss and tokens -> one run a seed; those that the rest of the grid has are the grid's."""
+    by_name = {run.name: run for run in grid()}
+    return {
+        (loss, tokens): [
+            by_name[make_run("granularity", label, value, seed=seed, **changes).name]
+            for seed in GRANULARITY_SEEDS
+        ]
+        for loss, kinds in GRANULARITIES.items()
+        for tokens, (label, value, changes) in kinds.items()
+    }
+
+
+def all_granularities() -> list[Run]:
+    """A seed after the other, so that a part of the study compares all of them."""
+    return [
+        make_run("granularity", label, value, seed=seed, **changes)
+        for seed in GRANULARITY_SEEDS
+        for kinds in GRANULARITIES.values()
+        for label, value, changes in kinds.values()
+    ]
 
 
 def make_run(
     part: str, label: str, value: float, *, seed: int = 0, share: int = ORACLE_SHARE, **changes
 ) -> Run:
-    arguments, flag, _ = METHODS[label]
+    arguments, flag, _ = (METHODS | RULES)[label]
     arguments = TRAIN | arguments | {flag: value, "seed": seed} | changes
     return Run(part, label, (flag, value), arguments, share if label == "sepo" else None)

@@ -9,7 +9,8 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
-from frontier_grid import METHODS, REFERENCE, Run, grid  # noqa: E402
+from frontier_granularity import draw_granularity, granularity_table, kinds_of  # noqa: E402
+from frontier_grid import METHODS, REFERENCE, Run, Scale, granularities, grid  # noqa: E402
 from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 STYLE = {
@@ -23,18 +24,24 @@ MARKERS = "osD^v<>PX*hd"
 LAST_QUARTER = 0.75  # of a training: what its end is a mean over
 
 
-def write_report(place: Path, results: dict[str, dict], runs: list[Run], to: Path) -> None:
+def write_report(
+    place: Path, results: dict[str, dict], runs: list[Run], to: Path, scale: Scale
+) -> None:
     """frontier.md and its figures in `to`, of whatever is whole; what is not is named."""
     to.mkdir(parents=True, exist_ok=True)
     whole = [run for run in runs if run.name in results]
+    kinds = kinds_of(granularities(), results, scale)
     with plt.rc_context(STYLE):
         draw_frontier(results, whole, to / "frontier.svg")
         draw_sweeps(results, whole, to / "sweeps.svg")
         draw_masks(place, whole, to / "masks.svg")
+        if kinds:
+            draw_granularity(kinds, to / "granularity.svg")
     parts = [
         frontier_table(results, whole),
         sweep_table(results, whole),
-        seed_table(results, whole),
+        granularity_table(kinds),
+        seed_table(results, [run for run in whole if run.part != "granularity"]),
         mask_table(place, results, whole),
     ]
     if missing := [run.name for run in runs if run.name not in results]:

@@ -108,6 +108,59 @@ def test_a_result_of_other_settings_is_refused(command):
         command("run", "reference")
 
 
+def test_granularities_differ_in_the_tokens_alone(frontier):
+    """Data, model, optimiser and loss are the same, and so is the oracle; three seeds each."""
+    from frontier_grid import TRAIN, granularities
+
+    kinds = granularities()
+    names = [run.name for runs in kinds.values() for run in runs]
+    assert len(set(names)) == len(names) and {*names} <= {run.name for run in frontier.grid()}
+    for (loss, _), runs in kinds.items():
+        assert [run.arguments["seed"] for run in runs] == [0, 1, 2]
+        for run in runs:
+            assert TRAIN.items() <= run.arguments.items()
+            assert run.oracle_share in (None, 100)
+            if loss == "SePO":  # SimPO's is the same: beta is gamma, and their product lambda
+                scale = run.arguments.get("gamma", run.arguments.get("beta"))
+                ratio = run.arguments.get("gamma_beta_ratio")
+                margin = run.arguments["margin"] if ratio is None else scale * ratio
+                assert (scale, margin) == (2.0, 0.5)
+            else:
+                assert run.arguments["beta"] == 0.1
+
+
+def test_the_granularity_table_by_hand(frontier, tmp_path):
+    from frontier_granularity import Kind, beyond_all, draw_granularity, granularity_table
+
+    rng = np.random.default_rng(0)
+    base = rng.normal(0.2, 0.3, (3, 50))
+    some = base + 0.1  # of the very same openings: the difference has no spread
+    kinds = [
+        Kind("DPO", "all", [0, 1, 2], base, np.ones((3, 50))),
+        Kind("DPO", "some", [0, 2], some[[0, 2]], np.full((2, 50), 2.0)),
+    ]
+    assert beyond_all(kinds[0], kinds) is None
+    assert beyond_all(kinds[1], kinds) == pytest.approx((0.1, 0.1, 0.1))
+    first, second = granularity_table(kinds).splitlines()[2:]
+    assert (
+        first.startswith(f"| DPO | all | 0, 1, 2 | {base.mean():.3f} [") and "1.00 [1.00" in first
+    )
+    assert "| DPO | some | 0, 2 |" in second and "| +0.100 [+0.100, +0.100] | 2.00 [" in second
+    draw_granularity(kinds, tmp_path / "granularity.svg")
+    assert (tmp_path / "granularity.svg").exists()
+
+
+def test_rules_are_trained_and_compared(command):
+    names = ("confpo_beta2_ratio0.25_seed0", "simpo_beta2_ratio0.25_seed0", "selective-dpo_beta0.1")
+    out = command("run", *names, "sparsepo-random_beta0.1_seed0")
+    assert result_of(out, "sparsepo-random_beta0.1_seed0").get("mask") is None
+    command("report")
+    table = (out / "frontier.md").read_text()
+    assert "| SePO | below the mean probability | 0 |" in table
+    assert "| DPO | 40 % that lag behind | 0, 1, 2 |" in table
+    assert "TDPO1: weighed at random" in (out / "granularity.svg").read_text()
+
+
 def test_what_another_process_holds_is_left_to_it(frontier, command, tmp_path, capsys):
     out = tmp_path / "out"
     with frontier.lock(out, "reference") as mine:
