@@ -42,7 +42,8 @@ lint: .venv/.installed
 	$(PIP) trl liger-kernel cut-cross-entropy "pytest-benchmark[histogram]"
 	touch $@
 
-# four minutes; BENCH="--suite head", "--case head-bf16-30 --providers sepo cce", "--base HEAD~1";
+# four minutes, on a slow machine more; BENCH="--suite head",
+# "--case head-bf16-30 --providers sepo cce", "--base HEAD~1";
 # BENCH="--suite step": whole training steps beside TRL's and beside full softmaxes, half an hour
 bench: .venv/.bench
 	$(BIN)/python bench/run.py $(BENCH)
