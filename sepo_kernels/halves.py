@@ -68,10 +68,8 @@ def side_by_side(
 ) -> tuple[Tensor, Tensor]:  # (N, 2 D or 3 D), (V, the same)
     """Return what one product multiplies to give the sum of two or three."""
     hi, lo = weight
-    left, right = (x[0], x[1]), (hi, hi)
-    if lo is not None:
-        left, right = (*left, x[0]), (*right, lo)
-    return torch.cat(left, 1), torch.cat(right, 1)
+    third = ([], []) if lo is None else ([x[0]], [lo])
+    return torch.cat([*x, *third[0]], 1), torch.cat([hi, hi, *third[1]], 1)
 
 
 def error_bound(
