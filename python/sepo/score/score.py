@@ -283,7 +283,7 @@ def _asked(
 
 
 def _about_arithmetic(chosen: Chosen) -> dict:
-    """What a dtype does not say; a manifest without these entries has the dtypes' arithmetics."""
+    """The entries for what a dtype does not say; without them a manifest means the dtypes' own."""
     halved = {
         f"{role}_arithmetic": name for role, name in chosen.arithmetics.items() if name in HALVES
     }
