@@ -114,6 +114,26 @@ def _gemm_seconds(a: torch.Tensor) -> float:
         torch.set_num_threads(threads)
 
 
+def why_not_short_products(device: torch.device, kind: str) -> str | None:
+    """Return why `device` has no products of bfloat16 or TF32 numbers with float32 sums, or None."""
+    if device.type == "cpu":
+        if kind == "bfloat16" and BFLOAT16_GEMMS:
+            return None
+        return f"no {kind} instructions here: halves are multiplied in float32, which is slower"
+    if device.type == "cuda" and not _has_tensor_cores(device):
+        return f"expected a GPU of compute capability 8.0 or more for {kind} products"
+    return None if device.type == "cuda" else f"no {kind} products known of a {device.type}"
+
+
+# Dynamo takes the result for a constant instead of tracing the query
+@torch.compiler.assume_constant_result
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Return whether a GPU multiplies bfloat16 and TF32: since NVIDIA's A100, or AMD's bfloat16."""
+    if not torch.cuda.is_available():
+        return True  # ABSENT_GPU does
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def why_not_triton(x: torch.Tensor) -> str | None:
     """Return why the Triton row kernels cannot run on `x`'s device in its dtype, or None."""
     if not TRITON:

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sepo.ops  # noqa: F401  (registers sepo::selected_logprob_fwd)
+from sepo_kernels.halves import to_tf32
 
 aten = torch.ops.aten
 # matrix products, and where their operands stand among the arguments
@@ -44,16 +45,6 @@ class RoundedProducts(TorchDispatchMode):
         elif func.namespace != "aten" or SUSPECT.search(func.overloadpacket.__name__):
             raise NotImplementedError(f"{func}: expected no product but {[*map(str, PRODUCTS)]}")
         return func(*args, **(kwargs or {}))
-
-
-def to_tf32(
-    x: Tensor,  # float32, finite
-) -> Tensor:
-    """The nearest number with 10 bits of mantissa, ties to even."""
-    assert x.dtype == torch.float32, x.dtype
-    bits = x.contiguous().view(torch.int32)
-    last = (bits >> 13) & 1  # of the bits that stay: halves go to where it is 0
-    return ((bits + 0xFFF + last) & ~0x1FFF).view(torch.float32)
 
 
 class Float64Only(TorchFunctionMode):

@@ -16,6 +16,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 LABELS = {
     "float32": "float32",
+    "split": "float32 from bfloat16 halves",
+    "split bfloat16 weights": "the same of bfloat16 checkpoints, beside float64 of those",
     "tf32": "TF32",
     "float16": "float16",
     "bfloat16 weights": "bfloat16 weights, float32 arithmetic",
@@ -24,7 +26,7 @@ LABELS = {
     "bfloat16 logits": "bfloat16, logits rounded too",
     "random": "random",
 }
-MARKERS = dict(zip(LABELS, "os^DPv*x", strict=True))
+MARKERS = dict(zip(LABELS, "ohHs^DPv*x", strict=True))
 SELECTIONS = ("float32", "bfloat16", "random", "reference")
 
 
@@ -51,6 +53,8 @@ def draw_overlap(axes, rows: list[dict]) -> None:
     spread = {r["oracle_steps"]: r["spread"] for r in rows}
     for name, label in LABELS.items():
         line = sorted((r for r in rows if r["variant"] == name), key=lambda r: r["oracle_steps"])
+        if not line:  # of a study from before this variant
+            continue
         means = [r["kept"] for r in line]
         bars = [
             [r["kept"] - r["kept_ci95"][0] for r in line],
@@ -110,6 +114,22 @@ def overlap_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def fractions_table(rows: list[dict]) -> list[str]:
+    """Shares kept at every fraction, and errors in nats, of the rows that have them."""
+    rows = [row for row in rows if "kept_at" in row]
+    at = sorted({float(f) for row in rows for f in row["kept_at"]})
+    shares = [f"kept at {f:.0%}" for f in at]
+    lines = [
+        cells("oracle's steps", ["arithmetic", *shares, "error of logp", "of a score"]),
+        cells("---:", ["---", *["---:"] * (len(at) + 2)]),
+    ]
+    for row in sorted(rows, key=lambda r: (r["oracle_steps"], [*LABELS].index(r["variant"]))):
+        kept = [f"{row['kept_at'][str(f)]:.3f}" for f in at]
+        errors = [f"{row[name]:.1e}" for name in ("logp_error_mean", "error_mean")]
+        lines.append(cells(str(row["oracle_steps"]), [LABELS[row["variant"]], *kept, *errors]))
+    return lines
+
+
 def policy_table(rows: list[dict]) -> list[str]:
     """Both seeds together: sentiment, its difference from float32's, and KL per token."""
     lines = [
@@ -140,4 +160,4 @@ def interval(row: dict, name: str) -> str:
 if __name__ == "__main__":
     found = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     draw(found, Path(sys.argv[2]))
-    print("\n".join([*overlap_table(found), "", *policy_table(found)]))
+    print("\n".join([*overlap_table(found), "", *fractions_table(found), "", *policy_table(found)]))

@@ -259,8 +259,8 @@ def test_split_scoring_is_a_plans_other_arithmetic(write):
     assert 1 < three["score"][2] / (wide["score"][2] * 3 * 19.5 / 312) < 1.2
     said = [" ".join(text.split()) for text in texts]
     assert "scoring, 19.5 TFLOP/s in float32" in said[0]
-    assert "3 products of 16-bit halves for one (104 TFLOP/s; not built yet)" in said[1]
-    assert "2 products of 16-bit halves for one (156 TFLOP/s; not built yet)" in said[2]
+    assert "3 products of 16-bit halves for one (104 TFLOP/s)" in said[1]
+    assert "2 products of 16-bit halves for one (156 TFLOP/s)" in said[2]
 
 
 def test_a_plan_says_what_would_make_it_cheaper(write):

@@ -86,10 +86,11 @@ def test_who_asks_for_it_all_the_same_is_warned_once(bfloat16_takes, caplog, arg
 @pytest.mark.parametrize(
     ("flags", "flag"),
     [
-        ("--dtype bfloat16", "--dtype bfloat16"),
-        ("--oracle_dtype bfloat16", "--oracle_dtype bfloat16"),
-        ("--dtype bfloat16 --oracle_dtype float32", "--dtype bfloat16"),
-        ("--dtype float32", None),
+        ("--arithmetic bfloat16", "--arithmetic bfloat16"),
+        ("--oracle_arithmetic bfloat16", "--oracle_arithmetic bfloat16"),
+        ("--arithmetic bfloat16 --oracle_arithmetic float32", "--arithmetic bfloat16"),
+        ("--dtype bfloat16", "--arithmetic bfloat16"),
+        ("--arithmetic float32", None),
     ],
 )
 def test_scoring_is_warned_of_too(bfloat16_takes, caplog, monkeypatch, tmp_path, flags, flag):

@@ -39,7 +39,7 @@ def test_command_line(tmp_path, capsys):
     args = parse(
         *flags,
         *("--oracle", oracle, "--keep", "logp", "hidden", "--device", "cpu", "--limit", "4"),
-        *("--dtype", "bfloat16", "--oracle_dtype", "float32", "--precision_check", "2"),
+        *("--arithmetic", "bfloat16", "--oracle_arithmetic", "float32", "--precision_check", "2"),
     )
     score_command.run(args)
     printed = capsys.readouterr().out
@@ -105,7 +105,9 @@ def test_a_kept_reference_beside_an_oracle_of_lower_precision(tmp_path, capsys):
     score_dataset(make_pairs(), tmp_path / "cached", reference=model, keep=("logp",), **QUIET)
     flags = ("--dataset_name", str(tmp_path / "cached"), "--output_dir", str(tmp_path / "out"))
     score_command.run(
-        parse(*flags, "--reference", reference, "--oracle", oracle, "--oracle_dtype", "bfloat16")
+        parse(
+            *flags, "--reference", reference, "--oracle", oracle, "--oracle_arithmetic", "bfloat16"
+        )
     )
     assert "precision check, oracle bfloat16 against float32" in capsys.readouterr().out
     found = ScoredStore.open(tmp_path / "out").manifest
@@ -118,12 +120,41 @@ def test_a_kept_reference_beside_an_oracle_of_lower_precision(tmp_path, capsys):
     assert 1e-4 < max(errors) <= found["precision_check"]["error_max"] + 1e-6
 
 
+@pytest.mark.parametrize("role", ["", "oracle_", "reference_"])
+def test_old_names_of_the_arithmetic(role, caplog):
+    flags = ("--dataset_name", "d", "--reference", "r", "--output_dir", "o")
+    for words, lines in (
+        ((f"--{role}dtype", "bfloat16"), [f"--{role}dtype is now --{role}arithmetic"]),
+        ((f"--{role}arithmetic", "bfloat16"), []),
+    ):
+        caplog.clear()
+        assert vars(parse(*flags, *words))[f"{role}arithmetic"] == "bfloat16"
+        assert caplog.messages == lines
+
+
+@pytest.mark.parametrize("name", ["split", "auto"])
+def test_an_arithmetic_of_halves(tmp_path, job, capsys, name):
+    """On this CPU or another; the manifest says what was taken."""
+    score_command.run(parse(*job(tmp_path / "out"), "--arithmetic", name))
+    manifest, printed = ScoredStore.open(tmp_path / "out").manifest, capsys.readouterr().out
+    taken = manifest.get("oracle_arithmetic", "float32")
+    assert manifest["oracle_dtype"] == manifest["reference_dtype"] == "float32"
+    if name == "split":
+        assert taken == "split" and "reference split and oracle split against" in printed
+    else:
+        assert f"arithmetic: {taken}; {manifest['arithmetic_reason']}" in printed
+    with pytest.raises(InputError, match="tf32x3: expected a device that has its products, got"):
+        score_command.run(parse(*job(tmp_path / "other"), "--arithmetic", "tf32x3"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--shard", "1"), "expected i/n, as in 0/4, got 1"),
         (("--append_eos", "maybe"), "got maybe but expected one of"),
-        (("--dtype", "int8"), "invalid choice: 'int8'"),
+        (("--arithmetic", "int8"), "invalid choice: 'int8'"),
+        (("--oracle_arithmetic", "auto"), "invalid choice: 'auto'"),
+        (("--dtype", "split"), "invalid choice: 'split'"),
     ],
 )
 def test_command_line_refusals(words, message):

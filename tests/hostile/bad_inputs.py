@@ -164,6 +164,7 @@ def flags_of_the_others() -> Iterator[Case]:
             "shard": ("1", "x/y", "4/4", "-1/4", "0/0", "1/2/3", ""), "keep": ("score", "x"),
             "device": ("cuda:99", "gpu", "meta", "cpu:x", ""), "oracle_device": ("nothing", "meta"),
             "reference_device": ("nothing", "meta"), "dtype": ("float8", "x"),
+            "arithmetic": ("float8", "x"), "oracle_arithmetic": ("auto",),
             "oracle_dtype": ("int8",), "reference_dtype": ("double",), "append_eos": ("maybe",),
             "oracle": ("HOME/nothing", "HOME/store"), "reference": ("HOME/nothing", "HOME/store"),
             "dataset_name": ("HOME/nothing.jsonl", "HOME/run.yaml"),

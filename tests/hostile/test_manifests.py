@@ -28,7 +28,7 @@ VALUES = (
 ENTRIES = {
     "tokenizer_name": "t", "oracle_name": "o", "reference_name": "r", "hidden_width": None,
     "max_length": 9, "reading": {"source": "s", "dropped": {"why": 1}}, "precision_check": None,
-    "transferred": {"from": "there"},
+    "transferred": {"from": "there"}, "oracle_arithmetic": "split", "arithmetic_reason": "asked",
 }  # fmt: skip
 
 

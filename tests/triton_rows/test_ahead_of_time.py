@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from sepo_kernels import triton_rows  # noqa: E402
+from sepo_kernels import triton_rows, triton_split  # noqa: E402
 from sepo_kernels.configs import CONFIGS, bytes_moved  # noqa: E402
 from sepo_kernels.selected_logprob import triton as logprob  # noqa: E402
 from sepo_kernels.selected_logprob_kl import triton as kl  # noqa: E402
@@ -175,6 +175,37 @@ def test_compiles_without_spills(launched, name, target, tmp_path):
             used = dict(re.findall(r"^ *\.(\w+): +(\d+)$", done.asm["amdgcn"], re.MULTILINE))
             for spill in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
                 assert used[spill] == "0", f"{what}: {used}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("three", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_of_halves_compile_without_spills(target, three, tmp_path):
+    gpu, most_shared = TARGETS[target]
+    kernel, tile = triton_split.split_linear_tile, triton_split.TILE._asdict()
+    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    constexprs = {"THREE": three, **tile}
+    types = ["*fp32", "*bf16", "*bf16", "*fp32", "*fp32", *["i32"] * 6]
+    signature = dict(zip(kernel.arg_names, types, strict=False))
+    source = ASTSource(
+        kernel,
+        signature | dict.fromkeys(constexprs, "constexpr"),
+        constexprs,
+        # pointers and rows as allocated; D of every model is a multiple of 16
+        {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 5, 6, 9)},
+    )
+    done = triton.compile(source, target=gpu, options=options)
+    assert done.metadata.shared <= most_shared
+    if gpu.backend == "cuda":
+        used = resources(done.asm["cubin"], tmp_path / "kernel.cubin")
+        assert used["LOCAL"] == 0 and used["STACK"] <= MOST_STACK, used
+        products = re.findall(r"(wgmma|mma|tcgen05\.mma)\S*bf16\S*|kind::f16", done.asm["ptx"])
+        assert products, "expected bfloat16 products"
+    else:
+        assert "mfma_f32" in done.asm["amdgcn"] and "bf16" in done.asm["amdgcn"]
+        used = dict(re.findall(r"^ *\.(\w+): +(\d+)$", done.asm["amdgcn"], re.MULTILINE))
+        for spill in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
+            assert used[spill] == "0", used
 
 
 def resources(cubin: bytes, path) -> dict[str, int]:

@@ -14,15 +14,18 @@ from sepo.errors import InputError
 from sepo.flags.dtype_note import warn_if_slow
 from sepo.flags.options import device, positive, say_idle, whole_number
 from sepo.flags.reading import add_reading_flags, read_data, say_idle_of_a_store
+from sepo.flags.renamed import say_renamed
 from sepo.model.budget import scoring_budget
 from sepo.model.folder import find_folder
 from sepo.model.load import load_model, load_tokenizer
 from sepo.model.reference import cached_reference
+from sepo.score.arithmetic import ARITHMETICS, AUTO
 from sepo.score.score import KEEP, SAMPLE, score_dataset, shard_name
 from sepo.system.lock import lock
 from sepo.terminal import release_warnings, say
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of other arithmetics float32
+BESIDE = {"split": 1, "tf32x3": 2, AUTO: 2}  # bytes of halves, at most, over those of the weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for role in ("", "oracle_", "reference_"):
         whose = f"of the {role[:-1]}" if role else "of both models"
-        add(f"--{role}dtype", choices=DTYPES, help=f"arithmetic {whose}; float32 if not given")
+        names = ARITHMETICS if role else (AUTO, *ARITHMETICS)
+        add(f"--{role}arithmetic", choices=names, help=_about_arithmetic(whose, with_auto=not role))
+        old = dict(choices=("float32", *DTYPES), dest=f"{role}arithmetic", help=argparse.SUPPRESS)
+        add(f"--{role}dtype", action=_Renamed, **old)
         add(f"--{role}device", type=device, help=f"device {whose}; cuda if there is one, else cpu")
     add(
         "--max_tokens_per_batch",
@@ -64,7 +70,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision_check",
         type=whole_number(0),
-        help=f"score n pairs in float32 too and compare; {SAMPLE} if a dtype is lower, 0: never",
+        help=f"score n pairs in float32 too and compare; {SAMPLE} if another arithmetic is taken, "
+        "0: never",
+    )
+
+
+class _Renamed(argparse.Action):
+    """Take an old flag's value under its new name, and say that once."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        say_renamed([f"{option_string} is now --{self.dest}"])
+        setattr(namespace, self.dest, values)
+
+
+def _about_arithmetic(whose: str, *, with_auto: bool) -> str:
+    about = f"in what the products {whose} are made; float32 if not given"
+    if not with_auto:
+        return about
+    return (
+        f"{about}. split: of bfloat16 halves, tf32x3: of TF32's; auto: the fastest of these on this "
+        "device that selects as float32 does, tried on the pairs of --precision_check"
     )
 
 
@@ -92,10 +117,11 @@ def _score(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.reference, **code)
     if args.oracle is not None:
         _check_same_tokenizer(args, tokenizer)
-    dtypes = {
-        role: DTYPES[getattr(args, f"{role}_dtype") or args.dtype or "float32"]
+    arithmetics = {
+        role: getattr(args, f"{role}_arithmetic") or args.arithmetic or "float32"
         for role in ("reference", "oracle")
     }
+    dtypes = {role: DTYPES.get(name, torch.float32) for role, name in arithmetics.items()}
     data = _read(args, tokenizer, dtypes["reference"])
     models: dict[str, PreTrainedModel | None] = dict(reference=None, oracle=None)
     slow = {}  # by device
@@ -105,17 +131,18 @@ def _score(args: argparse.Namespace) -> None:
         if needed:
             models[role] = load_model(folders[role], dtype=dtype, device=place)
         if needed and dtype == torch.bfloat16:
-            own = f"{role}_" * (getattr(args, f"{role}_dtype") is not None)
-            slow[place] = f"--{own}dtype bfloat16"
+            own = f"{role}_" * (getattr(args, f"{role}_arithmetic") is not None)
+            slow[place] = f"--{own}arithmetic bfloat16"
     for place, flag in slow.items():
         warn_if_slow(flag, place)
     if args.oracle is None:
-        given = [flag for flag in ("oracle_dtype", "oracle_device") if getattr(args, flag)]
+        given = [flag for flag in ("oracle_arithmetic", "oracle_device") if getattr(args, flag)]
         say_idle([f"--{flag} does nothing without --oracle" for flag in given])
     tokens = args.max_tokens_per_batch
     if tokens is None:
         itemsize = max(dtypes[role].itemsize for role, model in models.items() if model is not None)
-        tokens, why = scoring_budget(models, itemsize)
+        beside = max(BESIDE.get(name, 0) for name in arithmetics.values())
+        tokens, why = scoring_budget(models, itemsize, beside)
         say(f"batches: {why}")
     wants_score = args.oracle is not None or not args.keep
     release_warnings()
@@ -129,6 +156,7 @@ def _score(args: argparse.Namespace) -> None:
         max_tokens=tokens,
         pairs_per_part=args.pairs_per_part,
         shard=args.shard,
+        arithmetic=arithmetics,
         precision_check=args.precision_check,
         report=data.report,
         max_length=data.max_length,

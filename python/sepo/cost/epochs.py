@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sepo.cost.gpu import GPUS, UTILISATION
 from sepo.cost.keys import Keys
-from sepo.cost.planner import NOT_BUILT, Plan
+from sepo.cost.planner import Plan
 from sepo.cost.work import Schedule, scaled, step_work
 
 POLICY, ORACLE, AT_ONCE = (
@@ -90,6 +90,6 @@ def table(measured: Measured | None) -> str:
         f"Measured here: {where}. Hours of this machine; the oracle is of the policy's size, without "
         f"its SFT. Modelled, not measured: {POLICY} on {Keys.gpus} GPUs, oracle {ORACLE} with its SFT, "
         f"products at {UTILISATION:.0%} of the rate; TRL pads {AT_ONCE} pairs at a time; DPO's "
-        f"reference is live, here it is cached and its pass counted. Split products: {NOT_BUILT}."
+        f"reference is live, here it is cached and its pass counted. Split products: `sepo score --arithmetic split`."
     )
     return "\n".join([*lines, *textwrap.wrap(about, 110)])

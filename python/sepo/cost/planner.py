@@ -31,7 +31,6 @@ from sepo.trainer.config import MethodName, SePOConfig
 from sepo.trainer.methods import METHODS
 
 STATE = 16  # bytes a trained parameter: float32 weight, gradient and two moments
-NOT_BUILT = "not built yet"
 ROOM = 0.7  # of a GPU's memory for them; the rest is for activations
 CUT_SHARE = 260 / 372  # of a response that is read at 30 %: SePO's, with prompts of 124 tokens
 BELOW_MEAN = 0.5  # of the tokens that ConfPO keeps: 0.51 and 0.68 of two data sets, by SmolLM2-135M
@@ -210,7 +209,11 @@ def cheaper(asked: Plan, stages: list[Stage]) -> str:
     keys, spent = asked.keys, sum(stage.hours for stage in stages)
     fewer = max(1, (keys.oracle_pairs or keys.pairs) // 4)
     changes: list[tuple[str, dict, dict]] = [  # of the recipe, of the keys
-        (f"scoring_arithmetic: split ({NOT_BUILT})", {}, dict(scoring_arithmetic="split")),
+        (
+            "scoring_arithmetic: split (sepo score --arithmetic split)",
+            {},
+            dict(scoring_arithmetic="split"),
+        ),
         ("bfloat16_checkpoints: true, if they are", {}, dict(bfloat16_checkpoints=True)),
         ("cached_reference: true", {}, dict(cached_reference=True)),
         (f"oracle_pairs: {fewer} (another oracle)", {}, dict(oracle_pairs=fewer)),
@@ -276,13 +279,13 @@ def _heading(asked: Plan) -> list[str]:
 
 
 def _rates(setting: Setting) -> str:
-    """Say what the products' rates are, and that a kernel is not there yet."""
+    """Say what the products' rates are."""
     gpu, scoring = setting.gpu, setting.scoring
     told = f"{gpu.flop / 1e12:g} TFLOP/s in bfloat16, {gpu.bandwidth / 1e12:g} TB/s"
     if scoring.halves:
         return (
             f"{told}; scoring, {scoring.halves} products of 16-bit halves for one "
-            f"({gpu.flop / scoring.halves / 1e12:.0f} TFLOP/s; {NOT_BUILT}), attention in float32 "
+            f"({gpu.flop / scoring.halves / 1e12:.0f} TFLOP/s), attention in float32 "
             f"({gpu.float32 / 1e12:g})"
         )
     return f"{told}; scoring, {gpu.float32 / 1e12:g} TFLOP/s in float32"

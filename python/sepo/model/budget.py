@@ -73,6 +73,7 @@ def default_budget(
 def scoring_budget(
     models: dict[str, PreTrainedModel | None],  # whose devices count, by role
     itemsize: int,  # of the arithmetic
+    beside: float = 0,  # bytes of the weights' halves, over those of the weights
 ) -> tuple[int, str]:  # tokens, and why so many
     """The same for passes without gradients, of which every device that has a model holds one."""
     budgets = []
@@ -85,6 +86,7 @@ def scoring_budget(
             continue
         there = [m for m in models.values() if m is not None and m.device == device]
         held = sum(p.numel() * p.itemsize for m in there for p in m.parameters())
+        held = round(held * (1 + beside))
         a_token = token_bytes(sizes_of(model), saved="nothing", itemsize=itemsize, fused=False)
         tokens = token_budget(memory, held, a_token)
         budgets.append((tokens, in_words(tokens, memory, held, a_token)))

@@ -266,7 +266,7 @@ def _check_key(where: str, manifest: dict, wanted: _Key, keep: Needed, dtype: to
     if scored_in.itemsize < dtype.itemsize:
         raise InputError(
             f"{where}: expected a reference computed in {_name(dtype)} at least, got "
-            f"{_name(scored_in)}; score again with --dtype {_name(dtype)}"
+            f"{_name(scored_in)}; score again with --arithmetic {_name(dtype)}"
         )
     scored_with = (manifest["tokenizer"], manifest["chat_template"], manifest["reference"])
     expected = (

@@ -23,6 +23,14 @@ from sepo.ops._selected_logprob_kl import (
     selected_logprob_kl,
 )
 from sepo.ops._selected_stats import SelectedStats, explain_selected_stats, selected_stats
+from sepo.ops._split_linear import (
+    SplitExplanation,
+    SplitWeight,
+    explain_split_linear,
+    split_linear,
+    split_logprob,
+    split_weight,
+)
 
 __all__ = [
     "Explanation",
@@ -31,11 +39,14 @@ __all__ = [
     "LogprobKL",
     "SegmentTopk",
     "SelectedStats",
+    "SplitExplanation",
+    "SplitWeight",
     "dpo_loss",
     "dpop_loss",
     "explain_selected_logprob",
     "explain_selected_logprob_kl",
     "explain_selected_stats",
+    "explain_split_linear",
     "high_entropy_rows",
     "ipo_loss",
     "labels_from_rows",
@@ -52,5 +63,8 @@ __all__ = [
     "sepo_loss",
     "simpo_loss",
     "sparsepo_loss",
+    "split_linear",
+    "split_logprob",
+    "split_weight",
     "tdpo_loss",
 ]

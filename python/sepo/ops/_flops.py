@@ -9,6 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 import sepo.ops._selected_logprob
 import sepo.ops._selected_logprob_kl
 import sepo.ops._selected_stats
+import sepo.ops._split_linear
 import sepo.ops._target_logits  # noqa: F401  these define the operators
 from sepo_kernels import schedules
 from sepo_kernels.selected_logprob.layout import HeadLayout
@@ -102,6 +103,11 @@ def _stats_bwd_flops(
     return _flops(
         [weight], EntropyLayout.bwd_rows(M, num_saved, schedule, need_hidden, need_weight)
     )
+
+
+@register_flop_formula(torch.ops.sepo.split_linear)
+def _split_flops(x: Shape, hi: Shape, lo: Shape | None, *_: Any, **__: Any) -> int:
+    return _flops([hi], [x[0] * (2 if lo is None else 3)])
 
 
 def _num_saved(saved: Shape, schedule: str) -> int:  # rows

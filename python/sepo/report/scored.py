@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sepo.data.store.manifest import arithmetic_of
 from sepo.data.store.store import ScoredStore
 from sepo.data.types import TokenPair
 from sepo.errors import InputError
@@ -201,7 +202,7 @@ def _summary(scores: np.ndarray) -> dict | None:  # (tokens,) float32
 def _made(manifest: dict) -> dict:
     """Repeat what the manifest says of its making, without hashes."""
     made = {role: manifest.get(f"{role}_name") for role in MODELS}
-    made |= {f"{role}_dtype": manifest.get(f"{role}_dtype") for role in MODELS}
+    made |= {f"{role}_dtype": arithmetic_of(manifest, role) for role in MODELS}
     made |= {key: manifest.get(key) for key in ("tokenizer_name", "sepo", "max_length", "keep")}
     reading = manifest.get("reading") or {}  # what its maker wished to say, so it may be anything
     kinds = {"source": str, "read": int, "dropped": dict, "noted": dict}

@@ -1,7 +1,7 @@
 """Ask a model about every response token, in batches under a token budget."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -16,6 +16,7 @@ from sepo.model.feed import feed
 from sepo.model.forward import head, hidden_states
 from sepo.model.prepare import prepare_if_new
 from sepo.ops import selected_logprob
+from sepo.score.products import SplitProducts
 
 
 @torch.no_grad()
@@ -28,6 +29,7 @@ def response_logp(
     on_batch: Callable[[float], object] = lambda tokens: None,
     *,
     hidden: Tensor | None = None,  # (T_all, D) to fill: chosen and rejected of each pair, in order
+    products: SplitProducts | None = None,  # of the model; None: of its own dtype
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # P x chosen (T1,), rejected (T2,) float32
     """log p(y_t | x, y_<t) in nats for each pair, in the order given, and the states it is read of.
 
@@ -37,17 +39,14 @@ def response_logp(
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by the pair's place
     lengths = [n for p in pairs for n in (len(p.chosen), len(p.rejected))]
     starts = np.cumsum([0, *lengths])
-    weight, bias, scale, softcap = head(prepare_if_new(model))
+    logprob = _own_logprob(model) if products is None else products.logprob
     batches = _batches(pairs, max_tokens)
     packs = (partial(_packed, pairs, members) for members in batches)
     with closing(feed(packs, model.device, [model])) as fed:
         for members, packed in zip(batches, fed, strict=True):
-            with _exact_float32():
+            with _exact_float32(), nullcontext() if products is None else products.in_force():
                 states = hidden_states(model, packed)
-                flat = selected_logprob(
-                    states, weight, packed.rows, packed.targets,
-                    bias=bias, scale=scale, softcap=softcap,
-                )  # fmt: skip
+                flat = logprob(states, packed.rows, packed.targets)
             cuts = np.cumsum([0, *(n for i in members for n in lengths[2 * i : 2 * i + 2])])
             segments = np.split(flat.cpu().numpy(), cuts[1:-1])
             for slot, i in enumerate(members):
@@ -58,6 +57,13 @@ def response_logp(
                     hidden[starts[2 * i] : starts[2 * i + 2]] = states[rows].to(hidden.dtype)
             on_batch(sum(len(pairs[i]) for i in members))
     return [found[i] for i in range(len(pairs))]
+
+
+def _own_logprob(model: PreTrainedModel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    weight, bias, scale, softcap = head(prepare_if_new(model))
+    return lambda states, rows, targets: selected_logprob(
+        states, weight, rows, targets, bias=bias, scale=scale, softcap=softcap
+    )
 
 
 def _packed(pairs: list[TokenPair], members: Sequence[int]) -> PackedBatch:

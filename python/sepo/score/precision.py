@@ -5,8 +5,9 @@ over a few tenths of a nat, which is what the rounding of a bfloat16 trunk amoun
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from sepo.data.types import TokenPair
 from sepo.errors import InputError
 from sepo.model.load import load_model
 from sepo.score.logp import dtype_name, kept_logp, response_logp
+from sepo.score.products import SplitProducts
 
 FRACTIONS = (0.1, 0.3, 0.5)
 
@@ -27,32 +29,47 @@ def check_precision(
     reference: PreTrainedModel | None,  # None: the pairs carry its log-probabilities
     number: int,
     max_tokens: int,
+    products: Mapping[str, SplitProducts] = MappingProxyType({}),  # by role, of halves
 ) -> dict | None:
     """Score evenly spread pairs in float32 too, and print what `compare_scores` finds.
 
-    None where no model has a lower precision. Without an oracle the reference's log-probabilities
+    None where no model has a lower precision, or products of halves. Without an oracle the reference's log-probabilities
     are compared, and nothing is said about selection. Kept log-probabilities are taken as exact.
     """
     given = {"reference": reference, "oracle": oracle}
     models = {role: model for role, model in given.items() if model is not None}
-    if number < 1 or all(model.dtype.itemsize >= 4 for model in models.values()):
+    exact_already = all(model.dtype.itemsize >= 4 for model in models.values()) and not products
+    if number < 1 or exact_already:
         return None
-    sample = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, number).astype(int))]
+    sample = evenly_spread(pairs, number)
     logp, exact_logp, weights = {}, {}, set()
-    if reference is None:
-        logp["reference"] = exact_logp["reference"] = kept_logp(sample)
     for role, model in models.items():
-        logp[role] = response_logp(model, sample, role, max_tokens)
+        logp[role] = response_logp(model, sample, role, max_tokens, products=products.get(role))
         exact, origin = _in_float32(model)
         exact_logp[role] = response_logp(exact, sample, role, max_tokens)
         weights.add(origin)
         del exact  # before the next one is loaded: memory may not hold two
-    dtypes = " and ".join(f"{role} {dtype_name(model)}" for role, model in models.items())
-    result = compare_scores(_difference(logp), _difference(exact_logp))
+    dtypes = " and ".join(
+        f"{role} {products[role].arithmetic if role in products else dtype_name(model)}"
+        for role, model in models.items()
+    )
+    result = compare_scores(
+        *(difference(kept_or_found(sample, found)) for found in (logp, exact_logp))
+    )
     if oracle is None:
         del result["overlap"], result["overlap_random"]
     print(describe(result, dtypes))
     return result | {"float32_weights": sorted(weights)}
+
+
+def evenly_spread(pairs: Sequence[TokenPair], number: int) -> list[TokenPair]:
+    """At most `number` of the pairs, the first and the last among them."""
+    return [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, number).astype(int))]
+
+
+def kept_or_found(sample: Sequence[TokenPair], found: dict[str, list]) -> dict[str, list]:
+    """Log-probabilities by role, the reference's as the pairs carry them where no model has any."""
+    return found if "reference" in found else {"reference": kept_logp(sample), **found}
 
 
 def compare_scores(
@@ -114,7 +131,8 @@ def _verdict(result: dict) -> str:
     return f"{share} (random choice: {1 - 2 * random / (1 + random):.0%}): score in float32."
 
 
-def _difference(logp: dict[str, list]) -> list[tuple[np.ndarray, np.ndarray]]:
+def difference(logp: dict[str, list]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Oracle minus reference; without an oracle the reference's log-probabilities."""
     if "oracle" not in logp:
         return logp["reference"]
     return [

@@ -8,8 +8,9 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import sepo
 from sepo.data.hidden import ROW_DTYPE, HiddenRows, StoredHead, check_room, size_name
 from sepo.data.segments import check_tokens
-from sepo.data.store.manifest import begun_with
+from sepo.data.store.manifest import arithmetics_of, begun_with
 from sepo.data.store.store import (
     FORMAT,
     ScoredStore,
@@ -33,8 +34,10 @@ from sepo.errors import InputError
 from sepo.model.fingerprint import weights_hash
 from sepo.model.forward import head, vocabulary
 from sepo.model.prepare import prepare_if_new
+from sepo.score.arithmetic import ARITHMETICS, AUTO, Chosen, choose_arithmetic
 from sepo.score.logp import check_budget, dtype_name, kept_logp, response_logp
 from sepo.score.precision import check_precision
+from sepo.score.products import HALVES, SplitProducts
 from sepo.system.lock import lock
 from sepo.terminal import say
 
@@ -53,6 +56,8 @@ def score_dataset(
     max_tokens: int = 8192,  # of one batch, prompts counted once
     pairs_per_part: int = 128,  # what a killed run repeats at most
     shard: tuple[int, int] | None = None,  # (i, n); None: RANK and WORLD_SIZE, else (0, 1)
+    # of both models or by role: "auto", or one of ARITHMETICS; None: each in its dtype
+    arithmetic: str | Mapping[str, str] | None = None,
     precision_check: int | None = None,  # pairs to score in float32 too; None: 16, 0: never
     report: dict | None = None,  # what reading counted, for the manifest
     max_length: int | None = None,  # to which the pairs were cut, for the manifest
@@ -69,12 +74,15 @@ def score_dataset(
     after the final norm, D_ref values a response token, and once its head. One pass gives both.
     Where `pairs` is such a store with "logp", the oracle's pass is all that scores cost. A
     model in another dtype than float32 is compared with float32 on a few pairs: printed, and kept
-    in the manifest. Returns `output_dir`.
+    in the manifest. A float32 model may make its products of halves (`arithmetic`: "split",
+    "tf32x3"), which is compared too; "auto" takes the fastest whose selection is float32's, or what
+    the store was begun in. Returns `output_dir`.
 
     Raises InputError, before anything is written, for a token that a model lacks, a pair longer
     than `max_tokens`, a directory that holds another run, a disk without room for the states, a
     `keep` that does not fit the models, pairs that keep nothing of a reference that is None, a
-    directory that can't be written to, and a shard that another process is scoring;
+    directory that can't be written to, a shard that another process is scoring, and an arithmetic
+    that a model's dtype or device does not have;
     later for a log-probability that is not finite (naming the row; nothing of its part is written).
     """
     if not pairs:
@@ -89,6 +97,11 @@ def score_dataset(
             for pair in pairs:
                 check_tokens(pair, {role: size})
     check_budget(pairs, max_tokens)
+    given = {"reference": reference, "oracle": oracle}
+    models = {role: model for role, model in given.items() if model is not None}
+    sample = SAMPLE if precision_check is None else precision_check
+    begun = arithmetics_of(Path(output_dir), models)
+    chosen = choose_arithmetic(_asked(arithmetic, models), models, pairs, sample, max_tokens, begun)
     manifest = {
         "format": FORMAT,
         "sepo": sepo.__version__,
@@ -98,6 +111,7 @@ def score_dataset(
         "chat_template": template_hash(tokenizer),
         **_about_model("oracle", oracle),
         **(_about_kept(pairs) if reference is None else _about_model("reference", reference)),
+        **_about_arithmetic(chosen),
         "source": pairs_hash(pairs),
         "reading": report,
         "max_length": max_length,
@@ -116,8 +130,9 @@ def score_dataset(
     with lock(output_dir, owner := shard_name(shard)):
         writer = StoreWriter(output_dir, manifest, owner=owner)
         _fill(
-            writer, pairs, reference, oracle, max_tokens, (index, count), precision_check, progress
-        )
+            writer, pairs, reference, oracle, chosen, max_tokens, (index, count), precision_check,
+            progress,
+        )  # fmt: skip
     return Path(output_dir)
 
 
@@ -131,6 +146,7 @@ def _fill(
     pairs: Sequence[TokenPair],
     reference: PreTrainedModel | None,
     oracle: PreTrainedModel | None,
+    chosen: Chosen,
     max_tokens: int,
     shard: tuple[int, int],
     precision_check: int | None,
@@ -147,9 +163,10 @@ def _fill(
         writer.begin()  # before the expensive part: a full disk shows
     if precision_check is None:
         precision_check = SAMPLE if 0 in mine else 0
-    checked = None
-    if index == 0:
-        checked = check_precision(pairs, oracle, reference, precision_check, max_tokens)
+    checked = chosen.check
+    if index == 0 and checked is None:
+        given = pairs, oracle, reference, precision_check, max_tokens
+        checked = check_precision(*given, chosen.products)
     devices = sorted({_device_name(m) for m in (oracle, reference) if m is not None})
 
     start, tokens = time.perf_counter(), 0
@@ -158,8 +175,9 @@ def _fill(
         for part in mine:
             block = [pairs[i] for i in writer.pairs_of(part)]
             scored = score_pairs(
-                block, reference, oracle, keep=keep, max_tokens=max_tokens, on_batch=bar.update
-            )
+                block, reference, oracle, keep=keep, max_tokens=max_tokens, on_batch=bar.update,
+                products=chosen.products,
+            )  # fmt: skip
             note = {"devices": devices, "precision_check": checked if part == 0 else None}
             writer.write(part, scored, note=note)
             tokens += sum(map(len, block))
@@ -177,6 +195,7 @@ def score_pairs(
     max_tokens: int = 8192,
     # called after each batch with its share of the pairs' tokens
     on_batch: Callable[[float], object] = lambda tokens: None,
+    products: Mapping[str, SplitProducts] = MappingProxyType({}),  # by role, of halves
 ) -> list[ScoredPair]:
     """Score pairs in memory, in their own order; see `score_dataset`."""
     keep = _checked_keep(keep, oracle, reference)
@@ -187,10 +206,14 @@ def score_pairs(
     else:
         if "hidden" in keep:
             rows = torch.empty(_response_tokens(pairs), _width(reference), dtype=ROW_DTYPE)
-        ref_logp = response_logp(reference, pairs, "reference", max_tokens, share, hidden=rows)
+        ref_logp = response_logp(
+            reference, pairs, "reference", max_tokens, share, hidden=rows,
+            products=products.get("reference"),
+        )  # fmt: skip
     logp = None
     if oracle is not None:
-        logp = response_logp(oracle, pairs, "oracle", max_tokens, share)
+        halves = products.get("oracle")
+        logp = response_logp(oracle, pairs, "oracle", max_tokens, share, products=halves)
     scored = []
     for i, pair in enumerate(pairs):
         fields = {f.name: getattr(pair, f.name) for f in dataclasses.fields(TokenPair)}
@@ -246,13 +269,37 @@ def _about_model(role: str, model: PreTrainedModel | None) -> dict:
     }
 
 
+def _asked(
+    arithmetic: str | Mapping[str, str] | None, models: Mapping[str, PreTrainedModel]
+) -> dict[str, str]:
+    """By role, of the models that are there."""
+    by_role = dict.fromkeys(models, arithmetic) if isinstance(arithmetic, str) else arithmetic or {}
+    asked = {role: by_role.get(role) or dtype_name(model) for role, model in models.items()}
+    for role, name in asked.items():
+        if name not in (AUTO, *ARITHMETICS, dtype_name(models[role])):
+            known = ", ".join((AUTO, *ARITHMETICS))
+            raise InputError(f"{role}: expected arithmetic {known}, got {name}")
+    return asked
+
+
+def _about_arithmetic(chosen: Chosen) -> dict:
+    """The entries for what a dtype does not say; without them a manifest means the dtypes' own."""
+    halved = {
+        f"{role}_arithmetic": name for role, name in chosen.arithmetics.items() if name in HALVES
+    }
+    return halved | ({} if chosen.reason is None else {"arithmetic_reason": chosen.reason})
+
+
 def _about_kept(pairs: Sequence[TokenPair]) -> dict:
     if not isinstance(pairs, ScoredStore) or "logp" not in pairs.manifest["keep"]:
         raise InputError(
             "reference: expected a model, or a store with its log-probabilities for pairs "
             "(`sepo score --keep logp`), got neither"
         )
-    return {key: pairs.manifest[key] for key in ("reference", "reference_dtype", "reference_name")}
+    keys = ("reference", "reference_dtype", "reference_name")
+    about = {key: pairs.manifest[key] for key in keys}
+    halved = pairs.manifest.get("reference_arithmetic")
+    return about if halved is None else about | {"reference_arithmetic": halved}
 
 
 def _about_rows(reference: PreTrainedModel) -> dict:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ IDENTITY = {  # manifest entries that make two runs the same run -> how a messag
     "pairs": "number of pairs",
     "pairs_per_part": "pairs per part",
 }
+# the same of newer entries, which a store has where its models' dtypes do not say it
+LATER = {"oracle_arithmetic": "oracle arithmetic", "reference_arithmetic": "reference arithmetic"}
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 MOST = 1 << 53  # pairs: no number that a store can mean is lost on the way through JSON
 
@@ -59,6 +61,16 @@ def begun_with(path: Path, entry: str) -> Any:
     return (read_manifest(path) or {}).get(entry)
 
 
+def arithmetics_of(path: Path, roles: Iterable[str]) -> dict[str, str]:
+    """In what the models of a store that is continued score; nothing if there is none yet."""
+    manifest = read_manifest(path) or {}
+    return {role: found for role in roles if (found := arithmetic_of(manifest, role))}
+
+
+def arithmetic_of(manifest: dict, role: str) -> Any:
+    return manifest.get(f"{role}_arithmetic") or manifest.get(f"{role}_dtype")
+
+
 def check_entries(file: Path, manifest: dict) -> None:
     """Raise InputError for an entry that is lacking or can't be what it says."""
     for key, (words, is_good) in ENTRIES.items():
@@ -85,7 +97,8 @@ def unsealed(written: dict) -> dict:
 
 def run_of(manifest: dict) -> str:
     """Names the run; every file of the store says it."""
-    return hash_json([manifest.get(key) for key in IDENTITY])
+    later = [[key, manifest[key]] for key in LATER if manifest.get(key) is not None]
+    return hash_json([*(manifest.get(key) for key in IDENTITY), *later])
 
 
 def num_parts(manifest: dict) -> int:
@@ -157,6 +170,8 @@ ENTRIES = {  # entry -> what it is in words, and whether a value is that
     "hidden_width": _SOME_COUNT,
     "transferred": _OBJECT,
     "precision_check": _OBJECT,
+    "arithmetic_reason": _SOME_TEXT,
+    **dict.fromkeys(LATER, _SOME_TEXT),
 }
 for _role in ("oracle", "reference"):
     ENTRIES |= {_role: _SOME_TEXT, f"{_role}_name": _SOME_TEXT, f"{_role}_dtype": _DTYPE}

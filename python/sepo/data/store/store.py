@@ -31,8 +31,10 @@ from sepo.data.read.tokenise import text_prefix
 from sepo.data.store.manifest import (
     FORMAT,
     IDENTITY,
+    LATER,
     MANIFEST,
     about_part,
+    arithmetic_of,
     check_entries,
     hash_json,
     num_parts,
@@ -374,13 +376,18 @@ def _hidden_rows(pairs: list[ScoredPair]) -> list[HiddenRows]:
 
 
 def _check_same_run(path: Path, present: dict, wanted: dict) -> None:
-    for key, words in IDENTITY.items():
-        if present.get(key) != wanted.get(key):
-            found, got = (str(m.get(key))[:32] for m in (present, wanted))  # hashes are long
+    read = dict.fromkeys(IDENTITY, dict.get) | dict.fromkeys(LATER, _arithmetic)
+    for key, words in (IDENTITY | LATER).items():
+        if read[key](present, key) != read[key](wanted, key):
+            found, got = (str(read[key](m, key))[:32] for m in (present, wanted))  # hashes are long
             raise InputError(
                 f"{path}: holds a store with another {words} ({found}, this run: {got}); "
                 "choose another directory, or delete this one"
             )
+
+
+def _arithmetic(manifest: dict, key: str) -> Any:
+    return arithmetic_of(manifest, key.removesuffix("_arithmetic"))
 
 
 def _check_tokenizer(path: Path, manifest: dict, tokenizer: Any) -> None:
