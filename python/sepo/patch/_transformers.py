@@ -37,8 +37,9 @@ class LabelLogprob(NamedTuple):
 def transformers(model: nn.Module) -> Patch:
     """Make the model's own loss of `labels`, and log-probabilities of `selected_labels`, need no logits.
 
-    In training, model(..., labels=labels) returns the loss that it returned before, and gradients,
-    with `logits=None`: any Trainer or loop that reads the loss alone may stay as it is.
+    In training, model(..., labels=labels) returns the loss that it returned before, and gradients.
+    Its output has `logits=None`: a Trainer or loop that reads the loss alone may stay as it is, and
+    one that reads the logits too passes `skip_logits=False`.
     model(..., selected_labels=labels) returns `LabelLogprob`. Labels are (B, T) int64 token ids,
     -100 where a token is not selected; the shift is made inside, as transformers' own losses make
     it. Other arguments go to the model's trunk. The work is done inside the model's forward, so it

@@ -10,8 +10,9 @@ import sepo.ops as ops
 from sepo.patch._labels import SIDES, UNUSED
 from sepo.patch._replace import check_version
 from sepo.patch._transformers import is_patched, transformers
+from sepo.patch._trl_patch import KNOWN
 
-check_version("trl", "==1.16.*")  # before names that another version need not have
+check_version("trl", KNOWN)  # before names that another version need not have
 
 from trl import DPOTrainer  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
