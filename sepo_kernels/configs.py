@@ -38,8 +38,14 @@ CONFIGS = {
         registers=64,
         registers_capped=72,
     ),
+    # as kl_row: with 8 warps the capped kernel has a number on the stack on sm_90
+    "stats_row": Config(
+        ("CAPPED", "WRITE_DLOGITS"), 512, num_warps=4, registers=58, registers_capped=64
+    ),
+    "entropy_row": Config(("CAPPED",), 1024, num_warps=8, registers=40, registers_capped=48),
     # one program a tile
     "logprob_dlogits": Config(("CAPPED",), 2048, num_warps=8, registers=40, registers_capped=48),
+    "entropy_dlogits": Config(("CAPPED",), 1024, num_warps=8, registers=40, registers_capped=48),
     "kl_ratios": Config(("CAPPED",), 1024, num_warps=8, registers=40, registers_capped=48),
     "kl_dlogits": Config(
         ("CAPPED", "POLICY_FIRST"), 1024, num_warps=8, registers=40, registers_capped=48

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from sepo_kernels.triton_rows import (
     LARGEST_SUM,
-    LOWEST,
     UNSPECIALISED,
+    largest_logit,
     load_logits,
     load_scale,
     load_target,
@@ -65,7 +65,9 @@ def logprob_row(
     logp = -log1p(others)  # keeps the digits of a row that is sure of its target
     if (others < LARGEST_SUM) == 0:  # or NaN
         tl.debug_barrier()  # the second time an entry may be another thread's
-        reference = _largest(logits_ptr, bias_ptr, V, has_bias, scale, softcap, CAPPED, BLOCK_V)
+        reference = largest_logit(
+            logits_ptr, bias_ptr, V, has_bias, scale, softcap, CAPPED, BLOCK_V
+        )
         others = _exponentials(
             logits_ptr, bias_ptr, dlogits_ptr, reference, column, V, has_bias, scale, softcap,
             CAPPED, WRITE_DLOGITS, BLOCK_V,
@@ -157,18 +159,6 @@ def _exponentials_tile(
     if WRITE_DLOGITS:
         store(dlogits_ptr, e * derivative, v, V, WHOLE)
     return e
-
-
-@triton.jit
-def _largest(
-    logits_ptr, bias_ptr, V, has_bias, scale, softcap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    top = tl.full((BLOCK_V,), LOWEST, tl.float32)
-    for start in range(0, V, BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
-        z, _ = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, False)
-        top = tl.maximum(top, z)
-    return tl.max(top, 0)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Launching the Triton row kernels of both heads, and the parts that they share.
+"""Launching the Triton row kernels of the heads, and the parts that they share.
 
 All compute in float32 from float32 logits. A kernel either walks its row with one program, or gives
 every tile of every row a program. Each treats whole tiles and the last, narrower one apart: the
@@ -22,12 +22,12 @@ from sepo_kernels.scales import Scale
 # tile is narrower than 1 in 16 of most rows) and of flags, and any alignment of one number a row
 UNSPECIALISED = {
     "do_not_specialize": [
-        "V", "has_bias", "has_ref_bias", "has_scales", "has_ref_scales", "column",
+        "V", "has_bias", "has_ref_bias", "has_scales", "has_ref_scales", "column", "num_rows",
     ],
     "do_not_specialize_on_alignment": [
         "targets_ptr", "logp_ptr", "ref_logp_ptr", "lse_ptr", "reference_ptr", "row_scale_ptr",
         "kl_ptr", "state_ptr", "grad_logp_ptr", "grad_kl_ptr", "scales_ptr",
-        "ref_scales_ptr",
+        "ref_scales_ptr", "numbers_ptr", "entropy_ptr", "grad_entropy_ptr",
     ],
 }  # fmt: skip
 # finite: in a tile of nothing but -inf (a padded vocabulary's bias), e^(-inf - top) = 0 needs a top
@@ -115,6 +115,19 @@ def load_target(logits_ptr, bias_ptr, target, V, has_bias, scale, softcap, CAPPE
     if CAPPED:
         z, derivative = _cap(z, softcap)
     return z, derivative
+
+
+@triton.jit
+def largest_logit(
+    logits_ptr, bias_ptr, V, has_bias, scale, softcap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Return the largest logit of a row."""
+    top = tl.full((BLOCK_V,), LOWEST, tl.float32)
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        z, _ = load_logits(logits_ptr, bias_ptr, v, V, has_bias, scale, softcap, CAPPED, False)
+        top = tl.maximum(top, z)
+    return tl.max(top, 0)
 
 
 @triton.jit

@@ -43,7 +43,7 @@ def forward(
     if at_once:
         return logp, lse, row_scale
     if dlogits is not None:
-        _write_dlogits(dlogits, logits, bias, targets, scale, softcap, logp, reference, row_scale)
+        write_dlogits(dlogits, logits, bias, targets, scale, softcap, logp, reference, row_scale)
     return logp, lse, torch.ones_like(logp)
 
 
@@ -61,11 +61,11 @@ def recompute(
 ) -> Tensor:  # row_scale (chunk,)
     gemm.logits(logits, x, weight)
     ones = torch.ones_like(lse)
-    _write_dlogits(dlogits, logits, bias, targets.contiguous(), scale, softcap, logp, lse, ones)
+    write_dlogits(dlogits, logits, bias, targets.contiguous(), scale, softcap, logp, lse, ones)
     return ones
 
 
-def _write_dlogits(
+def write_dlogits(
     dlogits: Tensor,  # (chunk, V), written; may be logits
     logits: Tensor,  # (chunk, V) float32
     bias: Tensor | None,  # (V,)

@@ -7,7 +7,7 @@ from ops import logprob_cases
 from torch import Tensor
 
 from sepo.ops import SelectedStats, explain_selected_stats, selected_stats
-from sepo_kernels.selected_stats import IMPLS
+from sepo_kernels.selected_stats import IMPLS, reference
 from sepo_kernels.selected_stats.layout import EntropyLayout
 
 SHAPES, VARIANTS = logprob_cases.SHAPES, logprob_cases.VARIANTS
@@ -88,3 +88,18 @@ def ours(inputs, *, dtype, way="entropy save", **options) -> dict[str, Tensor]:
 
     options["budget"] = budget_for(way, inputs[1].shape[0], dtype, **options)
     return run(fn, inputs, dtype=dtype, way=way, entropy_grad=entropy_grad, **options)
+
+
+def of_logits(z, targets, dtype=torch.float32, **options):
+    """Statistics of rows (M, V) that are the logits themselves, and what asks for their gradient."""
+    M, V = z.shape
+    hidden, weight = torch.eye(M).to(dtype), z.T.contiguous().to(dtype).requires_grad_()
+    rows = torch.arange(M, dtype=torch.int32)
+    return selected_stats(hidden, weight, rows, targets, entropy_grad=True, **options), weight
+
+
+def truth_of(z, targets):
+    eye, rows = torch.eye(len(z)).double(), torch.arange(len(z), dtype=torch.int32)
+    return dict(
+        zip(VALUES, reference.selected_stats(eye, z.double().T, rows, targets), strict=True)
+    )

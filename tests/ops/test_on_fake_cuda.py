@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import sepo.ops as ops
-from bench.operations import head, kl
+from bench.operations import head, kl, stats
 from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS
 
 pytest.importorskip("triton")
 
 from ops.traced import BANDWIDTH, H200, RATE, trace  # noqa: E402
 
-CASES = {case.name: case for module in (head, kl) for case in module.cases("cuda")}
+CASES = {case.name: case for module in (head, kl, stats) for case in module.cases("cuda")}
 KL = CASES["kl-large-50-ref-policy"]
 # case: schedule, products of 2 M D V FLOP, modelled milliseconds at most
 LARGE = {
@@ -43,6 +43,21 @@ def call_of(case, told: list, **options):
         need = leaves != "none", leaves == "both", False
         learnt = [x.detach().requires_grad_(n) for x, n in zip((hidden, weight), need)]  # noqa: B905
         kind, operators = dict(impl="triton", **options), torch.ops.sepo
+        if isinstance(case, stats.StatsCase):
+            kind["entropy_grad"] = case.entropy_grad
+            told.append(ops.explain_selected_stats(*learnt, rows, targets, **kind))
+            settings = told[-1].schedule, told[-1].budget
+            args = hidden, weight, None, rows, targets
+            logp, lse, row_scale, entropy, *_, reference, _, saved = operators.selected_stats_fwd(
+                *args, 1.0, None, case.entropy_grad, *settings, "triton"
+            )
+            last = saved, 1.0, None, *settings, *need, "triton"
+            if case.entropy_grad:
+                found = logp, lse, entropy, reference, row_scale
+                operators.selected_stats_bwd(up, up, *args, *found, *last)
+            else:
+                operators.selected_logprob_bwd(up, *args, logp, lse, row_scale, *last)
+            return
         if isinstance(case, head.HeadCase):
             told.append(ops.explain_selected_logprob(*learnt, rows, targets, **kind))
             settings = 1.0, None, told[-1].schedule, told[-1].budget
@@ -113,6 +128,24 @@ def test_weight_gradients_are_summed_within_the_products():
     assert [k.name for k in wide] == ["to"]
     chunks = -(-(case.M - told.saved) // told.bwd_chunk)
     assert sum(k.name == "addmm" for k in found.products) == chunks
+
+
+def test_statistics_cost_no_gemm_and_no_pass():
+    """As a metric they are numbers of the pass that is there; a gradient saves float32 logits."""
+    case, told = CASES["head-large-30"], []
+    alone, metric, entropy = (
+        trace(call_of(CASES[name], told))
+        for name in (case.name, "stats-large-30", "stats-entropy-large-30")
+    )
+    assert [(x.schedule, x.gemms) for x in told] == [("save", 3)] * 3
+    M, V = case.M, case.V
+    assert [k.flop for k in metric.products] == [k.flop for k in alone.products]
+    more = sum(k.bytes for k in metric.rows) - sum(k.bytes for k in alone.rows)
+    assert 0 < more <= 6 * 4 * M
+    assert metric.ms <= 1.01 * alone.ms and entropy.ms <= 1.1 * alone.ms
+    # the logits are read in either direction, dZ is written
+    moved = sum(k.bytes for k in entropy.rows)
+    assert moved == pytest.approx((4 + 4 + 2) * M * V, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 from ops import implementations
-from ops.stats_cases import VALUES, make_inputs, run
+from ops.stats_cases import VALUES, make_inputs, of_logits, run, truth_of
 
 from sepo.ops import selected_stats
 from sepo_kernels.selected_stats import IMPLS, reference
@@ -16,21 +16,6 @@ NUMBERS = [name for name in VALUES if name != "top1"]
 
 
 impl = implementations.fixture(IMPLS)
-
-
-def of_logits(z, targets, dtype=torch.float32, **options):
-    """Statistics of rows (M, V) that are the logits themselves, and what asks for their gradient."""
-    M, V = z.shape
-    hidden, weight = torch.eye(M).to(dtype), z.T.contiguous().to(dtype).requires_grad_()
-    rows = torch.arange(M, dtype=torch.int32)
-    return selected_stats(hidden, weight, rows, targets, entropy_grad=True, **options), weight
-
-
-def truth_of(z, targets):
-    eye, rows = torch.eye(len(z)).double(), torch.arange(len(z), dtype=torch.int32)
-    return dict(
-        zip(VALUES, reference.selected_stats(eye, z.double().T, rows, targets), strict=True)
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -22,6 +22,8 @@ from sepo_kernels.configs import CONFIGS, bytes_moved  # noqa: E402
 from sepo_kernels.selected_logprob import triton as logprob  # noqa: E402
 from sepo_kernels.selected_logprob_kl import triton as kl  # noqa: E402
 from sepo_kernels.selected_logprob_kl.layout import POLICY_REF, REF_POLICY  # noqa: E402
+from sepo_kernels.selected_stats import triton as stats  # noqa: E402
+from sepo_kernels.selected_stats.loops import Rows  # noqa: E402
 
 # bytes of shared memory that one program may have
 TARGETS = {
@@ -71,6 +73,9 @@ def drive(dtype, V, stride, start, softcap):
     logprob.forward(*head, targets, 1.0, softcap, None, z)
     logprob.forward(*head, targets, 1.0, softcap, first, z)
     logprob.recompute(*head, targets, 1.0, softcap, first, z, row, row)
+    stats.forward(*head, targets, 1.0, softcap, None, z)
+    stats.forward(*head, targets, 1.0, softcap, first, z)
+    stats.gradient(z, 0, bias, 1.0, softcap, Rows(targets, *[row] * 6), out)
     for beta in (POLICY_REF, REF_POLICY):
         two = *head, *head, targets, 1.0, softcap, 1.0, softcap, beta
         kl.forward(*two, None, (z, ref_z))
@@ -102,6 +107,7 @@ def test_all_of_the_table_is_launched(launched):
         # what is read and written in the input's dtype is there once for each that takes this way
         dtypes = 2 if name in ("logprob_dlogits", "kl_dlogits", "kl_combine") else 1
         dtypes += name == "logprob_dlogits"  # bfloat16 too, where the backward recomputes it
+        dtypes += 2 * (name == "entropy_dlogits")  # from any dtype's logits, in one kernel
         assert len(launched[name]) == dtypes * 2 * len(flags), name
 
 
@@ -120,15 +126,20 @@ def test_bytes_moved_are_those_of_the_launches(monkeypatch, dtype):
     logits = [k if k.dtype == acc else torch.zeros(4, 31) for k in blocks]
     head = x, weight, None
 
-    def assert_moves(step, heads, call, *args):
+    def assert_moves(step, heads, call, *args, more=0):
         moved.clear()
         call(*args)
-        assert sum(moved) == bytes_moved(step, heads, 31, dtype), (step, heads)
+        assert sum(moved) == bytes_moved(step, heads, 31, dtype) + more, (step, heads)
 
     one = *head, targets, 1.0, None
     assert_moves("forward", 1, logprob.forward, *one, None, logits[0])
     assert_moves("dlogits", 1, logprob.forward, *one, blocks[0], logits[0])
     assert_moves("recompute", 1, logprob.recompute, *one, blocks[0], logits[0], row, row)
+    more = 4 * 31 if dtype == acc else 0  # entropy_row's
+    assert_moves("forward", 1, stats.forward, *one, None, logits[0], more=more)
+    assert_moves("dlogits", 1, stats.forward, *one, blocks[0], logits[0], more=more)
+    numbers = Rows(targets, *[row] * 6)
+    assert_moves("recompute", 1, stats.gradient, logits[0], 0, None, 1.0, None, numbers, blocks[0])
     two = *head, *head, targets, 1.0, None, 1.0, None, POLICY_REF
     assert_moves("forward", 2, kl.forward, *two, None, logits)
     assert_moves("dlogits", 2, kl.forward, *two, blocks, logits)
@@ -225,7 +236,8 @@ def assert_wide(cubin, kernel, types, flags, what):
     """What a thread has of the whole tiles is read 16 bytes at a time, and written 8 or 16."""
     config, types = CONFIGS[kernel.fn.__name__], dict(zip(kernel.arg_names, types, strict=False))
     each = config.BLOCK_V // (32 * config.num_warps)
-    walks = 2 if kernel.fn.__name__.endswith("_row") else 1  # and once more, if hopeless
+    # and once more, if hopeless; entropy_row looks for the largest with a mask, then walks once
+    walks = 2 if kernel.fn.__name__.endswith("_row") and kernel.fn.__name__ != "entropy_row" else 1
     loaded = {"logits_ptr", "ref_logits_ptr", "bias_ptr", "ref_bias_ptr"}
     stored = {"dlogits_ptr", "first_ptr", "second_ptr", "out_ptr"}
     if "combine" in kernel.fn.__name__:

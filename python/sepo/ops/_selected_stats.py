@@ -91,7 +91,7 @@ def selected_stats(
         softcap: logits = softcap * tanh(logits / softcap), as in Gemma 2; None: not.
         entropy_grad: whether the entropy is differentiable.
         budget: bytes of logits or probabilities alive at once; None: by device.
-        impl: "auto", or a name of an implementation: "native", "chunked".
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
 
     Returns:
         SelectedStats: logp, entropy, log_sum_sq, mean_logit, lse, (M,) float32 each, or float64 for
@@ -142,7 +142,7 @@ def explain_selected_stats(
         softcap: of the logits; None: not.
         entropy_grad: whether the entropy is differentiable.
         budget: bytes of logits or probabilities alive at once; None: by device.
-        impl: "auto", or a name of an implementation: "native", "chunked".
+        impl: "auto", or a name of an implementation: "native", "triton", "chunked".
 
     Returns:
         Explanation: implementation, schedule, sizes in rows and bytes, GEMMs, and reasons.
