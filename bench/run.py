@@ -75,7 +75,11 @@ def parser() -> argparse.ArgumentParser:
     add("--hours", action="store_true", help="now: sepo plan --papers")
     add("--device", default=device_here(), choices=("cpu", "cuda"))
     add("--rounds", type=int)
-    add("--minutes", type=float, help=f"no round after, but {LEAST_ROUNDS} a case; {SHORT_MINUTES} without arguments")
+    add(
+        "--minutes",
+        type=float,
+        help=f"no round after, but {LEAST_ROUNDS} a case; {SHORT_MINUTES} without arguments",
+    )
     add = found.add_argument_group("whole steps").add_argument
     add("--model", help="smollm2, smollm2-shape, llama-1b-shape, a directory, a hub id")
     add("--data", type=Path, help="default: runs/data/dpo_en_demo.json, or pairs as long of ours")
