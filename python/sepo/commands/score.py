@@ -56,8 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         whose = f"of the {role[:-1]}" if role else "of both models"
         names = ARITHMETICS if role else (AUTO, *ARITHMETICS)
         add(f"--{role}arithmetic", choices=names, help=_about_arithmetic(whose, with_auto=not role))
-        old = dict(choices=("float32", *DTYPES), dest=f"{role}arithmetic", help=argparse.SUPPRESS)
-        add(f"--{role}dtype", action=_Renamed, **old)
+        add(
+            f"--{role}dtype",
+            action=_Renamed,
+            dest=f"{role}arithmetic",
+            choices=("float32", *DTYPES),
+            help=argparse.SUPPRESS,
+        )
         add(f"--{role}device", type=device, help=f"device {whose}; cuda if there is one, else cpu")
     add(
         "--max_tokens_per_batch",

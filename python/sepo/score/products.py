@@ -54,7 +54,7 @@ class SplitProducts:
     def in_force(self) -> Iterator[None]:
         """Let the model's linear layers use the halves; outside of it they are as before."""
         for layer, weight in self._layers.items():
-            layer.forward = partial(_linear, weight, layer.bias)
+            layer.forward = partial(_linear, layer, weight)
         try:
             yield
         finally:
@@ -69,8 +69,9 @@ class SplitProducts:
     ) -> Tensor:  # (M,) float32
         """log p(targets) of the head."""
         _, bias, scale, softcap = self._head
-        more = dict(bias=bias, scale=scale, softcap=softcap)
-        return split_logprob(states, self._head_weight, rows, targets, **more)
+        return split_logprob(
+            states, self._head_weight, rows, targets, bias=bias, scale=scale, softcap=softcap
+        )
 
     @property
     def layers(self) -> int:
@@ -92,6 +93,7 @@ def why_slow(arithmetic: str, device: torch.device) -> str | None:
     return found.reasons[1] if found.emulated else None
 
 
-def _linear(weight: SplitWeight, bias: Tensor | None, x: Tensor) -> Tensor:
+def _linear(layer: nn.Module, weight: SplitWeight, x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
+    bias = None if layer.bias is None else layer.get_parameter("bias")
     return split_linear(rows, weight, bias=bias).view(*x.shape[:-1], weight.hi.shape[0])
