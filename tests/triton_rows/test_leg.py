@@ -12,17 +12,19 @@ import torch
 from sepo.ops import selected_logprob
 
 HERE = Path(__file__).parent
+FILES = sorted(file.name for file in HERE.glob("test_interpreted_*.py"))
 
 
 @pytest.mark.slow
-def test_interpreted_leg():
+@pytest.mark.parametrize("file", FILES)
+def test_interpreted_leg(file):
     triton, release = pytest.importorskip("triton"), lambda x: tuple(map(int, x.split(".")[:2]))
     old = release(triton.__version__) < (3, 7)  # it takes an int of an array of one
     if old and release(numpy.__version__) >= (2, 4):
         pytest.skip(f"triton 3.6's interpreter needs numpy < 2.4, got {numpy.__version__}")
     allowed = ("-W", "default:Conversion of an array:DeprecationWarning") if old else ()
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *allowed, str(HERE)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *allowed, HERE / file],
         cwd=HERE.parents[1], env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
