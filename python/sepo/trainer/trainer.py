@@ -104,8 +104,7 @@ class SePOTrainer(MaskedTrainer):
         self.train_pairs = self._prepared(train_dataset, args)
         self._eval_pairs = each(self._prepared, eval_dataset, args)
         if self.method.mask == "learned" and args.mask_kind != "random":
-            # such a method reads the reference's layers: a run without a live one was refused above
-            assert isinstance(self.reference, LiveReference)
+            assert isinstance(self.reference, LiveReference)  # its layers are read
             add_mask(model, self.reference.model, args)
         self._reads = step_reads(self.method, args, self.reference, self._router_loss)
         run = None if self.train_pairs is None else describe_run(

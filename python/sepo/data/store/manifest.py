@@ -71,6 +71,23 @@ def arithmetic_of(manifest: dict, role: str) -> Any:
     return manifest.get(f"{role}_arithmetic") or manifest.get(f"{role}_dtype")
 
 
+def check_same_run(path: Path, present: dict, wanted: dict) -> None:
+    """Raise InputError for a store of another run, naming the first entry that differs."""
+    for key, words in (IDENTITY | LATER).items():
+        found, got = (_in_force(manifest, key) for manifest in (present, wanted))
+        if found != got:
+            shown, asked = str(found)[:32], str(got)[:32]  # hashes are long
+            raise InputError(
+                f"{path}: holds a store with another {words} ({shown}, this run: {asked}); "
+                "choose another directory, or delete this one"
+            )
+
+
+def _in_force(manifest: dict, key: str) -> Any:
+    role = key.removesuffix("_arithmetic")
+    return arithmetic_of(manifest, role) if key in LATER else manifest.get(key)
+
+
 def check_entries(file: Path, manifest: dict) -> None:
     """Raise InputError for an entry that is lacking or can't be what it says."""
     for key, (words, is_good) in ENTRIES.items():

@@ -31,11 +31,10 @@ from sepo.data.read.tokenise import text_prefix
 from sepo.data.store.manifest import (
     FORMAT,
     IDENTITY,
-    LATER,
     MANIFEST,
     about_part,
-    arithmetic_of,
     check_entries,
+    check_same_run,
     hash_json,
     num_parts,
     pairs_of,
@@ -168,7 +167,7 @@ class StoreWriter:
         clear(self.path, owner)
         present = read_manifest(self.path)
         if present is not None:
-            _check_same_run(self.path, present, manifest)
+            check_same_run(self.path, present, manifest)
         elif stray := next(self.path.glob("part-*"), None):
             raise InputError(f"{self.path}: found {stray.name} without {MANIFEST}")
         self.manifest = present or manifest | {"complete": False}
@@ -197,7 +196,7 @@ class StoreWriter:
             raise InputError(f"{self.path}: expected a folder, got {error.strerror}") from error
         # Two owners may both get here; they replace one file by another like it.
         self._write_json(self.manifest)
-        _check_same_run(self.path, _manifest_at(self.path), self.manifest)
+        check_same_run(self.path, _manifest_at(self.path), self.manifest)
 
     def write(self, part: int, pairs: list[ScoredPair], *, note: dict | None = None) -> None:
         """Write one part, atomically. `note`: what the manifest shall say about its making.
@@ -373,21 +372,6 @@ def _hidden_rows(pairs: list[ScoredPair]) -> list[HiddenRows]:
     if len(kept) < len(rows):
         raise ValueError(f"expected {len(rows)} responses with hidden rows, got {len(kept)}")
     return kept
-
-
-def _check_same_run(path: Path, present: dict, wanted: dict) -> None:
-    read = dict.fromkeys(IDENTITY, dict.get) | dict.fromkeys(LATER, _arithmetic)
-    for key, words in (IDENTITY | LATER).items():
-        if read[key](present, key) != read[key](wanted, key):
-            found, got = (str(read[key](m, key))[:32] for m in (present, wanted))  # hashes are long
-            raise InputError(
-                f"{path}: holds a store with another {words} ({found}, this run: {got}); "
-                "choose another directory, or delete this one"
-            )
-
-
-def _arithmetic(manifest: dict, key: str) -> Any:
-    return arithmetic_of(manifest, key.removesuffix("_arithmetic"))
 
 
 def _check_tokenizer(path: Path, manifest: dict, tokenizer: Any) -> None:
