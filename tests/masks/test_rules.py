@@ -58,11 +58,12 @@ def test_the_mean_is_of_probabilities():
     assert (logp < logp.mean()).tolist() == [False, False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 1000, 4097])
-def test_equal_probabilities_leave_nothing(length):
+def test_equal_probabilities_leave_nothing(length, dtype):
     """However the mean of the same number is rounded, it is not above that number."""
-    for value in (-0.1, -1 / 3, -7.3, -60.0, -110.0):  # the last underflows
-        logp = torch.full((length,), value)
+    for value in (-0.1, -1 / 3, -4.0, -7.3, -60.0, -110.0):  # the last underflows
+        logp = torch.full((length,), value, dtype=dtype)
         assert not below_mean_probability(logp, torch.tensor([0, length])).any()
 
 

@@ -75,10 +75,10 @@ def below_mean_probability(
     response of one token. The mean is over the tokens that the user's weights leave in, each
     counted once.
     """
-    probability = logp.exp()
-    # float64: a mean of equal float32 numbers is then that number, and none is below it
-    mean = segment_mean(probability.double(), cu_rows)
-    return ~(probability >= mean[segment_of(cu_rows, len(logp))])
+    probability, segment = logp.exp().double(), segment_of(cu_rows, len(logp))
+    # over the first token's: a rounded mean of equal numbers may be above them, that of zeros is 0
+    excess = probability - probability[cu_rows[segment]]
+    return ~(excess >= segment_mean(excess, cu_rows)[segment])
 
 
 def above_quantile(
