@@ -10,10 +10,10 @@ CASES = [(head, schedule) for head in (One, Two) for schedule in head.schedules]
 each_case = pytest.mark.parametrize(("head", "schedule"), CASES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @each_case
-def test_equal_scales_give_the_bits_of_one(tile, head, schedule, dtype):
+def test_equal_scales_give_the_bits_of_one(tile, head, schedule):
     tile(32)
+    dtype = torch.float32
     inputs, budget = head.inputs(dtype, FEW), head.budget(schedule, dtype, "triton")
     options = dict(softcap=3.0, budget=budget, impl="triton")
     one, found = (

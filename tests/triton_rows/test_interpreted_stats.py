@@ -22,13 +22,13 @@ from sepo_kernels.selected_stats import reference, triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (N, M, D, V), columns of a tile or None for the table's: a last tile of 5 columns; whole tiles;
-# one tile wider than the row; no rows; rows repeat, N < M
+# one tile wider than the row; no rows; rows repeat, N < M. Chunks of 5 rows: see budget_for
 RAGGED, *OTHERS = [
-    ((37, 16, 45, 101), 32),
-    ((32, 16, 32, 64), 16),
-    ((9, 16, 16, 31), None),
+    ((17, 7, 45, 101), 32),
+    ((32, 7, 32, 64), 16),
+    ((9, 7, 16, 31), None),
     ((8, 0, 16, 31), 16),
-    ((4, 16, 16, 37), 16),
+    ((4, 7, 16, 37), 16),
 ]
 
 
@@ -53,8 +53,9 @@ def test_every_schedule_is_as_accurate_as_plain_pytorch(tile, way, dtype):
     check(shape, "all", way, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", ["plain", "capped"])
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [("plain", torch.float32), ("capped", torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize(("shape", "size"), OTHERS, ids=str)
 def test_every_shape_is_as_accurate_as_plain_pytorch(tile, shape, size, variant, dtype):
     tile(size)
@@ -62,18 +63,18 @@ def test_every_shape_is_as_accurate_as_plain_pytorch(tile, shape, size, variant,
         check(shape, variant, way, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_vocabularies_that_end_within_a_tile(dtype):
+def test_vocabularies_that_end_within_a_tile(tile):
+    tile(8192)
     V = 50257
     assert V % CONFIGS["stats_row"].BLOCK_V and V % CONFIGS["entropy_dlogits"].BLOCK_V
-    check((5, 3, 16, V), "plain", "entropy save", dtype)
+    check((5, 2, 16, V), "plain", "entropy save", torch.float16)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 @pytest.mark.parametrize("way", METRIC)
 def test_a_metric_changes_no_bit_of_the_log_probability(tile, way, dtype):
     tile(32)
-    inputs = make_inputs(37, 16, 45, 101, dtype=dtype, bias=True)
+    inputs = make_inputs(17, 7, 45, 101, dtype=dtype, bias=True)
     options = dict(softcap=5.0, scale=0.7, impl="triton")
     found = ours(inputs, dtype=dtype, way=way, **options)
     budget = logprob_cases.budget_for(way, 101, dtype, **options)
@@ -86,10 +87,10 @@ def test_a_metric_changes_no_bit_of_the_log_probability(tile, way, dtype):
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_scales_give_the_bits_of_one(tile, way):
     tile(32)
-    inputs = make_inputs(37, 16, 45, 101, bias=True)
+    inputs = make_inputs(17, 7, 45, 101, bias=True)
     one, each = (
         ours(inputs, dtype=torch.float32, way=way, impl="triton", scale=scale)
-        for scale in (0.7, torch.full((16,), 0.7))
+        for scale in (0.7, torch.full((7,), 0.7))
     )
     assert all(torch.equal(one[name], each[name]) for name in one)
 
