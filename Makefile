@@ -24,7 +24,7 @@ demo: .venv/.installed
 
 test: .venv/.installed lint
 	$(BIN)/python -m pytest -q --durations=10 -m "not hostile and not every_target" -n auto --maxprocesses 4 \
-		--dist loadscope \
+		--dist loadscope --no-loadscope-reorder \
 		--max-worker-restart=0  # a worker that dies is a failure at once; xdist waits for ever else
 
 # bad input, kills, flipped bits, two processes on one folder: ten minutes on two cores

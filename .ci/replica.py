@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "4",
         "--dist",
         "loadscope",
+        "--no-loadscope-reorder",
     )
     # what an old release warns of, of a newer one that it meets, is not ours
     pytest = "-m", "pytest", "-q", "-rs", "-W", "default", "--durations=10"

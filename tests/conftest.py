@@ -15,6 +15,12 @@ pytest.register_assert_rewrite("trainer", *(path.stem for path in HELPERS))
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests go first: in the end no worker is left alone with one of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish():
     """What is imported by now lives on: a trainer's gc.collect() need not walk it, half of its time."""
     gc.collect()
