@@ -3,19 +3,20 @@
 The text to be broken must occur exactly once, so a mutant that the code has outgrown is noticed too.
 """
 
-import os
+import json
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
-from processes import ENVIRONMENT, FOLDERS, ROOT
+from processes import ROOT, run
 
 pytestmark = pytest.mark.slow
 
+ALONE = {"PYTHONPATH": ""}  # the copies' folders, and none of this tree's
 LOGPROB = "sepo_kernels/selected_logprob/chunked.py"
 OPERATION = "tests/ops/test_selected_logprob.py"
-STEPS = "tests/trainer/test_pipeline.py::test_a_step_equals_the_formula"
+PIPELINE = "tests/trainer/test_pipeline.py"
+STEPS = f"{PIPELINE}::test_a_step_equals_the_formula"
 MUTANTS = {
     "assign instead of add for repeated rows": (
         "sepo_kernels/gemm.py",
@@ -40,7 +41,7 @@ MUTANTS = {
         "python/sepo/data/truncate.py",
         "last = int(positions[-1]) if len(positions) else 0",
         "last = max(0, int(positions[-1]) - 1) if len(positions) else 0",
-        "tests/trainer/test_pipeline.py",
+        f"{PIPELINE}::test_packed_equals_dense",
     ),
     "needs_input_grad ignored": (
         "python/sepo/ops/_selected_logprob.py",
@@ -64,7 +65,7 @@ MUTANTS = {
         "python/sepo/attention/sdpa.py",
         "tril(self.shift)",
         "tril(self.shift - 1)",
-        "tests/trainer/test_pipeline.py",
+        f"{PIPELINE}::test_packed_equals_dense",
     ),
     "the second copy of a prompt without a gradient": (
         "python/sepo/attention/varlen.py",
@@ -172,27 +173,40 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_test_catches(name, tmp_path, request):
-    file, old, new, tests = MUTANTS[name]
-    if tests == "tests/data/test_rows.py":
-        pytest.importorskip("datasets")  # as these tests do
-    for folder in ("sepo_kernels", "python", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.pyc"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    source = (tmp_path / file).read_text()
-    assert source.count(old) == 1, f"{file} no longer holds once: {old}"
-    (tmp_path / file).write_text(source.replace(old, new))
-    paths = [tmp_path / folder.relative_to(ROOT) for folder in FOLDERS]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, request) -> dict[str, dict]:
+    """What came of each mutant's tests: pytest's exit code, and what was printed."""
+    place = tmp_path_factory.mktemp("mutants")
     # on the lowest versions warnings are not errors
     warnings = [f"-W{how}" for how in request.config.getoption("pythonwarnings") or ()]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *warnings, tests],
-        cwd=tmp_path,
-        env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 1, f"no test of {tests} noticed:\n{done.stdout[-2000:]}"
-    assert "1 failed" in done.stdout  # not an error on the way to the tests
+    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *warnings]
+    jobs = [
+        {"folder": str(broken_copy(name, place)), "arguments": [*options, MUTANTS[name][3]]}
+        for name in MUTANTS
+    ]
+    (place / "jobs.json").write_text(json.dumps(jobs))
+    run(ROOT / "tests/workers/mutants.py", place / "jobs.json", timeout=1200, environment=ALONE)
+    return dict(zip(MUTANTS, json.loads((place / "jobs.json").read_text()), strict=True))
+
+
+def broken_copy(name: str, place: Path) -> Path:
+    """The code and its tests with one mutant in them."""
+    file, old, new, _ = MUTANTS[name]
+    copy = place / str(list(MUTANTS).index(name))
+    for folder in ("sepo_kernels", "python", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    source = (copy / file).read_text()
+    assert source.count(old) == 1, f"{file} no longer holds once: {old}"
+    (copy / file).write_text(source.replace(old, new))
+    return copy
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_test_catches(name, found):
+    tests = MUTANTS[name][3]
+    if tests == "tests/data/test_rows.py":
+        pytest.importorskip("datasets")  # as these tests do
+    code, said = found[name]["code"], found[name]["said"]
+    assert code == 1, f"no test of {tests} noticed:\n{said[-2000:]}"
+    assert "1 failed" in said  # not an error on the way to the tests
