@@ -53,6 +53,10 @@ CONFIGS = {
     # 8 columns to a thread, of 16 bits each
     "kl_combine": Config((), 1024, num_warps=4, registers=40),
     "kl_combine_ratios": Config(("POLICY_FIRST",), 1024, num_warps=4, registers=72),
+    # of K targets a row: columns are of D, and the last two hold several rows
+    "target_dots": Config((), 1024, num_warps=4, registers=40),
+    "target_sums": Config((), 256, num_warps=4, registers=48),
+    "target_add": Config((), 256, num_warps=4, registers=68),
 }
 # rows under way on one multiprocessor, by the number of heads
 RESIDENT_ROWS = {1: CONFIGS["logprob_row"].resident, 2: CONFIGS["kl_row"].resident}

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 from numerics import assert_as_accurate, max_error
-from ops import kl_cases, logprob_cases
+from ops import k_target_cases, kl_cases, logprob_cases
 
 from sepo.ops import (
     explain_selected_logprob,
@@ -55,6 +55,19 @@ def kl(impl, device, shape, dtype, variant, direction):
             budget=kl_budget(schedule, M, V, dtype), impl=impl, **options,
         )  # fmt: skip
         _compare(ours, plain, truth, dtype, f"{impl}, {schedule}, {direction}")
+
+
+def k_targets(impl, device, shape, dtype, over):
+    """selected_logprob with K targets a row, absent and repeated ones too, against float64."""
+    options = dict(logprob_cases.VARIANTS["all"])
+    inputs = k_target_cases.make_inputs(*shape, dtype=dtype, bias=options.pop("bias"))
+    inputs = [x if x is None else x.to(device) for x in inputs]
+    run = lambda fn, d, **more: k_target_cases.run(
+        fn, inputs, dtype=d, over=over, **options, **more
+    )
+    plain, truth = (run(k_target_cases.dense, d) for d in (dtype, torch.float64))
+    ours = run(selected_logprob, dtype, impl=impl)
+    _compare(ours, plain, truth, dtype, f"{impl}, K targets over the {over}")
 
 
 # the implementations come in turn, and the truth of the largest shape is not made for each

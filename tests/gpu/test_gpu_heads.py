@@ -4,6 +4,7 @@ import pytest
 import torch
 from gpu import head_checks as checks
 from gpu import step_checks
+from ops.k_target_cases import OVER
 from ops.kl_cases import DIRECTIONS
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +36,14 @@ def test_logprob_is_as_accurate_as_plain_pytorch(V, variant, dtype, impl):
 @pytest.mark.parametrize(("V", "variant", "direction"), KL)
 def test_kl_is_as_accurate_as_plain_pytorch(V, variant, direction, dtype, impl):
     checks.kl(impl, "cuda", (40, 72, 64, 48, V), dtype, variant, direction)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("over", OVER)
+def test_k_targets_are_as_accurate_as_plain_pytorch(over, dtype, impl):
+    for N, M, D, V, K in [(40, 72, 64, 31, 3), (40, 72, 1100, 50257, 20), (9, 0, 64, 31, 3)]:
+        checks.k_targets(impl, "cuda", (N, M, D, V, K), dtype, over)
 
 
 @pytest.mark.parametrize("V", [31, 50257])

@@ -5,6 +5,7 @@ import torch
 from gpu import head_checks, sanitized, segment_checks, step_checks
 from native_kernels import LACKING
 from ops.implementations import on_cpu
+from ops.k_target_cases import OVER
 from ops.kl_cases import DIRECTIONS
 
 from sepo_kernels import gemm, segment_reduce
@@ -19,6 +20,8 @@ def test_heads(dtype):
         head_checks.logprob("chunked", "cpu", (40, M, 24, 101), dtype, "all")
         for direction in DIRECTIONS:
             head_checks.kl("chunked", "cpu", (40, M, 24, 16, 101), dtype, "all", direction)
+    for over in OVER:
+        head_checks.k_targets("chunked", "cpu", (40, 72, 24, 101, 3), dtype, over)
 
 
 def test_confident_rows_and_far_rows():

@@ -35,8 +35,11 @@ ROLLOUTS = dict(num_generations=2, max_completion_length=6, temperature=0.7)
 SAMPLED = {
     "grpo": ROLLOUTS | dict(beta=0.05),  # 0 would load no reference
     "rloo": ROLLOUTS | dict(beta=0.05),
+    "distillation": dict(max_completion_length=6, temperature=0.7),
 }
-KINDS = tuple(DATA)
+REWARDED = "grpo", "rloo"
+KINDS = tuple(DATA)  # whose forward TRL gives its head
+DATA["distillation"] = DATA["grpo"]
 
 
 class Gradients(TrainerCallback):
@@ -80,7 +83,7 @@ def trainer(folder, kind: str, *, model=None, peft_config=None, **how):
     import trl
     from datasets import Dataset
 
-    name = kind.upper()
+    name = "Distillation" if kind == "distillation" else kind.upper()
     options = dict(
         per_device_train_batch_size=4, max_steps=2, logging_steps=1, learning_rate=0.05,
         optim="sgd", lr_scheduler_type="constant", bf16=False, use_cpu=True, report_to="none",
@@ -89,8 +92,10 @@ def trainer(folder, kind: str, *, model=None, peft_config=None, **how):
     args = getattr(trl, f"{name}Config")(str(folder), **options | SAMPLED.get(kind, {}) | how)
     model = model or tiny_model()
     reference = tiny_model(model.config.model_type, seed=1)
-    more = dict(reward_funcs=reward) if kind in SAMPLED else {}
-    if kind in SAMPLED:  # these load it themselves
+    more = dict(reward_funcs=reward) if kind in REWARDED else {}
+    if kind == "distillation":
+        more["teacher_model"] = reference
+    elif kind in REWARDED:  # these load it themselves
         model.config._name_or_path = str(folder)
         reference.save_pretrained(folder)  # the first rank does, and the others wait for it
         args.distributed_state.wait_for_everyone()

@@ -17,13 +17,14 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from sepo_kernels import triton_rows, triton_split  # noqa: E402
+from sepo_kernels import triton_rows, triton_split, triton_targets  # noqa: E402
 from sepo_kernels.configs import CONFIGS, bytes_moved  # noqa: E402
 from sepo_kernels.selected_logprob import triton as logprob  # noqa: E402
 from sepo_kernels.selected_logprob_kl import triton as kl  # noqa: E402
 from sepo_kernels.selected_logprob_kl.layout import POLICY_REF, REF_POLICY  # noqa: E402
 from sepo_kernels.selected_stats import triton as stats  # noqa: E402
 from sepo_kernels.selected_stats.loops import Rows  # noqa: E402
+from sepo_kernels.target_logits import triton as k_targets  # noqa: E402
 
 # bytes of shared memory that one program may have
 TARGETS = {
@@ -83,6 +84,16 @@ def drive(dtype, V, stride, start, softcap):
         state = new(kl.NUM_STATE, dtype=torch.float32)
         kl.recompute(*two, (first, second), (z, ref_z), row, row, row, state)
         kl.combine(first, second, targets, 0, row, row, state, row, row, beta, out)
+    drive_targets(dtype, V, stride)
+
+
+def drive_targets(dtype, V, stride):
+    """Call the launchers of K targets a row; D is what lies between rows of logits."""
+    hidden, weight = torch.zeros(4, stride, dtype=dtype), torch.zeros(V, stride, dtype=dtype)
+    rows, targets = torch.arange(4, dtype=torch.int32), torch.zeros(4, 3, dtype=torch.int64)
+    k_targets.dots(hidden, weight, rows, targets, 0)
+    k_targets.sum_targets(torch.zeros(4, 3), weight, targets, 0)
+    k_targets.add_to_targets(weight, torch.zeros(4, 3), hidden, rows, targets, 0)
 
 
 def describe(param, arg) -> tuple[str, bool]:
@@ -108,6 +119,7 @@ def test_all_of_the_table_is_launched(launched):
         dtypes = 2 if name in ("logprob_dlogits", "kl_dlogits", "kl_combine") else 1
         dtypes += name == "logprob_dlogits"  # bfloat16 too, where the backward recomputes it
         dtypes += 2 * (name == "entropy_dlogits")  # from any dtype's logits, in one kernel
+        dtypes = 3 if name.startswith("target_") else dtypes  # they read rows of the head itself
         assert len(launched[name]) == dtypes * 2 * len(flags), name
 
 
@@ -261,6 +273,9 @@ def assert_wide(cubin, kernel, types, flags, what):
     stored = {"dlogits_ptr", "first_ptr", "second_ptr", "out_ptr"}
     if "combine" in kernel.fn.__name__:
         loaded, stored = stored - {"out_ptr"}, {"out_ptr"}
+    elif kernel.fn.__name__.startswith("target_"):
+        loaded, stored = {"x_ptr", "weight_ptr"}, set()
+        each *= 1 if kernel.fn.__name__ == "target_dots" else triton_targets.TERMS.value
     elif not flags.get("WRITE_DLOGITS", flags.get("WRITE_BLOCKS", True)):
         stored = set()
     tool = triton.knobs.nvidia.nvdisasm.path

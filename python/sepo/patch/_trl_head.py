@@ -40,11 +40,9 @@ class LabelStatistics:
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> Statistics:
         """Return log-probabilities of the targets, and of the statistics those named in `outputs`."""
-        _refuse_zero3()
-        own = _at(temperature, Head(weight, bias, logit_scale, final_logit_softcapping))
-        hidden, (weight, bias, scale, softcap) = under_autocast(hidden, own)
-        weight = weight.to(hidden.dtype)
-        bias = None if bias is None else bias.to(hidden.dtype)
+        refuse_zero3()
+        own = Head(weight, bias, logit_scale, final_logit_softcapping)
+        hidden, (weight, bias, scale, softcap) = head_of(hidden, own, temperature)
         rows = torch.arange(len(targets), dtype=torch.int32, device=targets.device)
         head = hidden, weight, rows, targets
         logits: dict[str, Any] = dict(bias=bias, scale=scale, softcap=softcap)
@@ -94,16 +92,28 @@ class _EntropyLater(torch.autograd.Function):
         return *grads[:2], None, None, grads[2], None, None, None
 
 
+def head_of(
+    hidden: Tensor,  # (M, D)
+    own: Head,
+    temperature: float,
+) -> tuple[Tensor, Head]:
+    """Return states and head at a temperature, as our operations take them: in one dtype."""
+    hidden, own = under_autocast(hidden, _at(temperature, own))
+    bias = None if own.bias is None else own.bias.to(hidden.dtype)
+    return hidden, own._replace(weight=own.weight.to(hidden.dtype), bias=bias)
+
+
+def refuse_zero3() -> None:
+    """Raise InputError under DeepSpeed ZeRO-3."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        raise InputError("sepo.patch.trl: expected whole weights, got DeepSpeed ZeRO-3's shards")
+
+
 def _at(temperature: float, own: Head) -> Head:
     """Say TRL's cap((h W + bias) scale) / temperature as a head: its scale leaves the bias alone."""
     factor, bias, softcap = own.scale / temperature, own.bias, own.softcap
     if bias is not None and factor != 1:
         bias = bias * factor
     return Head(own.weight, bias, factor, None if softcap is None else softcap / temperature)
-
-
-def _refuse_zero3() -> None:
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    if is_deepspeed_zero3_enabled():
-        raise InputError("sepo.patch.trl: expected whole weights, got DeepSpeed ZeRO-3's shards")

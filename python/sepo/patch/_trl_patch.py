@@ -1,8 +1,8 @@
 """This library's head in the place of TRL's, under every trainer of the process.
 
 TRL gives a model a forward that returns log-probabilities and statistics of the labels. The head
-inside is one function of tensors. It is replaced, and nothing around it: shifts, masks, metrics and
-losses stay TRL's.
+inside is one function of tensors; distillation's divergence is another. They are replaced, and
+nothing around them: shifts, masks, metrics and losses stay TRL's.
 """
 
 import functools
@@ -15,15 +15,17 @@ import torch
 from sepo.errors import InputError
 from sepo.model.forward import head
 from sepo.patch._replace import Patch, check_version
+from sepo.patch._trl_divergence import Divergence
 from sepo.patch._trl_head import LabelStatistics, entropy_is_rewarded
 
 KNOWN = "==1.16.*"
 _GIVEN_A_HEAD = ("sft", "dpo", "kto", "grpo", "rloo")
+_DIVERGENCE = "ChunkedDivergenceFunction"
 _GRPO_FORWARD = "_get_per_token_logps_and_entropies"
 
 
 def trl() -> Patch:
-    """Put this library's head under TRL's SFT, DPO, KTO, GRPO and RLOO trainers.
+    """Put this library's head under TRL's SFT, DPO, KTO, GRPO, RLOO and distillation trainers.
 
     Their losses, gradients and metrics stay what they were, to the rounding of float32. Only rows
     with a label go through the head, on a CPU too, where TRL computes all. It holds for trainers
@@ -31,6 +33,9 @@ def trl() -> Patch:
 
         with sepo.patch.trl():
             DPOTrainer(model, args=args, train_dataset=pairs).train()
+
+    Of distillation the KL divergences are computed here: `beta` 0 and 1. With a `beta` between them
+    TRL's own function computes its mixture's divergence.
 
     With `use_liger_kernel` the layers are Liger's and the head is this one. TRL itself refuses
     Liger's fused cross entropy in these trainers.
@@ -47,12 +52,17 @@ def trl() -> Patch:
     check_version("trl", KNOWN)
     utils = importlib.import_module("trl.trainer.utils")
     kernels = importlib.import_module("trl.kernels.chunked_logprob")
+    divergence = importlib.import_module("trl.kernels.chunked_divergence")
     trainers = [importlib.import_module(f"trl.trainer.{name}_trainer") for name in _GIVEN_A_HEAD]
     grpo = importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer
+    distillation = importlib.import_module("trl.trainer.distillation_trainer")
     _check_own(utils, "_ChunkedLogProbFunction", kernels.ChunkedLogProbFunction)
+    _check_own(distillation, _DIVERGENCE, divergence.ChunkedDivergenceFunction)
     patch = Patch()
     patch.replace(utils, "_ChunkedLogProbFunction", LabelStatistics)
-    patch.replace(utils, "_use_triton", _everywhere)  # where it is true TRL selects rows
+    patch.replace(distillation, _DIVERGENCE, Divergence)
+    for module in (utils, distillation):
+        patch.replace(module, "_use_triton", _everywhere)  # where it is true TRL selects rows
     add = _refusing(utils.add_fused_lm_head)
     for module in (utils, *trainers):
         patch.replace(module, "add_fused_lm_head", add)
