@@ -15,6 +15,7 @@ from sepo.commands import score as score_command
 from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
 from sepo.flags.parser import Parser
+from sepo.model import sharing
 from sepo.model.load import load_model, load_tokenizer
 from sepo.score.score import score_dataset, score_pairs, shard_name
 from sepo.system.lock import lock
@@ -77,7 +78,7 @@ def test_a_store_of_the_reference_spares_its_pass(tmp_path, capsys, monkeypatch)
     score_dataset(make_pairs(), whole, **models, **QUIET)
     loaded = []
     load = lambda folder, **how: loaded.append(folder.path) or load_model(folder, **how)
-    monkeypatch.setattr(score_command, "load_model", load)
+    monkeypatch.setattr(sharing, "load_model", load)
 
     def run(out, *words, dataset=cached, model=reference):
         flags = ("--dataset_name", str(dataset), "--reference", model, "--oracle", oracle)

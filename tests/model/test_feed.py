@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from plain_attention import PLAIN_VARLEN, serve_varlen_anywhere
-from scoring_for_tests import make_pairs
+from scoring_for_tests import ORACLE, QUIET, REFERENCE, make_pairs, parts
 from tiny import tiny_model
 from tiny_trainer import PAIRS, make_trainer, weights
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,11 +19,13 @@ from sepo import SePOConfig
 from sepo.attention import layout, varlen
 from sepo.data import all_positions, move, pack, truncate
 from sepo.data.hidden import HiddenRows
+from sepo.data.store.store import StoreWriter
 from sepo.errors import InputError
 from sepo.model.feed import StepFeed, works_ahead
 from sepo.model.prepare import prepare_model
-from sepo.score.logp import response_logp
+from sepo.score.score import score_dataset, score_pairs
 
+MODELS = dict(reference=REFERENCE, oracle=ORACLE)
 THERE = torch.device("meta")  # stands for a GPU
 
 
@@ -212,9 +214,9 @@ def test_a_step_copies_once_a_micro_batch(tmp_path, request, pinned, arch):
     assert_one_pinned_copy_each(copies, pinned, micro_batches)
 
 
-def test_scoring_copies_once_a_batch(monkeypatch, request, pinned):
+def test_scoring_copies_once_a_batch_for_both_models(monkeypatch, request, pinned):
     pairs = make_pairs(8)
-    model = prepare_model(tiny_model("llama")).to(THERE)
+    models = [prepare_model(tiny_model("llama")).to(THERE) for _ in range(2)]
     request.getfixturevalue("device")
 
     def zeros(states, weight, rows, targets, **options):
@@ -224,10 +226,51 @@ def test_scoring_copies_once_a_batch(monkeypatch, request, pinned):
     monkeypatch.setattr(sepo.score.logp, "selected_logprob", zeros)
     batches = []
     with Copies() as copies:
-        found = response_logp(model, pairs, "oracle", 40, batches.append)
-    assert [len(c) for c, _ in found] == [len(p.chosen) for p in pairs]
-    assert len(batches) >= 2
+        found = score_pairs(pairs, *models, max_tokens=40, on_batch=batches.append)
+    assert [len(p.chosen_score) for p in found] == [len(p.chosen) for p in pairs]
+    assert len(batches) >= 2 and sum(batches) == sum(map(len, pairs))
     assert_one_pinned_copy_each(copies, pinned, len(batches))
+
+
+def test_scoring_makes_the_next_parts_first_batch_ahead(tmp_path, monkeypatch, ahead):
+    """By one thread for all parts, with the bits of a CPU's way."""
+    run = lambda name: parts(score_dataset(make_pairs(), tmp_path / name, **MODELS, **QUIET))
+    with monkeypatch.context() as patch:
+        patch.setattr(sepo.model.feed, "works_ahead", lambda device: False)
+        expected = run("in turn")
+    assert not ahead
+    made = [threading.Event() for _ in expected]
+    waiting, pack, write = iter(made), sepo.score.logp.pack, StoreWriter.write
+
+    def watched_pack(pairs):
+        next(waiting).set()
+        return pack(pairs)
+
+    def watched_write(self, part, *args, **options):
+        assert all(one.wait(5) for one in made[: part + 2]), "the next part's is made meanwhile"
+        write(self, part, *args, **options)
+
+    monkeypatch.setattr(sepo.score.logp, "pack", watched_pack)
+    monkeypatch.setattr(StoreWriter, "write", watched_write)
+    assert run("ahead") == expected and len(ahead) == 1 and not running()
+
+
+def test_an_error_ahead_of_scoring_is_the_same_line(tmp_path, monkeypatch, ahead):
+    """What was scored before it is written."""
+    pack = sepo.score.logp.pack
+
+    def damaged(pairs):
+        if len(ahead_of) == 2:
+            raise InputError("pair r4: damaged")
+        ahead_of.append(1)
+        return pack(pairs)
+
+    ahead_of = []
+    monkeypatch.setattr(sepo.score.logp, "pack", damaged)
+    with pytest.raises(InputError, match="^pair r4: damaged$"):
+        score_dataset(make_pairs(), tmp_path, **MODELS, **QUIET)
+    assert [name[:10] for name in parts(tmp_path)] == ["part-00000", "part-00001"]
+    assert not running()
 
 
 def test_cached_states_are_a_copy_of_their_own(pinned):

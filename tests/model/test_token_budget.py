@@ -239,5 +239,5 @@ def test_scoring_takes_the_device_that_holds_least(monkeypatch):
     models = dict(reference=tiny_model(), oracle=tiny_model())
     assert budget.scoring_budget(models, 4) == (8192, "at most 8192 tokens, the default on a cpu")
     monkeypatch.setattr(budget, "device_memory", lambda device: H100)
-    tokens, why = budget.scoring_budget(models | dict(reference=None), 4)
+    tokens, why = budget.scoring_budget(models, 4)
     assert tokens == 65536 and why.startswith("at most 65536 tokens of 79.1 GiB")

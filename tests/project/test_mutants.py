@@ -49,6 +49,18 @@ MUTANTS = {
         "need = (True, True, False)",
         f"{OPERATION}::test_only_what_needs_a_gradient_gets_one",
     ),
+    "a base held twice": (
+        "python/sepo/model/folder.py",
+        "beside = copy.deepcopy(model, tensors)",
+        "beside = copy.deepcopy(model)",
+        "tests/model/test_sharing.py::test_an_adapter_lies_beside_its_base",
+    ),
+    "scoring that begins again with each part": (
+        "python/sepo/score/score.py",
+        "with closing(answers_of(blocks, asked, max_tokens, on_batch)) as told:",
+        "for block in blocks:\n        told = answers_of([block], asked, max_tokens, on_batch)",
+        "tests/model/test_feed.py::test_scoring_makes_the_next_parts_first_batch_ahead",
+    ),
     "a silent fallback": (
         "sepo_kernels/registry.py",
         "raise ValueError(f'impl=\"{requested}\" cannot run here: {reason}')",

@@ -24,7 +24,7 @@ from sepo.data.store.store import ScoredStore
 from sepo.errors import InputError
 from sepo.model.prepare import prepare_model
 from sepo.score import score
-from sepo.score.score import score_dataset, score_pairs
+from sepo.score.score import score_dataset
 
 __all__ = ["one_thread", "processes"]  # fixtures
 
@@ -61,9 +61,8 @@ def test_a_second_run_does_only_what_is_missing(whole, tmp_path, monkeypatch):
     run()
     (tmp_path / "part-00003-of-00005.parquet").unlink()
     calls = []
-    monkeypatch.setattr(
-        score, "score_pairs", lambda p, *a, **k: calls.append(p) or score_pairs(p, *a, **k)
-    )
+    of = score._with_scores
+    monkeypatch.setattr(score, "_with_scores", lambda p, *a: calls.append(p) or of(p, *a))
     run(), run()
     assert [[p.id for p in block] for block in calls] == [["r6", "r7"]]
     assert parts(tmp_path) == parts(whole)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sepo.data.store.store import ScoredStore, is_store, tokenizer_hash
 from sepo.data.types import TokenPair
@@ -17,8 +17,9 @@ from sepo.flags.reading import add_reading_flags, read_data, say_idle_of_a_store
 from sepo.flags.renamed import say_renamed
 from sepo.model.budget import scoring_budget
 from sepo.model.folder import find_folder
-from sepo.model.load import load_model, load_tokenizer
+from sepo.model.load import load_tokenizer
 from sepo.model.reference import cached_reference
+from sepo.model.sharing import Wanted, load_sharing
 from sepo.score.arithmetic import ARITHMETICS, AUTO
 from sepo.score.score import KEEP, SAMPLE, score_dataset, shard_name
 from sepo.system.lock import lock
@@ -128,16 +129,17 @@ def _score(args: argparse.Namespace) -> None:
     }
     dtypes = {role: DTYPES.get(name, torch.float32) for role, name in arithmetics.items()}
     data = _read(args, tokenizer, dtypes["reference"])
-    models: dict[str, PreTrainedModel | None] = dict(reference=None, oracle=None)
+    wanted = {}
     slow = {}  # by device
     for role, dtype in dtypes.items():
         place = getattr(args, f"{role}_device") or args.device or _default_device()
-        needed = getattr(args, role) and not (role == "reference" and data.has_reference)
-        if needed:
-            models[role] = load_model(folders[role], dtype=dtype, device=place)
-        if needed and dtype == torch.bfloat16:
+        if not getattr(args, role) or (role == "reference" and data.has_reference):
+            continue
+        wanted[role] = Wanted(folders[role], dtype, place)
+        if dtype == torch.bfloat16:
             own = f"{role}_" * (getattr(args, f"{role}_arithmetic") is not None)
             slow[place] = f"--{own}arithmetic bfloat16"
+    models = load_sharing(wanted)
     for place, flag in slow.items():
         warn_if_slow(flag, place)
     if args.oracle is None:
@@ -145,7 +147,7 @@ def _score(args: argparse.Namespace) -> None:
         say_idle([f"--{flag} does nothing without --oracle" for flag in given])
     tokens = args.max_tokens_per_batch
     if tokens is None:
-        itemsize = max(dtypes[role].itemsize for role, model in models.items() if model is not None)
+        itemsize = max(dtypes[role].itemsize for role in models)
         beside = max(BESIDE.get(name, 0) for name in arithmetics.values())
         tokens, why = scoring_budget(models, itemsize, beside)
         say(f"batches: {why}")
@@ -154,8 +156,8 @@ def _score(args: argparse.Namespace) -> None:
     score_dataset(
         data.pairs,
         args.output_dir,
-        reference=models["reference"],
-        oracle=models["oracle"],
+        reference=models.get("reference"),
+        oracle=models.get("oracle"),
         tokenizer=tokenizer,
         keep=["score"] * wants_score + args.keep,
         max_tokens=tokens,

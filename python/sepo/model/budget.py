@@ -71,21 +71,21 @@ def default_budget(
 
 
 def scoring_budget(
-    models: dict[str, PreTrainedModel | None],  # whose devices count, by role
+    models: dict[str, PreTrainedModel],  # by role; what two of them share is held once
     itemsize: int,  # of the arithmetic
     beside: float = 0,  # bytes of the weights' halves, over those of the weights
 ) -> tuple[int, str]:  # tokens, and why so many
     """The same for passes without gradients, of which every device that has a model holds one."""
     budgets = []
-    for model in filter(None, models.values()):
+    for model in models.values():
         device = model.device
         if (memory := device_memory(device)) is None:
             budgets.append(
                 (OFF_A_GPU, f"at most {OFF_A_GPU} tokens, the default on a {device.type}")
             )
             continue
-        there = [m for m in models.values() if m is not None and m.device == device]
-        held = sum(p.numel() * p.itemsize for m in there for p in m.parameters())
+        there = {p for m in models.values() if m.device == device for p in m.parameters()}
+        held = sum(p.numel() * p.itemsize for p in there)
         held = round(held * (1 + beside))
         a_token = token_bytes(sizes_of(model), saved="nothing", itemsize=itemsize, fused=False)
         tokens = token_budget(memory, held, a_token)

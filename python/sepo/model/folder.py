@@ -4,6 +4,7 @@ A folder is a model, or an adapter on another folder: that one is loaded first, 
 into it. Whatever is neither is refused by name, before anything large is read.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -226,40 +227,84 @@ def read_model(
     return model
 
 
-def _merged(model: PreTrainedModel, folder: ModelFolder, into: str) -> PreTrainedModel:
-    from peft import PeftConfig, PeftModel
+def read_beside(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel | None:
+    """A second model on the first one's weights, with an adapter of the first's folder in its layers.
 
+    It shares every tensor but the adapter's, so neither may be trained; the adapter is added in
+    each pass, and rounds otherwise than a merged one. None for an adapter that does more than add
+    to the products of layers, and for one on the embedding or the head: `read_model` merges it.
+    Raises InputError as that does.
+    """
+    if folder.adapter is None or not _adds_alone(folder.adapter.config):
+        return None
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    beside = copy.deepcopy(model, tensors)  # modules alone: its memory holds the tensors
+    with _can_not(f"be put on {model.name_or_path}", folder):
+        _put_on(beside, folder)
+    if any(map(is_adapter, _ends(beside))):
+        return None
+    _name_by(beside.requires_grad_(False), folder)
+    return beside.eval()
+
+
+def _adds_alone(config: dict) -> bool:
+    """Whether an adapter is LoRA as its paper has it."""
+    more = (
+        "use_dora", "use_qalora", "use_bdlora", "modules_to_save", "trainable_token_indices",
+        "layer_replication", "target_parameters", "alora_invocation_tokens", "arrow_config",
+    )  # fmt: skip
+    plain = config["peft_type"] == "LORA" and config.get("bias", "none") == "none"
+    return plain and not any(config.get(name) for name in more)
+
+
+def _merged(model: PreTrainedModel, folder: ModelFolder, into: str) -> PreTrainedModel:
     if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
         raise InputError(
             f"{folder.path} is an adapter, and the model is sharded as it is loaded (ZeRO-3, or "
             "fsdp_cpu_ram_efficient_loading): merge it first, on one process, "
             f"sepo.model.load_model('{folder.path}').save_pretrained(...)"
         )
-    ties = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    with _can_not(f"be merged into {into}", folder):
+        model = _put_on(model, folder).merge_and_unload(safe_merge=True)
+    # which an older peft leaves, as of a model with adapters
+    vars(model).pop("peft_config", None)
+    return _name_by(model.requires_grad_(True), folder)  # peft froze it
+
+
+@contextmanager
+def _can_not(what: str, folder: ModelFolder) -> Iterator[None]:
     try:
-        config = PeftConfig.from_pretrained(folder.path)
-        config.inference_mode = True
-        adapted = PeftModel(model, config)
-        heads = model.get_output_embeddings(), model.get_input_embeddings()
-        if ties and any(map(is_adapter, heads)):
-            raise InputError("it changes an embedding that is the head too")
-        mapping = getattr(model, "_checkpoint_conversion_mapping", {})
-        found = adapted.load_adapter(
-            folder.path, "default", torch_device=str(model.device), key_mapping=mapping
-        )
-        with safe_open(folder.files[0], framework="pt") as opened:
-            names = list(opened.keys())
-        whole = [m for m in config.modules_to_save or () if not any(f".{m}." in n for n in names)]
-        _demand(folder.path, adapted, [*found.missing_keys, *whole], found.unexpected_keys, [])
-        model = adapted.merge_and_unload(safe_merge=True)
-        # which an older peft leaves, as of a model with adapters
-        vars(model).pop("peft_config", None)
+        yield
     except UNREADABLE as error:
-        raise InputError(
-            f"{folder.path} can't be merged into {into}: {_first_line(error)}"
-        ) from error
-    # what is saved of it, or on top of it, comes from here and not from the base
-    model.requires_grad_(True)  # peft froze it
+        raise InputError(f"{folder.path} can't {what}: {_first_line(error)}") from error
+
+
+def _put_on(model: PreTrainedModel, folder: ModelFolder) -> Any:  # a PeftModel, around the model
+    from peft import PeftConfig, PeftModel
+
+    ties = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    config = PeftConfig.from_pretrained(folder.path)
+    config.inference_mode = True
+    adapted = PeftModel(model, config)
+    if ties and any(map(is_adapter, _ends(model))):
+        raise InputError("it changes an embedding that is the head too")
+    mapping = getattr(model, "_checkpoint_conversion_mapping", {})
+    found = adapted.load_adapter(
+        folder.path, "default", torch_device=str(model.device), key_mapping=mapping
+    )
+    with safe_open(folder.files[0], framework="pt") as opened:
+        names = list(opened.keys())
+    whole = [m for m in config.modules_to_save or () if not any(f".{m}." in n for n in names)]
+    _demand(folder.path, adapted, [*found.missing_keys, *whole], found.unexpected_keys, [])
+    return adapted
+
+
+def _ends(model: PreTrainedModel) -> tuple:
+    return model.get_output_embeddings(), model.get_input_embeddings()
+
+
+def _name_by(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
+    """Let what is saved of a model, or on top of it, come from its folder and not from the base."""
     model.name_or_path = model.config.name_or_path = folder.path
     vars(model).update(merged_from=folder, merged_values=values_of(model.state_dict()))
     return model

@@ -56,11 +56,11 @@ def choose_arithmetic(
     elif open_roles:
         fastest, check, reason = _fastest(open_roles, asked, models, pairs, number, max_tokens)
         settled |= dict.fromkeys(open_roles, fastest)
-    products = {}
+    products: dict[str, SplitProducts] = {}
     for role, name in settled.items():
         _check(role, name, models[role])
         if name in HALVES:
-            products[role] = SplitProducts(models[role], name)
+            products[role] = SplitProducts(models[role], name, products.values())
             say(f"{role}: {_about(name, products[role], models[role])}")
     if reason is not None:
         say(f"arithmetic: {settled[open_roles[0]]}; {reason}")
@@ -129,7 +129,9 @@ def _timed(
     halved: Mapping[str, str],  # by role
     max_tokens: int,
 ) -> tuple[list, float]:  # scores, seconds
-    products = {role: SplitProducts(models[role], name) for role, name in halved.items()}
+    products: dict[str, SplitProducts] = {}
+    for role, name in halved.items():
+        products[role] = SplitProducts(models[role], name, products.values())
     logp = lambda pairs: {
         role: response_logp(model, pairs, role, max_tokens, products=products.get(role))
         for role, model in models.items()

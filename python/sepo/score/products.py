@@ -1,6 +1,6 @@
 """A float32 model whose matrix products are made of short halves: bfloat16's, or TF32's."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -31,7 +31,12 @@ class SplitProducts:
     (TF32: 4 or 8).
     """
 
-    def __init__(self, model: PreTrainedModel, arithmetic: str):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arithmetic: str,
+        others: Iterable["SplitProducts"] = (),  # of models that may share weights with this one
+    ):
         """Raises InputError for a model that is not float32, and for a device without such products.
 
         A CPU without bfloat16 instructions makes the same products in float32, which takes longer.
@@ -42,13 +47,23 @@ class SplitProducts:
         if reason and not (arithmetic == "split" and model.device.type == "cpu"):
             raise InputError(f"{arithmetic}: expected a device that has its products, got {reason}")
         self.arithmetic = arithmetic
-        halved = partial(split_weight, kind=HALVES[arithmetic])
+        same = [other for other in others if other.arithmetic == arithmetic]
+        made = {weight: halves for other in same for weight, halves in other._halves.items()}
+        self._halves: dict[Tensor, SplitWeight] = {}  # by the weight that they are of
+
+        def halved(weight: Tensor, matrix: Tensor) -> SplitWeight:
+            found = made.get(weight)
+            found = split_weight(matrix, kind=HALVES[arithmetic]) if found is None else found
+            return self._halves.setdefault(weight, found)
+
         trunk = base_of(prepare_if_new(model)).get_decoder().modules()
         self._layers: dict[nn.Module, SplitWeight] = {
-            layer: halved(LINEAR[type(layer)](layer)) for layer in trunk if type(layer) in LINEAR
+            layer: halved(layer.get_parameter("weight"), LINEAR[type(layer)](layer))
+            for layer in trunk
+            if type(layer) in LINEAR
         }
         self._head: Head = head(model)
-        self._head_weight = halved(self._head.weight)
+        self._head_weight = halved(self._head.weight, self._head.weight)
 
     @contextmanager
     def in_force(self) -> Iterator[None]:

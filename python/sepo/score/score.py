@@ -8,7 +8,8 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
 
@@ -35,7 +36,7 @@ from sepo.model.fingerprint import weights_hash
 from sepo.model.forward import head, vocabulary
 from sepo.model.prepare import prepare_if_new
 from sepo.score.arithmetic import ARITHMETICS, AUTO, Chosen, choose_arithmetic
-from sepo.score.logp import check_budget, dtype_name, kept_logp, response_logp
+from sepo.score.logp import Answer, Asked, answers_of, check_budget, dtype_name, kept_logp
 from sepo.score.precision import check_precision
 from sepo.score.products import HALVES, SplitProducts
 from sepo.system.lock import lock
@@ -169,21 +170,18 @@ def _fill(
         checked = check_precision(*given, chosen.products)
     devices = sorted({_device_name(m) for m in (oracle, reference) if m is not None})
 
-    start, tokens = time.perf_counter(), 0
+    start = time.perf_counter()
     total = sum(len(pairs[i]) for part in mine for i in writer.pairs_of(part))
     with tqdm(total=total, unit="token", unit_scale=True, disable=not progress) as bar:
-        for part in mine:
-            block = [pairs[i] for i in writer.pairs_of(part)]
-            scored = score_pairs(
-                block, reference, oracle, keep=keep, max_tokens=max_tokens, on_batch=bar.update,
-                products=chosen.products,
-            )  # fmt: skip
-            note = {"devices": devices, "precision_check": checked if part == 0 else None}
-            writer.write(part, scored, note=note)
-            tokens += sum(map(len, block))
+        blocks = ([pairs[i] for i in writer.pairs_of(part)] for part in mine)
+        scored = _scored(blocks, reference, oracle, keep, max_tokens, bar.update, chosen.products)
+        with closing(scored):
+            for part, block in zip(mine, scored, strict=True):
+                note = {"devices": devices, "precision_check": checked if part == 0 else None}
+                writer.write(part, block, note=note)
     complete = writer.finish()
     if progress:
-        _print_end(writer, complete, tokens, time.perf_counter() - start)
+        _print_end(writer, complete, total, time.perf_counter() - start)
 
 
 def score_pairs(
@@ -193,33 +191,48 @@ def score_pairs(
     *,
     keep: Sequence[str] = ("score",),
     max_tokens: int = 8192,
-    # called after each batch with its share of the pairs' tokens
-    on_batch: Callable[[float], object] = lambda tokens: None,
+    # called with the number of a batch's tokens when all models have read it
+    on_batch: Callable[[int], object] = lambda tokens: None,
     products: Mapping[str, SplitProducts] = MappingProxyType({}),  # by role, of halves
 ) -> list[ScoredPair]:
     """Score pairs in memory, in their own order; see `score_dataset`."""
     keep = _checked_keep(keep, oracle, reference)
-    share = lambda tokens: on_batch(tokens / ((oracle is not None) + (reference is not None)))
-    rows, end = None, 0
-    if reference is None:
-        ref_logp = kept_logp(pairs)
-    else:
-        if "hidden" in keep:
-            rows = torch.empty(_response_tokens(pairs), _width(reference), dtype=ROW_DTYPE)
-        ref_logp = response_logp(
-            reference, pairs, "reference", max_tokens, share, hidden=rows,
-            products=products.get("reference"),
-        )  # fmt: skip
-    logp = None
+    scored = _scored([pairs], reference, oracle, keep, max_tokens, on_batch, products)
+    with closing(scored):
+        return next(scored)
+
+
+def _scored(
+    blocks: Iterable[list[TokenPair]],
+    reference: PreTrainedModel | None,
+    oracle: PreTrainedModel | None,
+    keep: Sequence[str],
+    max_tokens: int,
+    on_batch: Callable[[int], object],
+    products: Mapping[str, SplitProducts],
+) -> Generator[list[ScoredPair], None, None]:
+    """Each block scored. Close what is not exhausted."""
+    asked = {}
+    if reference is not None:
+        asked["reference"] = Asked(reference, products.get("reference"), "hidden" in keep)
     if oracle is not None:
-        halves = products.get("oracle")
-        logp = response_logp(oracle, pairs, "oracle", max_tokens, share, products=halves)
-    scored = []
-    for i, pair in enumerate(pairs):
+        asked["oracle"] = Asked(oracle, products.get("oracle"))
+    with closing(answers_of(blocks, asked, max_tokens, on_batch)) as told:
+        for block, answers in told:
+            yield _with_scores(block, answers, keep)
+
+
+def _with_scores(
+    block: list[TokenPair], answers: Mapping[str, Answer], keep: Sequence[str]
+) -> list[ScoredPair]:
+    rows = answers["reference"].states if "reference" in answers else None
+    ref_logp = answers["reference"].logp if "reference" in answers else kept_logp(block)
+    scored, end = [], 0
+    for i, pair in enumerate(block):
         fields = {f.name: getattr(pair, f.name) for f in dataclasses.fields(TokenPair)}
         for j, side in enumerate(("chosen", "rejected")):
-            if logp is not None:
-                fields[f"{side}_score"] = logp[i][j] - ref_logp[i][j]
+            if "oracle" in answers:
+                fields[f"{side}_score"] = answers["oracle"].logp[i][j] - ref_logp[i][j]
             if "logp" in keep:
                 fields[f"{side}_ref_logp"] = ref_logp[i][j]
             if rows is not None:
