@@ -6,7 +6,7 @@ from torch import Tensor
 from sepo_kernels import devices, gemm
 from sepo_kernels.configs import one_pass
 from sepo_kernels.scales import Scale
-from sepo_kernels.selected_logprob_kl.layout import POLICY_REF
+from sepo_kernels.selected_logprob_kl.layout import POLICY_REF, REF_POLICY, is_jsd
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
 NUM_STATE = 5  # as kl_row has it
@@ -14,7 +14,9 @@ NUM_STATE = 5  # as kl_row has it
 NO_CAP = 1e10
 
 
-def why_not(hidden: Tensor, *_: Tensor) -> str | None:
+def why_not(hidden: Tensor, weight: Tensor, beta: float = REF_POLICY) -> str | None:
+    if is_jsd(beta):
+        return 'it has no direction ("jsd", beta)'
     return devices.why_not_triton(hidden)
 
 
