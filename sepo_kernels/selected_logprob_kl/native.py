@@ -75,10 +75,11 @@ def combine(
 
 
 def why_not(hidden: Tensor, weight: Tensor, beta: float = REF_POLICY) -> str | None:
-    if is_jsd(beta):
-        return 'it has no direction ("jsd", beta)'
     if hidden.device.type != "cpu":
         return f"expected tensors on a CPU, got {hidden.device}"
+    # a word's part needs both log-sum-exps, which a single pass over tiles has at its end
+    if is_jsd(beta) and fused(hidden.dtype):
+        return 'its bfloat16 tiles have no direction ("jsd", beta)'
     return _MISSING
 
 

@@ -1,15 +1,28 @@
 """The Jensen-Shannon divergence of selected_logprob_kl: its definition, its bounds, its ends."""
 
 import math
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from numerics import assert_as_accurate, max_error
-from ops.kl_cases import SCHEDULES, SHAPES, VARIANTS, Inputs, budget_for, checked, make_inputs, run
+from ops.kl_cases import (
+    RUNNABLE,
+    SCHEDULES,
+    SHAPES,
+    VARIANTS,
+    Inputs,
+    budget_for,
+    checked,
+    make_inputs,
+    run,
+)
 from torch.special import xlogy
 from torch.utils.flop_counter import FlopCounterMode
 
 from sepo.ops import explain_selected_logprob_kl, selected_logprob_kl
+from sepo_kernels import extension
 from sepo_kernels.selected_logprob_kl import reference
 
 DEFINITION = reference.selected_logprob_kl
@@ -18,14 +31,22 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEVERAL_COLUMNS = (9, 20, 24, 16, 5003)  # as SHAPES, more words than a buffer of columns
 
 
-def both(shape, variant, schedule, beta, dtype):
-    """(inputs rounded to dtype, options of the definition, ours, truth in float64)."""
+def having(dtype) -> list[str]:
+    """Implementations that have this divergence for inputs of `dtype` here."""
+    tiles = dtype == torch.bfloat16 and extension.BFLOAT16_TILES
+    return [name for name in RUNNABLE if not (name == "native" and tiles)]
+
+
+def all_and_truth(shape, variant, schedule, beta, dtype):
+    """(inputs rounded to dtype, options of the definition, ours of each, truth in float64)."""
     options = dict(VARIANTS[variant], direction=("jsd", beta))
     inputs = make_inputs(*shape, dtype=dtype, bias=options.pop("bias"))
     truth = run(DEFINITION, inputs, dtype=torch.float64, schedule=schedule, **options)
     budget = budget_for(schedule, shape[-1], dtype)
-    ours = run(checked(schedule, shape[1]), inputs, schedule=schedule, budget=budget, **options)
-    assert ours.keys() == truth.keys()
+    options |= dict(schedule=schedule)
+    call = checked(schedule, shape[1])
+    ours = [run(call, inputs, budget=budget, impl=impl, **options) for impl in having(dtype)]
+    assert all(one.keys() == truth.keys() for one in ours)
     return inputs, options, ours, truth
 
 
@@ -49,9 +70,9 @@ def test_the_definition_is_the_papers_formula():
 )
 def test_equals_the_definition_in_float64(shape, variant, schedule):
     for beta in BETAS:
-        *_, ours, truth = both(shape, variant, schedule, beta, torch.float64)
-        for name, value in truth.items():
-            torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=1e-13, msg=name)
+        *_, ours, truth = all_and_truth(shape, variant, schedule, beta, torch.float64)
+        for one, name in product(ours, truth):
+            torch.testing.assert_close(one[name], truth[name], rtol=1e-12, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,19 +80,20 @@ def test_equals_the_definition_in_float64(shape, variant, schedule):
 @pytest.mark.parametrize("shape", [SHAPES[1], SEVERAL_COLUMNS], ids=str)
 def test_as_accurate_as_plain_pytorch(shape, schedule, dtype):
     for variant, beta in (("plain", 0.5), ("all", 0.1)):
-        inputs, options, ours, truth = both(shape, variant, schedule, beta, dtype)
-        plain = run(DEFINITION, inputs, schedule=schedule, **options)
-        for name, value in truth.items():
-            assert_as_accurate(ours[name], plain[name], value, what=f"{variant} {name}")
-        assert max_error(ours["kl"], truth["kl"]) < 1e-5  # from logits that were never rounded
+        inputs, options, ours, truth = all_and_truth(shape, variant, schedule, beta, dtype)
+        plain = run(DEFINITION, inputs, **options)
+        for one, name in product(ours, truth):
+            assert_as_accurate(one[name], plain[name], truth[name], what=f"{variant} {name}")
+            assert max_error(one["kl"], truth["kl"]) < 1e-5  # from logits that were never rounded
 
 
 @pytest.mark.parametrize("rows", [None, 2], ids=["save", "recompute"])
-def test_gradcheck(rows):
+@pytest.mark.parametrize("impl", having(torch.float64))
+def test_gradcheck(rows, impl):
     i = make_inputs(5, 7, 3, 4, 11, dtype=torch.float64, bias=True)
     leaves = [x.requires_grad_() for x in i[:3]]
     options = dict(direction=("jsd", 0.3), scale=0.8, softcap=2.5, ref_scale=1.5, ref_softcap=4.0)
-    options["budget"] = rows and rows * 11 * 8 * 3
+    options |= dict(budget=rows and rows * 11 * 8 * 3, impl=impl)
     op = lambda *leaves: Inputs(*leaves, *i[3:]).call(selected_logprob_kl, **options)
     assert torch.autograd.gradcheck(op, leaves)
     fixed = i.weight.detach(), i.bias.detach()
@@ -81,10 +103,12 @@ def test_gradcheck(rows):
 def test_symmetric_at_a_half():
     i = make_inputs(37, 53, 45, 29, 1001, bias=True)
     j = Inputs(*i[3:6], *i[:3], *i[6:])
-    logp, ref_logp, jsd = i.call(selected_logprob_kl, direction=("jsd", 0.5))
-    exchanged = j.call(selected_logprob_kl, direction=("jsd", 0.5))
-    for a, b in zip((ref_logp, logp, jsd), exchanged, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    for impl in having(torch.float32):
+        options = dict(direction=("jsd", 0.5), impl=impl)
+        logp, ref_logp, jsd = i.call(selected_logprob_kl, **options)
+        exchanged = j.call(selected_logprob_kl, **options)
+        for a, b in zip((ref_logp, logp, jsd), exchanged, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("beta", "direction"), [(1e-7, "ref||policy"), (1 - 1e-7, "policy||ref")])
@@ -95,11 +119,12 @@ def test_towards_its_ends_it_is_a_kl(beta, direction):
     """
     i = make_inputs(*SHAPES[1], dtype=torch.float64)
     i.upstream[0] = 0  # of logp
-    jsd = run(selected_logprob_kl, i, direction=("jsd", beta), scale=0.1)
     kl = run(selected_logprob_kl, i, direction=direction, scale=0.1)
-    for name in ("kl", "hidden", "weight"):
-        found = jsd[name] / min(beta, 1 - beta)
-        torch.testing.assert_close(found, kl[name], rtol=2e-7, atol=1e-8)
+    for impl in having(torch.float64):
+        jsd = run(selected_logprob_kl, i, direction=("jsd", beta), scale=0.1, impl=impl)
+        for name in ("kl", "hidden", "weight"):
+            found = jsd[name] / min(beta, 1 - beta)
+            torch.testing.assert_close(found, kl[name], rtol=2e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
@@ -111,14 +136,14 @@ def test_bounded_and_finite_for_any_gap(gap, dtype):
     i = make_inputs(2, 3, 2, 2, 3, dtype=dtype)
     i = i._replace(hidden=hidden, weight=weight, ref_hidden=hidden.flip(0), ref_weight=weight)
     i = i._replace(rows=torch.tensor([0, 0, 1], dtype=torch.int32), targets=torch.arange(3))
-    for beta in (*BETAS, 1e-9, 1 - 1e-9):
-        ours = run(selected_logprob_kl, i, direction=("jsd", beta))
+    for beta, impl in product((*BETAS, 1e-9, 1 - 1e-9), having(dtype)):
+        ours = run(selected_logprob_kl, i, direction=("jsd", beta), impl=impl)
         truth = run(DEFINITION, i, dtype=torch.float64, direction=("jsd", beta))
         assert 0 <= ours["kl"].min() and ours["kl"].max() <= math.log(2) * (1 + 1e-6)
         for name, value in truth.items():
             limit = 4 * torch.finfo(ours[name].dtype).eps
             error = (ours[name].double() - value).abs().max()
-            assert error <= limit * max(1, value.abs().max()), (beta, name)
+            assert error <= limit * max(1, value.abs().max()), (beta, impl, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
@@ -127,10 +152,11 @@ def test_equal_heads_have_none_and_no_gradient_of_it(schedule, dtype):
     i = make_inputs(37, 23, 45, 45, 1001, dtype=dtype, bias=True)
     i = i._replace(ref_hidden=i.hidden, ref_weight=i.weight, ref_bias=i.bias)
     i.upstream[0] = 0  # of logp
-    options = dict(budget=budget_for(schedule, 1001, dtype), direction=("jsd", 0.3))
-    ours = run(checked(schedule, 23), i, schedule=schedule, **options)
-    assert torch.equal(ours["logp"], ours["ref_logp"])
-    assert all(ours[name].abs().max() < 1e-6 for name in ours.keys() - {"logp", "ref_logp"})
+    for impl in having(dtype):
+        options = dict(budget=budget_for(schedule, 1001, dtype), direction=("jsd", 0.3), impl=impl)
+        ours = run(checked(schedule, 23), i, schedule=schedule, **options)
+        assert torch.equal(ours["logp"], ours["ref_logp"])
+        assert all(ours[name].abs().max() < 1e-6 for name in ours.keys() - {"logp", "ref_logp"})
 
 
 def test_small_divergences_keep_their_digits():
@@ -140,9 +166,10 @@ def test_small_divergences_keep_their_digits():
     near = (i.weight.float() * (1 + 0.004 * noise)).bfloat16()
     i = i._replace(ref_hidden=i.hidden, ref_weight=near)
     truth = i.to(torch.float64).call(DEFINITION, direction=("jsd", 0.5))[2]
-    ours = i.call(selected_logprob_kl, direction=("jsd", 0.5))[2]
     assert 1e-7 < truth.mean() < 1e-4
-    assert max_error(ours, truth) < 2e-2 * truth.mean()
+    for impl in having(torch.bfloat16):
+        ours = i.call(selected_logprob_kl, direction=("jsd", 0.5), impl=impl)[2]
+        assert max_error(ours, truth) < 2e-2 * truth.mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
@@ -153,15 +180,16 @@ def test_words_that_a_head_rules_out(dtype):
     out = torch.tensor([3, 5, 17])
     i = i._replace(targets=i.targets.where(~torch.isin(i.targets, out), 0))
     options = dict(direction=("jsd", 0.3))
-    ours = run(selected_logprob_kl, i, **options)
     truth = run(DEFINITION, i, dtype=torch.float64, **options)
     plain = run(DEFINITION, i, **options)
-    for name, value in truth.items():
-        if dtype == torch.float64:
-            torch.testing.assert_close(ours[name], value, rtol=1e-13, atol=1e-14)
-        else:
-            assert_as_accurate(ours[name], plain[name], value, what=name)
-    assert not ours["weight"][[3, 5]].any() and not ours["bias"][[3, 5]].any()
+    for impl in having(dtype):
+        ours = run(selected_logprob_kl, i, impl=impl, **options)
+        for name, value in truth.items():
+            if dtype == torch.float64:
+                torch.testing.assert_close(ours[name], value, rtol=1e-13, atol=1e-14)
+            else:
+                assert_as_accurate(ours[name], plain[name], value, what=name)
+        assert not ours["weight"][[3, 5]].any() and not ours["bias"][[3, 5]].any()
 
 
 def test_the_references_own_scale_may_be_the_policys():
@@ -236,7 +264,10 @@ def test_refuses_by_name(case, fn):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("impl", ["native", "triton"])
-def test_an_implementation_without_it_says_so(impl):
-    with pytest.raises(ValueError, match=f'impl="{impl}" cannot run here: it has no direction'):
-        make_inputs(4, 2, 8, 6, 16).call(selected_logprob_kl, direction=("jsd", 0.5), impl=impl)
+def test_tiles_without_it_are_passed_over_and_say_so(monkeypatch):
+    monkeypatch.setattr(extension, "BFLOAT16_TILES", True)
+    i = make_inputs(4, 2, 8, 6, 16, dtype=torch.bfloat16)
+    explain = partial(i.call, explain_selected_logprob_kl, direction=("jsd", 0.5))
+    assert explain().impl == "chunked"
+    with pytest.raises(ValueError, match='impl="native" cannot run here: its bfloat16 tiles have'):
+        explain(impl="native")
