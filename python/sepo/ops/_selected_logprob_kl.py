@@ -77,7 +77,8 @@ def selected_logprob_kl(
     with m = (1 - beta) p + beta q, the generalised Jensen-Shannon divergence of GKD
     (arXiv 2306.13649) eq. 1, its P the reference. It is at most log 2. Towards beta = 0 it becomes
     beta times "ref||policy", towards 1 it becomes (1 - beta) times "policy||ref"; at both it is 0,
-    and they are refused. Only the implementation "chunked" has it.
+    and they are refused. On a CPU whose kernel of bfloat16 heads keeps its logits in cache, "chunked"
+    takes bfloat16, because that kernel has no such divergence.
 
     Gradients reach hidden, weight and bias, through logp and kl; ref_logp carries none. Index
     values, schedules, budget, autocast, precision and `retain_graph` are as for `selected_logprob`;
