@@ -43,6 +43,7 @@ CONFIGS = {
         ("CAPPED", "WRITE_DLOGITS"), 512, num_warps=4, registers=58, registers_capped=64
     ),
     "entropy_row": Config(("CAPPED",), 1024, num_warps=8, registers=40, registers_capped=48),
+    "jsd_row": Config(("CAPPED",), 512, num_warps=4, registers=64, registers_capped=72),
     # one program a tile
     "logprob_dlogits": Config(("CAPPED",), 2048, num_warps=8, registers=40, registers_capped=48),
     "entropy_dlogits": Config(("CAPPED",), 1024, num_warps=8, registers=40, registers_capped=48),
@@ -50,9 +51,11 @@ CONFIGS = {
     "kl_dlogits": Config(
         ("CAPPED", "POLICY_FIRST"), 1024, num_warps=8, registers=40, registers_capped=48
     ),
+    "jsd_dlogits": Config(("CAPPED",), 1024, num_warps=8, registers=40, registers_capped=48),
     # 8 columns to a thread, of 16 bits each
     "kl_combine": Config((), 1024, num_warps=4, registers=40),
     "kl_combine_ratios": Config(("POLICY_FIRST",), 1024, num_warps=4, registers=72),
+    "jsd_combine_ratios": Config((), 1024, num_warps=4, registers=72),
     # of K targets a row: columns are of D, and the last two hold several rows
     "target_dots": Config((), 1024, num_warps=4, registers=40),
     "target_sums": Config((), 256, num_warps=4, registers=48),

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Impl:
     name: str  # what the user writes: impl="chunked"
     fwd: Callable[..., Any]
     bwd: Callable[..., Any] | None
-    why_not: Callable[..., str | None]  # None: can run these tensors; else the reason
+    why_not: Callable[..., str | None]  # None: can run this call; else the reason
     # of a head: whether the logits of this dtype never leave the cache
     fused: Callable[[torch.dtype], bool] = lambda dtype: False
 
@@ -23,26 +22,30 @@ class Impl:
 SomeImpl = TypeVar("SomeImpl", bound=Impl)
 
 
-def always(*tensors: Tensor) -> None:
+def always(*call: Any) -> None:
     """Return None: the `why_not` of an implementation that runs everywhere."""
 
 
-def pick(impls: Sequence[SomeImpl], requested: str, *tensors: Tensor) -> SomeImpl:
-    """Return the requested implementation, or for "auto" the first that can run `tensors`.
+def pick(
+    impls: Sequence[SomeImpl],
+    requested: str,
+    *call: Any,  # what their `why_not` reads: tensors, and settings that not all of them have
+) -> SomeImpl:
+    """Return the requested implementation, or for "auto" the first that can run `call`.
 
     A named implementation that cannot run is an error with its reason: it never falls back.
     """
     if requested == "auto":
         reasons = {}
         for impl in impls:
-            reason = impl.why_not(*tensors)
+            reason = impl.why_not(*call)
             if reason is None:
                 return impl
             reasons[impl.name] = reason
         raise ValueError(f"no implementation can run these tensors: {reasons}")
     for impl in impls:
         if impl.name == requested:
-            reason = impl.why_not(*tensors)
+            reason = impl.why_not(*call)
             if reason is not None:
                 raise ValueError(f'impl="{requested}" cannot run here: {reason}')
             return impl

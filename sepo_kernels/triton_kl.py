@@ -30,6 +30,7 @@ from sepo_kernels.triton_rows import (
 )
 
 LARGEST_HALF = tl.constexpr(60000.0)  # |d| beyond is e^-60000 all the same
+NUM_STATE = tl.constexpr(6)  # numbers of a row that later kernels read
 
 
 @triton.jit(**UNSPECIALISED)
@@ -42,7 +43,7 @@ def kl_row(
     logp_ptr,  # (rows,) out
     ref_logp_ptr,  # (rows,) out
     kl_ptr,  # (rows,) out
-    state_ptr,  # (rows, 5) out: both references, 1 / A, log(B / A), 1 / softcap or 0
+    state_ptr,  # (rows, 6) out: both references, 1 / A, log(B / A), 1 / softcap or 0; jsd_row's
     first_ptr,  # (rows, V) out: max(e^a, e^b); anything if not WRITE_BLOCKS
     second_ptr,  # (rows, V) out: d; anything if not WRITE_BLOCKS
     stride_logits,
@@ -122,7 +123,7 @@ def kl_row(
     tl.store(logp_ptr + row, (at_a - reference) - log_total)
     tl.store(ref_logp_ptr + row, (at_b - ref_reference) - log_ref_total)
     tl.store(kl_ptr + row, tl.where(kl < 0, 0.0, kl))  # not maximum, which would hide NaN
-    state_ptr += row * 5
+    state_ptr += row * NUM_STATE
     tl.store(state_ptr, reference)
     tl.store(state_ptr + 1, ref_reference)
     tl.store(state_ptr + 2, 1.0 / total)
@@ -136,7 +137,7 @@ def kl_ratios(
     ref_logits_ptr,  # (rows, V) float32
     bias_ptr,  # (V,) float32
     ref_bias_ptr,  # (V,) float32
-    state_ptr,  # (rows, 5): its references are used, because its sums are relative to them
+    state_ptr,  # (rows, 6): its references are used, because its sums are relative to them
     first_ptr,  # (rows, V) out
     second_ptr,  # (rows, V) out
     stride_logits,
@@ -166,7 +167,7 @@ def kl_ratios(
     ref_logits_ptr += row * stride_ref_logits
     first_ptr += row * stride_first
     second_ptr += row * stride_second
-    state_ptr += row * 5
+    state_ptr += row * NUM_STATE
     if start + BLOCK_V <= V:
         _ratios_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, state_ptr, first_ptr, second_ptr,
@@ -188,7 +189,7 @@ def kl_combine_ratios(
     targets_ptr,  # (rows,)
     logp_ptr,  # (rows,)
     kl_ptr,  # (rows,)
-    state_ptr,  # (rows, 5)
+    state_ptr,  # (rows, 6)
     grad_logp_ptr,  # (rows,)
     grad_kl_ptr,  # (rows,)
     out_ptr,  # (rows, columns) out
@@ -210,7 +211,7 @@ def kl_combine_ratios(
     kl = tl.load(kl_ptr + row)
     grad_logp = tl.load(grad_logp_ptr + row)
     grad_kl = tl.load(grad_kl_ptr + row)
-    state_ptr += row * 5
+    state_ptr += row * NUM_STATE
     if start + BLOCK_V <= columns:
         _combine_ratios_tile(
             first_ptr, second_ptr, out_ptr, state_ptr, target, logp, kl, grad_logp, grad_kl, start,
@@ -329,26 +330,42 @@ def _combine_ratios_tile(
     POLICY_FIRST: tl.constexpr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK_V)
-    larger = load(first_ptr, v, columns, WHOLE)
-    d = load(second_ptr, v, columns, WHOLE)
-    reference = tl.load(state_ptr)
-    row_scale = tl.load(state_ptr + 2)
-    shift = tl.load(state_ptr + 3)
-    inverse_cap = tl.load(state_ptr + 4)
-    smaller = larger * tl.exp(-tl.abs(d))
-    p = tl.where(d > 0, smaller, larger) * row_scale
-    ratio = d - shift  # log q - log p
+    larger, d, q, p, ratio = load_ratios(first_ptr, second_ptr, state_ptr, v, columns, WHOLE)
     if POLICY_FIRST:
         dkl = tl.where(p > 0, -p * (ratio + kl), 0.0)
     else:  # p - q, from the larger of both
-        q = tl.where(d > 0, larger, smaller) * (row_scale * tl.exp(-shift))
         loss = expm1(-tl.abs(ratio))
         dkl = tl.where(ratio > 0, q, -p) * loss
+    store_gradient(
+        out_ptr, dkl, p, larger, d, state_ptr, v, target, logp, grad_logp, grad_kl, columns, WHOLE
+    )
+
+
+@triton.jit
+def load_ratios(first_ptr, second_ptr, state_ptr, v, columns, WHOLE: tl.constexpr):
+    """Return what `kl_row` kept of columns v: max(e^a, e^b), d; and q, p, log q - log p of it."""
+    larger = load(first_ptr, v, columns, WHOLE)
+    d = load(second_ptr, v, columns, WHOLE)
+    row_scale = tl.load(state_ptr + 2)
+    shift = tl.load(state_ptr + 3)
+    smaller = larger * tl.exp(-tl.abs(d))
+    p = tl.where(d > 0, smaller, larger) * row_scale
+    q = tl.where(d > 0, larger, smaller) * (row_scale * tl.exp(-shift))
+    return larger, d, q, p, d - shift
+
+
+@triton.jit
+def store_gradient(
+    out_ptr, dkl, p, larger, d, state_ptr, v, target, logp, grad_logp, grad_kl, columns,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Write dZ, from the divergence's derivative by the policy's logits after their cap."""
     out = grad_kl * dkl - grad_logp * logp_dlogits(p, 1.0, v, target, logp)
+    inverse_cap = tl.load(state_ptr + 4)
     if inverse_cap > 0:
         # a / softcap, from the saved blocks, whose rounding may take it beyond 1
         a = tl.log(tl.maximum(larger, 1e-37)) - tl.maximum(d, 0.0)
-        relative = (a + reference) * inverse_cap
+        relative = (a + tl.load(state_ptr)) * inverse_cap
         relative = tl.minimum(tl.maximum(relative, -1.0), 1.0)
         out *= 1.0 - relative * relative
     store(out_ptr, out, v, columns, WHOLE)

@@ -6,6 +6,7 @@ For float16 and float32 inputs, after `kl_row` has summed: see configs.one_pass.
 import triton
 import triton.language as tl
 
+from sepo_kernels.triton_kl import NUM_STATE
 from sepo_kernels.triton_rows import (
     UNSPECIALISED,
     expm1,
@@ -26,7 +27,7 @@ def kl_dlogits(
     targets_ptr,  # (rows,)
     logp_ptr,  # (rows,)
     kl_ptr,  # (rows,)
-    state_ptr,  # (rows, 5)
+    state_ptr,  # (rows, 6)
     first_ptr,  # (rows, V) out: -dlogp/dz; may be logits
     second_ptr,  # (rows, V) out: dKL/dz; may be ref_logits
     stride_logits,
@@ -59,7 +60,7 @@ def kl_dlogits(
     target = tl.load(targets_ptr + row).to(tl.int32)
     logp = tl.load(logp_ptr + row)
     kl = tl.load(kl_ptr + row)
-    state_ptr += row * 5
+    state_ptr += row * NUM_STATE
     if start + BLOCK_V <= V:
         _dlogits_tile(
             logits_ptr, ref_logits_ptr, bias_ptr, ref_bias_ptr, first_ptr, second_ptr, state_ptr,

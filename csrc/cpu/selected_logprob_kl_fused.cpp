@@ -155,6 +155,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_fused(
   const Head a(x, weight, bias, scale, softcap, scales);
   const Head b(ref_x, ref_weight, ref_bias, ref_scale, ref_softcap, ref_scales);
   const Direction direction = direction_of(beta);
+  TORCH_CHECK(direction != JSD, "expected beta 0 or 1, got ", beta);
   const Pair target{target_logits(a, target_ids), target_logits(b, target_ids)};
   Results results =
       run(pack(a, b), target_ids, target, target, direction, first, second);

@@ -2,6 +2,7 @@
 // row; sums in float64 from blocks of a row, so that near the reference the KL keeps its digits.
 #include <algorithm>
 #include <tuple>
+#include <utility>
 
 #include "divergence.h"
 #include "head_rows.h"
@@ -72,6 +73,37 @@ void dlogits_row(T* z, T* ref_z, int64_t V, T lse, T ref_lse, T shift, T kl, Dir
   }
 }
 
+// z becomes -dlogp/dz, but for the target, and ref_z log(p / m); returns JSD and KL(p || m)
+template <typename T>
+std::pair<double, double> mixture_row(
+    T* z, T* ref_z, int64_t V, T lse, T ref_lse, T shift, const Mixture<T>& mixture,
+    const Finish<T>& finish) {
+  double jsd = 0, mean = 0;
+  for (int64_t start = 0; start < V; start += SUM_BLOCK) {
+    VecOf<T> sum(T(0)), weighted(T(0));
+    for (int64_t v = start; v < std::min(V, start + SUM_BLOCK); v += VecOf<T>::size()) {
+      const int64_t width = std::min<int64_t>(VecOf<T>::size(), V - v);
+      const VecOf<T> y = VecOf<T>::loadu(z + v, width), ref_y = VecOf<T>::loadu(ref_z + v, width);
+      const auto term =
+          mixture(y - VecOf<T>(lse), ref_y - VecOf<T>(ref_lse), (ref_y - y) - VecOf<T>(shift));
+      sum = sum + only(term.jsd, width);
+      weighted = weighted + only(term.p * term.log_ratio, width);
+      (finish.softcap ? term.p * finish.derivative(y) : term.p).store(z + v, width);
+      term.log_ratio.store(ref_z + v, width);
+    }
+    jsd += sum_lanes(sum), mean += sum_lanes(weighted);
+  }
+  return {jsd < 0 ? 0 : jsd, mean};  // not a maximum, which would hide NaN
+}
+
+// ref_z becomes dJSD/dz, of what mixture_row has left; rest = 1 - beta
+template <typename T>
+void jsd_row(const T* z, T* ref_z, int64_t V, T mean, T rest) {
+  at::vec::map2<T>(
+      [&](VecOf<T> p, VecOf<T> log_ratio) { return VecOf<T>(rest) * p * (log_ratio - VecOf<T>(mean)); },
+      ref_z, z, ref_z, V);
+}
+
 template <typename T, typename To>
 void write(const T* from, To* to, int64_t V) {
   if constexpr (!std::is_same_v<T, To>) at::vec::map([](VecOf<T> x) { return x; }, to, from, V);
@@ -82,11 +114,13 @@ void do_rows(
     const at::Tensor& z, const at::Tensor& ref_z, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ref_bias, const at::Tensor& targets, double scale,
     std::optional<double> softcap, double ref_scale, std::optional<double> ref_softcap,
-    Direction direction, const std::optional<at::Tensor>& first,
-    const std::optional<at::Tensor>& second, const std::optional<at::Tensor>& scales,
-    const std::optional<at::Tensor>& ref_scales, at::Tensor& results) {
+    double beta, const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& second,
+    const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& ref_scales,
+    at::Tensor& results) {
   const Finish<T> finish(bias, scale, softcap, scales);
   const Finish<T> ref_finish(ref_bias, ref_scale, ref_softcap, ref_scales);
+  const Direction direction = direction_of(beta);
+  const Mixture<T> mixture(beta);
   const int64_t M = z.size(0), V = z.size(1);
   T *logp = results.mutable_data_ptr<T>(), *ref_logp = logp + M, *kl = ref_logp + M;
   const int64_t* target = targets.const_data_ptr<int64_t>();
@@ -100,10 +134,18 @@ void do_rows(
       const T at = a[target[m]];
       logp[m] = at - c - log_a;
       ref_logp[m] = b[target[m]] - ref_c - log_b;
-      kl[m] = direction == REF_POLICY ? sums.weighted / sums.b - shift : shift - sums.weighted / sums.a;
-      if (!first) continue;
+      const T lse = c + log_a, ref_lse = ref_c + log_b;
       const T between = (double(ref_c) - double(c)) + shift;
-      dlogits_row<T>(a, b, V, c + log_a, ref_c + log_b, between, kl[m], direction, finish);
+      if (direction == JSD) {
+        const auto [jsd, mean] = mixture_row<T>(a, b, V, lse, ref_lse, between, mixture, finish);
+        kl[m] = jsd;
+        if (!first) continue;
+        jsd_row<T>(a, b, V, mean, 1. - beta);
+      } else {
+        kl[m] = direction == REF_POLICY ? sums.weighted / sums.b - shift : shift - sums.weighted / sums.a;
+        if (!first) continue;
+        dlogits_row<T>(a, b, V, lse, ref_lse, between, kl[m], direction, finish);
+      }
       a[target[m]] = std::expm1(logp[m]) * finish.derivative(at);
       write(a, first->mutable_data_ptr<To>() + m * first->stride(0), V);
       write(b, second->mutable_data_ptr<To>() + m * second->stride(0), V);
@@ -123,8 +165,8 @@ at::Tensor kl_rows(
   auto results = z.new_empty({3, z.size(0)});
   const auto to = first ? first->scalar_type() : z.scalar_type();
   const auto call = [&](auto kernel) {
-    kernel(z, ref_z, bias, ref_bias, at, scale, softcap, ref_scale, ref_softcap, direction_of(beta),
-           first, second, scales, ref_scales, results);
+    kernel(z, ref_z, bias, ref_bias, at, scale, softcap, ref_scale, ref_softcap, beta, first,
+           second, scales, ref_scales, results);
   };
   if (z.scalar_type() == at::kDouble) {
     call(do_rows<double, double>);

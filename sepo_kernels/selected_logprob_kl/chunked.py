@@ -12,12 +12,13 @@ from torch import Tensor
 
 from sepo_kernels import gemm
 from sepo_kernels.scales import Scale, as_column, of_part
-from sepo_kernels.selected_logprob_kl.layout import REF_POLICY
+from sepo_kernels.selected_logprob_kl.layout import REF_POLICY, is_jsd
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
-# the passes take so many bytes of rows at once, because each makes up to five temporaries of that
+# the passes take so many bytes of rows at once, because each makes up to eight temporaries of that
 # size, which no budget counts: on a CPU they stay in cache, a GPU wants longer rows of work
 TILE_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
+LARGEST_RATIO = 60000.0  # of q to p, its logarithm: beyond, the smaller is zero all the same
 
 
 def forward(
@@ -116,17 +117,12 @@ def _rows(
     # log q - log p is NaN where both heads rule a word out: it has no weight there, and may be 0
     larger = torch.maximum(p, q)
     ratio.masked_fill_(larger == 0, 0)
-    # p - q from the larger of both: p * expm1(ratio) is 0 * inf on a row with extreme logits
-    difference = larger.copysign_(ratio).mul_(ratio.abs().neg_().expm1_())
-    # the sum of p - q is zero: with it each term is positive, and an error that ratio has all
-    # along the row, from the log-sum-exps, cancels
-    if beta == REF_POLICY:
-        kl = _weighted(q, ratio).add_(difference).sum(-1, keepdim=True)
+    if is_jsd(beta):
+        kl, grad = _jensen_shannon(p, larger, ratio, beta, tiles is not None)
     else:
-        kl = _weighted(p, ratio).add_(difference).sum(-1, keepdim=True).neg_()
-    if tiles is not None:
+        kl, grad = _kullback_leibler(p, q, larger, ratio, beta, tiles is not None)
+    if tiles is not None and grad is not None:
         first, second = tiles
-        grad = difference if beta == REF_POLICY else _weighted(p, ratio.add_(kl)).neg_()
         p.scatter_(-1, at, logp.expm1())
         if derivative is not None:
             p *= derivative
@@ -135,6 +131,53 @@ def _rows(
         if first.data_ptr() != p.data_ptr():
             first.copy_(p)
     return logp[:, 0], ref_logp[:, 0], kl[:, 0]
+
+
+def _kullback_leibler(
+    p: Tensor,  # (tile, V)
+    q: Tensor,  # (tile, V)
+    larger: Tensor,  # (tile, V) of p and q, overwritten
+    ratio: Tensor,  # (tile, V) log q - log p, overwritten
+    beta: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:  # KL (tile, 1), its derivative by the policy's logits (tile, V)
+    # p - q from the larger of both: p * expm1(ratio) is 0 * inf on a row with extreme logits
+    difference = larger.copysign_(ratio).mul_(ratio.abs().neg_().expm1_())
+    # the sum of p - q is zero: with it each term is positive, and an error that ratio has all
+    # along the row, from the log-sum-exps, cancels
+    if beta == REF_POLICY:
+        return _weighted(q, ratio).add_(difference).sum(-1, keepdim=True), difference
+    kl = _weighted(p, ratio).add_(difference).sum(-1, keepdim=True).neg_()
+    return kl, _weighted(p, ratio.add_(kl)).neg_() if need_grad else None
+
+
+def _jensen_shannon(
+    p: Tensor,  # (tile, V)
+    larger: Tensor,  # (tile, V) of p and q
+    ratio: Tensor,  # (tile, V) log q - log p, overwritten
+    beta: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:  # JSD (tile, 1), its derivative by the policy's logits (tile, V)
+    """Sum larger * (c phi(u) - phi(c u)), where phi(x) = (1 + x) log(1 + x).
+
+    u is smaller / larger - 1 and c the smaller one's weight in m, so m / larger is 1 + c u: finite
+    for any gap. Each term is positive, and flat where p = q: what errs all along ratio cancels.
+    """
+    distance = ratio.clamp_(-LARGEST_RATIO, LARGEST_RATIO).abs()
+    smaller = distance.neg().exp_()  # relative to the larger
+    of_p, of_q = ratio.new_full((), 1 - beta), ratio.new_full((), beta)
+    c = torch.where(ratio > 0, of_p, of_q)
+    m = torch.where(ratio > 0, of_q, of_p).addcmul_(c, smaller)  # relative to the larger
+    m.clamp_(min=torch.finfo(m.dtype).tiny)  # a weight may have been rounded to 0
+    # log m = -log1p((1 - m) / m), which has the digits of both ends: m near 1, and m near 0
+    log_m = distance.neg().expm1_().mul_(c).div_(m).neg_().log1p_().neg_()
+    jsd = smaller.mul_(c).mul_(distance).addcmul_(m, log_m).mul_(larger).sum(-1, keepdim=True)
+    jsd.neg_().clamp_(min=0)
+    if not need_grad:
+        return jsd, None
+    log_ratio = log_m.add_(ratio.relu_()).neg_()  # log(p / m)
+    mean = (p * log_ratio).sum(-1, keepdim=True)  # KL(p || m)
+    return jsd, log_ratio.sub_(mean).mul_(p).mul_(1 - beta)
 
 
 def _weighted(weight: Tensor, x: Tensor) -> Tensor:

@@ -11,14 +11,19 @@ from sepo_kernels import waves
 from sepo_kernels.devices import accumulator, row_bytes
 from sepo_kernels.schedules import FROZEN_HEAD, NO_GRAD, SAVE, Layout, chunk_rows, even, saved_rows
 
-# the reference's weight beta in the mixture m = (1 - beta) p + beta q: KL(q || p) and KL(p || q) are
-# what a divergence from m becomes at its ends
+# the reference's weight beta in the mixture m = (1 - beta) p + beta q says which divergence: at its
+# ends KL(q || p) and KL(p || q), between them beta KL(q || m) + (1 - beta) KL(p || m)
 REF_POLICY, POLICY_REF = 0.0, 1.0
 DIRECTIONS = {"ref||policy": REF_POLICY, "policy||ref": POLICY_REF}
+JSD = "jsd"  # in ("jsd", beta)
 # the gradient of the logits is computed and multiplied this many columns at a time: with fewer,
 # each GEMM reads all of X again for little work; with many more, the buffer leaves the cache. On a
 # GPU a tile of the vocabulary for each multiprocessor: dW is then in whole waves, for any D
 MIN_COLUMNS, MAX_COLUMNS = 4096, 16384
+
+
+def is_jsd(beta: float) -> bool:
+    return REF_POLICY < beta < POLICY_REF
 
 
 class ColumnLayout(Layout, Protocol):

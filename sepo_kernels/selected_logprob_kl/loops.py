@@ -4,7 +4,8 @@ With a, b the logits of policy and reference before the soft cap, p, q their sof
 and l = log q - log p, the gradient of the policy's logits is
 
     dZ = -g_logp * (p - onehot(target)) * cap'(a) + g_kl * dKL/da * cap'(a)              (M, V)
-    dKL(ref||policy)/da = p - q,    dKL(policy||ref)/da = -p * (l + KL)
+    dKL(ref||policy)/da = p - q,    dKL(policy||ref)/da = -p * (l + KL),
+    dJSD/da = (1 - beta) * p * (log(p / m) - KL(p||m)),    p / m = 1 / ((1 - beta) + beta e^l)
 
 Two terms with two incoming gradients for each row: forward saves two (M, V) blocks from which
 `combine` computes any columns of dZ. Backward goes over columns, so that dZ is a narrow buffer,

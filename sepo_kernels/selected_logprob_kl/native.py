@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sepo_kernels import extension, gemm
 from sepo_kernels.scales import Scale, scale_arguments
+from sepo_kernels.selected_logprob_kl.layout import REF_POLICY, is_jsd
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
 NUM_STATE = 5  # as csrc/cpu/selected_logprob_kl_fused.cpp has it
@@ -73,9 +74,12 @@ def combine(
         torch.ops.sepo.native_kl_combine_rows(first, second, grad_logp, grad_kl, out)
 
 
-def why_not(hidden: Tensor, *others: Tensor) -> str | None:
+def why_not(hidden: Tensor, weight: Tensor, beta: float = REF_POLICY) -> str | None:
     if hidden.device.type != "cpu":
         return f"expected tensors on a CPU, got {hidden.device}"
+    # a word's part needs both log-sum-exps, which a single pass over tiles has at its end
+    if is_jsd(beta) and fused(hidden.dtype):
+        return 'its bfloat16 tiles have no direction ("jsd", beta)'
     return _MISSING
 
 

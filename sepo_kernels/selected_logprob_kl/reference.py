@@ -2,8 +2,12 @@
 
 p, q    = softmax of the policy's and of the reference's capped logits at each row
 logp    = log p[target],  ref_logp = log q[target]
-kl      = sum_v q (log q - log p)  for "ref||policy",  sum_v p (log p - log q)  for "policy||ref"
+kl      = sum_v q (log q - log p)  for "ref||policy",  sum_v p (log p - log q)  for "policy||ref",
+          beta sum_v q (log q - log m) + (1 - beta) sum_v p (log p - log m)  for ("jsd", beta),
+          with m = (1 - beta) p + beta q
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -20,7 +24,7 @@ def selected_logprob_kl(
     rows: Tensor,  # (M,) int32, may repeat
     targets: Tensor,  # (M,) int64
     *,
-    direction: str = "ref||policy",  # or "policy||ref"
+    direction: str | tuple[str, float] = "ref||policy",  # or "policy||ref", or ("jsd", beta)
     bias: Tensor | None = None,  # (V,)
     ref_bias: Tensor | None = None,  # (V,), no gradient
     scale: Scale = 1.0,  # a number, or (M,), one a row
@@ -33,7 +37,14 @@ def selected_logprob_kl(
     ref_softcap = softcap if ref_softcap is None else ref_softcap
     with torch.no_grad():
         log_q = _log_softmax(ref_hidden, ref_weight, ref_bias, rows, ref_scale, ref_softcap)
-    kl = _divergence(log_q, log_p) if direction == "ref||policy" else _divergence(log_p, log_q)
+    if direction == "ref||policy":
+        kl = _divergence(log_q, log_p)
+    elif direction == "policy||ref":
+        kl = _divergence(log_p, log_q)
+    else:
+        beta = float(direction[1])
+        log_m = _mixture(log_p, log_q, beta)
+        kl = beta * _divergence(log_q, log_m) + (1 - beta) * _divergence(log_p, log_m)
     at = targets[:, None]
     return log_p.gather(-1, at)[:, 0], log_q.gather(-1, at)[:, 0], kl
 
@@ -43,6 +54,13 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:  # (M, V) each -> (M,)
     none = log_p == -torch.inf
     ratio = log_p.masked_fill(none, 0) - log_q.masked_fill(none, 0)
     return (log_p.exp() * ratio).sum(-1)
+
+
+def _mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:  # (M, V) each
+    """log((1 - beta) p + beta q); any number, without a gradient, where both rule a word out."""
+    none = (log_p == -torch.inf) & (log_q == -torch.inf)
+    own = log_p.masked_fill(none, 0) + math.log1p(-beta)
+    return torch.logaddexp(own, log_q.masked_fill(none, 0) + math.log(beta))
 
 
 def _log_softmax(

@@ -1,20 +1,22 @@
 """selected_logprob_kl on a GPU: library GEMMs, and Triton kernels over each pair of rows."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sepo_kernels import devices, gemm
 from sepo_kernels.configs import one_pass
 from sepo_kernels.scales import Scale
-from sepo_kernels.selected_logprob_kl.layout import POLICY_REF
+from sepo_kernels.selected_logprob_kl.layout import POLICY_REF, is_jsd
 from sepo_kernels.selected_logprob_kl.loops import LogitKernels
 
-NUM_STATE = 5  # as kl_row has it
+NUM_STATE = 6  # as triton_kl.NUM_STATE, which needs triton
 # of a head without a soft cap beside one that has it: c tanh(z / c) is z there, up to its rounding
 NO_CAP = 1e10
 
 
-def why_not(hidden: Tensor, *_: Tensor) -> str | None:
+def why_not(hidden: Tensor, *_: Any) -> str | None:
     return devices.why_not_triton(hidden)
 
 
@@ -33,8 +35,8 @@ def forward(
     beta: float,
     blocks: tuple[Tensor, Tensor] | None,  # two (chunk, V), written
     logits: tuple[Tensor, Tensor],  # two (chunk, V) float32, scratch; may be the blocks
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 5)
-    from sepo_kernels import triton_kl, triton_rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logp, ref_logp, kl (chunk,), state (chunk, 6)
+    from sepo_kernels import triton_jsd, triton_kl, triton_rows
 
     z, ref_z = logits
     gemm.logits(z, x, weight)
@@ -47,15 +49,22 @@ def forward(
     first, second = blocks if blocks is not None and at_once else (logp, logp)
     strides = (first.stride(0), second.stride(0)) if at_once else (0, 0)
     assert z.stride(1) == ref_z.stride(1) == first.stride(-1) == second.stride(-1) == 1
+    biases = triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z)
+    has_biases = int(bias is not None), int(ref_bias is not None)
+    settings = *_settings(scale, softcap, z), *_settings(ref_scale, ref_softcap, z)
+    capped = _capped(softcap, ref_softcap)
     triton_rows.launch(
         triton_kl.kl_row, rows, None,
-        z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
-        targets, logp, ref_logp, kl, state, first, second,
-        z.stride(0), ref_z.stride(0), *strides, V,
-        int(bias is not None), int(ref_bias is not None), *_settings(scale, softcap, z),
-        *_settings(ref_scale, ref_softcap, z), CAPPED=_capped(softcap, ref_softcap),
+        z, ref_z, *biases, targets, logp, ref_logp, kl, state, first, second,
+        z.stride(0), ref_z.stride(0), *strides, V, *has_biases, *settings, CAPPED=capped,
         POLICY_FIRST=beta == POLICY_REF, WRITE_BLOCKS=at_once,
     )  # fmt: skip
+    if is_jsd(beta):
+        triton_rows.launch(
+            triton_jsd.jsd_row, rows, None,
+            z, ref_z, *biases, kl, state, z.stride(0), ref_z.stride(0), V, *has_biases, *settings,
+            beta, 1 - beta, CAPPED=capped,
+        )  # fmt: skip
     if blocks is not None and not at_once:
         _write_dlogits(
             blocks, logits, bias, ref_bias, targets, scale, softcap, ref_scale, ref_softcap, beta,
@@ -82,7 +91,7 @@ def recompute(
     logp: Tensor,  # (chunk,)
     ref_logp: Tensor,  # (chunk,)
     kl: Tensor,  # (chunk,)
-    state: Tensor,  # (chunk, 5)
+    state: Tensor,  # (chunk, 6)
 ) -> None:
     gemm.logits(logits[0], x, weight)
     gemm.logits(logits[1], ref_x, ref_weight)
@@ -102,19 +111,26 @@ def combine(
     start: int,  # the first of these columns
     logp: Tensor,  # (M,)
     kl: Tensor,  # (M,)
-    state: Tensor,  # (M, 5)
+    state: Tensor,  # (M, 6)
     grad_logp: Tensor,  # (M,) float32
     grad_kl: Tensor,  # (M,) float32
     beta: float,
     out: Tensor,  # (M, columns), written: dZ
 ) -> None:
-    from sepo_kernels import triton_kl, triton_kl_dlogits, triton_rows
+    from sepo_kernels import triton_jsd, triton_kl, triton_kl_dlogits, triton_rows
 
     assert first.stride(1) == second.stride(1) == out.stride(1) == 1
     rows, columns = out.shape
     grads = grad_logp.contiguous(), grad_kl.contiguous()
     strides = first.stride(0), second.stride(0), out.stride(0)
-    if one_pass(out.dtype):
+    if one_pass(out.dtype) and is_jsd(beta):
+        assert state.is_contiguous()
+        triton_rows.launch(
+            triton_jsd.jsd_combine_ratios, rows, columns,
+            first, second, targets.contiguous(), logp.contiguous(), state, *grads, out, *strides,
+            start, columns, beta, 1 - beta,
+        )  # fmt: skip
+    elif one_pass(out.dtype):
         assert state.is_contiguous()
         triton_rows.launch(
             triton_kl.kl_combine_ratios, rows, columns,
@@ -137,7 +153,7 @@ def _write_ratios(
     softcap: float | None,
     ref_scale: Scale,
     ref_softcap: float | None,
-    state: Tensor,  # (chunk, 5)
+    state: Tensor,  # (chunk, 6)
 ) -> None:
     from sepo_kernels import triton_kl, triton_rows
 
@@ -168,23 +184,33 @@ def _write_dlogits(
     beta: float,
     logp: Tensor,  # (chunk,)
     kl: Tensor,  # (chunk,)
-    state: Tensor,  # (chunk, 5)
+    state: Tensor,  # (chunk, 6)
 ) -> None:
-    from sepo_kernels import triton_kl_dlogits, triton_rows
+    from sepo_kernels import triton_jsd, triton_kl_dlogits, triton_rows
 
     (first, second), (z, ref_z) = blocks, logits
     assert first.stride(1) == second.stride(1) == z.stride(1) == ref_z.stride(1) == 1
     assert state.is_contiguous()
     rows, V = z.shape
-    triton_rows.launch(
-        triton_kl_dlogits.kl_dlogits, rows, V,
-        z, ref_z, triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z),
-        targets, logp, kl, state, first, second,
+    biases = triton_rows.bias_argument(bias, z), triton_rows.bias_argument(ref_bias, ref_z)
+    settings = (
         z.stride(0), ref_z.stride(0), first.stride(0), second.stride(0), V,
         int(bias is not None), int(ref_bias is not None), *_settings(scale, softcap, z),
-        *_settings(ref_scale, ref_softcap, z), CAPPED=_capped(softcap, ref_softcap),
-        POLICY_FIRST=beta == POLICY_REF,
+        *_settings(ref_scale, ref_softcap, z),
     )  # fmt: skip
+    capped = _capped(softcap, ref_softcap)
+    if is_jsd(beta):
+        triton_rows.launch(
+            triton_jsd.jsd_dlogits, rows, V,
+            z, ref_z, *biases, targets, logp, state, first, second, *settings, beta, 1 - beta,
+            CAPPED=capped,
+        )  # fmt: skip
+    else:
+        triton_rows.launch(
+            triton_kl_dlogits.kl_dlogits, rows, V,
+            z, ref_z, *biases, targets, logp, kl, state, first, second, *settings, CAPPED=capped,
+            POLICY_FIRST=beta == POLICY_REF,
+        )  # fmt: skip
 
 
 def _settings(

@@ -64,8 +64,14 @@ MUTANTS = {
     "a silent fallback": (
         "sepo_kernels/registry.py",
         "raise ValueError(f'impl=\"{requested}\" cannot run here: {reason}')",
-        'return pick(impls, "auto", *tensors)',
+        'return pick(impls, "auto", *call)',
         "tests/ops/test_selected_logprob_boundary.py",
+    ),
+    "the weights of a mixture exchanged": (
+        "sepo_kernels/selected_logprob_kl/chunked.py",
+        "of_p, of_q = ratio.new_full((), 1 - beta), ratio.new_full((), beta)",
+        "of_q, of_p = ratio.new_full((), 1 - beta), ratio.new_full((), beta)",
+        "tests/ops/test_selected_logprob_jsd.py::test_equals_the_definition_in_float64",
     ),
     "an output part unwritten": (
         LOGPROB,

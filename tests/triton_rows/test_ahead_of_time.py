@@ -77,7 +77,7 @@ def drive(dtype, V, stride, start, softcap):
     stats.forward(*head, targets, 1.0, softcap, None, z)
     stats.forward(*head, targets, 1.0, softcap, first, z)
     stats.gradient(z, 0, bias, 1.0, softcap, Rows(targets, *[row] * 6), out)
-    for beta in (POLICY_REF, REF_POLICY):
+    for beta in (POLICY_REF, REF_POLICY, 0.5):
         two = *head, *head, targets, 1.0, softcap, 1.0, softcap, beta
         kl.forward(*two, None, (z, ref_z))
         kl.forward(*two, (first, second), (z, ref_z))
@@ -116,7 +116,8 @@ def test_all_of_the_table_is_launched(launched):
         wanted = product(*([(flag, False), (flag, True)] for flag in sorted(config.flags)))
         assert flags == set(wanted), name
         # what is read and written in the input's dtype is there once for each that takes this way
-        dtypes = 2 if name in ("logprob_dlogits", "kl_dlogits", "kl_combine") else 1
+        two = ("logprob_dlogits", "kl_dlogits", "kl_combine", "jsd_dlogits")
+        dtypes = 2 if name in two else 1
         dtypes += name == "logprob_dlogits"  # bfloat16 too, where the backward recomputes it
         dtypes += 2 * (name == "entropy_dlogits")  # from any dtype's logits, in one kernel
         dtypes = 3 if name.startswith("target_") else dtypes  # they read rows of the head itself
@@ -267,8 +268,10 @@ def assert_wide(cubin, kernel, types, flags, what):
     """What a thread has of the whole tiles is read 16 bytes at a time, and written 8 or 16."""
     config, types = CONFIGS[kernel.fn.__name__], dict(zip(kernel.arg_names, types, strict=False))
     each = config.BLOCK_V // (32 * config.num_warps)
-    # and once more, if hopeless; entropy_row looks for the largest with a mask, then walks once
-    walks = 2 if kernel.fn.__name__.endswith("_row") and kernel.fn.__name__ != "entropy_row" else 1
+    # and once more, if hopeless; entropy_row looks for the largest with a mask, then walks once;
+    # jsd_row has kl_row's sums
+    once = ("entropy_row", "jsd_row")
+    walks = 2 if kernel.fn.__name__.endswith("_row") and kernel.fn.__name__ not in once else 1
     loaded = {"logits_ptr", "ref_logits_ptr", "bias_ptr", "ref_bias_ptr"}
     stored = {"dlogits_ptr", "first_ptr", "second_ptr", "out_ptr"}
     if "combine" in kernel.fn.__name__:

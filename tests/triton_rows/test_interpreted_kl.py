@@ -1,5 +1,7 @@
 """selected_logprob_kl's kernels, run on the CPU by Triton's interpreter, through the public function."""
 
+from itertools import product
+
 import pytest
 import torch
 from numerics import assert_as_accurate, max_error
@@ -17,11 +19,11 @@ from ops.kl_cases import (
 from sepo.ops import selected_logprob, selected_logprob_kl
 from sepo_kernels import triton_kl_dlogits, triton_rows
 from sepo_kernels.configs import CONFIGS
-from sepo_kernels.selected_logprob_kl import reference, triton
-from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS as DIVERGENCES
-from sepo_kernels.selected_logprob_kl.layout import MAX_COLUMNS
+from sepo_kernels.selected_logprob_kl import layout, reference, triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+JSD = ("jsd", 0.3)
+DIVERGENCES = [*DIRECTIONS, JSD]
 # (N, M, D, D_ref, V), columns of a tile
 SMALL = [
     ((32, 7, 32, 32, 64), 32),
@@ -53,6 +55,13 @@ def test_as_accurate_as_plain_pytorch(tile, name, direction, dtype):
     check((17, 7, 45, 29, 101), "all", name, direction, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["save", "recompute"])
+def test_jsd_is_as_accurate_as_plain_pytorch(tile, name, dtype):
+    tile(16)
+    check((13, 6, 16, 8, 45), "all", name, JSD, dtype)
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("shape", "size"), SMALL, ids=str)
@@ -72,7 +81,7 @@ def test_vocabularies_that_end_within_a_tile(tile, V, dtype):
     """And whose gradient of the logits is made in several chunks of columns."""
     tile(8192)
     assert V % CONFIGS["kl_row"].BLOCK_V and V % CONFIGS["kl_dlogits"].BLOCK_V
-    assert V > MAX_COLUMNS
+    assert V > layout.MAX_COLUMNS
     check((5, 2, 16, 8, V), "plain", "save", "policy||ref", dtype)
 
 
@@ -98,9 +107,9 @@ def test_logp_is_that_of_the_single_head(tile):
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", DIVERGENCES, ids=str)
 def test_equal_heads_differ_by_nothing(tile, direction):
-    """KL is exactly 0; so is its gradient, which in policy||ref has a rounded KL in it."""
+    """Exactly 0; so is the gradient, which but for ref||policy has a rounded KL in it."""
     tile(32)
     x = make_inputs(37, 16, 45, 45, 101)
     x = x._replace(ref_hidden=x.hidden, ref_weight=x.weight, upstream=torch.tensor([[0.0], [1.0]]))
@@ -110,8 +119,9 @@ def test_equal_heads_differ_by_nothing(tile, direction):
     assert torch.equal(found["weight"], torch.zeros(101, 45))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("distance", [1e-1, 1e-3])
+@pytest.mark.parametrize(
+    ("direction", "distance"), [*product(DIRECTIONS, [1e-1, 1e-3]), (JSD, 1e-3)], ids=str
+)
 def test_gradient_near_the_reference_keeps_its_digits(tile, direction, distance):
     """p - q of two rounded numbers would leave 1e-4 of it at a distance of 1e-3."""
     tile(32)
@@ -145,14 +155,14 @@ def test_kl_near_the_reference_has_digits_for_unlikely_targets(tile, direction):
     x = torch.eye(32)
     kl = triton.forward(
         x, logits.T.contiguous(), None, x, near.T.contiguous(), None, torch.full((32,), 7), 1.0,
-        None, 1.0, None, DIVERGENCES[direction], None, (torch.empty(32, 101), torch.empty(32, 101)),
+        None, 1.0, None, layout.DIRECTIONS[direction], None, (torch.empty(32, 101), torch.empty(32, 101)),
     )[2]  # fmt: skip
     assert (kl.double() - truth).abs().mean() < 2e-7
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # done again from there
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", DIVERGENCES, ids=str)
 def test_extreme_logits_are_finite(direction, dtype):
     """Heads that are sure of other tokens: hopeless targets of one or of both."""
     size = 64.0 if dtype == torch.bfloat16 else 1e4  # of which float16 keeps 11 bits, see below
@@ -173,7 +183,7 @@ def test_extreme_logits_are_finite(direction, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of an -inf - -inf that has no weight
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", DIVERGENCES, ids=str)
 def test_a_padded_vocabulary_has_no_share(tile, direction):
     """Biases of -inf over the whole first tile and the end: 0 log 0 = 0, not 0 * (inf - inf)."""
     tile(16)

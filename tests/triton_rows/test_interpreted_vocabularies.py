@@ -197,7 +197,7 @@ def settings(options, logits: Tensor) -> tuple:
 
 def kl_row(z, ref_z, bias, ref_bias, targets, options, direction, kept=None):
     logp, ref_logp, kl = torch.full((3, 8), torch.nan)
-    state = torch.full((8, 5), torch.nan)
+    state = torch.full((8, triton_kl.NUM_STATE.value), torch.nan)
     (b, has_bias), (ref_b, has_ref_bias) = (
         arguments(bias, z),
         arguments(ref_bias, z),

@@ -115,7 +115,7 @@ def _implementations(device: str, dtype_name: str) -> str:
     x, ids = torch.empty(1, 1, device=device, dtype=dtype), torch.zeros(1, dtype=torch.int32)
     chosen = {
         "head": pick(selected_logprob.IMPLS, "auto", x, x),
-        "head with KL": pick(selected_logprob_kl.IMPLS, "auto", x, x, x, x),
+        "head with KL": pick(selected_logprob_kl.IMPLS, "auto", x, x),
         "top-k": pick(segment_topk.IMPLS, "auto", x[0], ids),
     }
     takes = {name: impl.name + " fused" * impl.fused(dtype) for name, impl in chosen.items()}

@@ -33,7 +33,7 @@ from sepo_kernels import schedules
 from sepo_kernels.registry import pick
 from sepo_kernels.scales import Scale, scale_arguments
 from sepo_kernels.selected_logprob_kl import IMPLS
-from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS
+from sepo_kernels.selected_logprob_kl.layout import DIRECTIONS, JSD
 from sepo_kernels.selected_logprob_kl.loops import outputs
 
 
@@ -43,7 +43,7 @@ class LogprobKL(NamedTuple):
     Attributes:
         logp: log-probability of the target under the policy.
         ref_logp: the same under the reference, without a gradient.
-        kl: divergence of the two distributions, in the direction that was asked for.
+        kl: divergence of the two distributions, the one that was asked for.
     """
 
     logp: Tensor  # (M,)
@@ -59,7 +59,7 @@ def selected_logprob_kl(
     rows: Tensor,  # (M,) int32 or int64, 0 <= rows < N, may repeat
     targets: Tensor,  # (M,) int64, 0 <= targets < V
     *,
-    direction: str = "ref||policy",  # or "policy||ref"
+    direction: str | tuple[str, float] = "ref||policy",  # or "policy||ref", or ("jsd", beta)
     bias: Tensor | None = None,  # (V,), same dtype as hidden
     ref_bias: Tensor | None = None,  # (V,), same dtype as hidden
     scale: Scale = 1.0,  # multiplies the logits before the bias: a number, or (M,), one a row
@@ -69,13 +69,20 @@ def selected_logprob_kl(
     budget: int | None = None,  # bytes of logits or probabilities alive at once; None: by device
     impl: str = "auto",
 ) -> LogprobKL:  # logp, ref_logp, kl, each (M,) float32 nats, or float64
-    """Return both heads' log p(targets[m]) and their KL divergence at each row, and no (N, V) tensor.
+    """Return both heads' log p(targets[m]) and their divergence at each row, and no (N, V) tensor.
 
     With p the policy's distribution over the vocabulary and q the reference's, "ref||policy" is
     sum q (log q - log p), the sequence KL of TDPO (arXiv 2404.11999) eq. 8 token by token,
-    "policy||ref" is sum p (log p - log q). Gradients reach hidden, weight and bias, through logp
-    and kl; ref_logp carries none. Index values, schedules, budget, autocast, precision and
-    `retain_graph` are as for `selected_logprob`; `explain_selected_logprob_kl` tells what runs.
+    "policy||ref" is sum p (log p - log q). ("jsd", beta) is beta KL(q || m) + (1 - beta) KL(p || m)
+    with m = (1 - beta) p + beta q, the generalised Jensen-Shannon divergence of GKD
+    (arXiv 2306.13649) eq. 1, its P the reference. It is at most log 2. Towards beta = 0 it becomes
+    beta times "ref||policy", towards 1 it becomes (1 - beta) times "policy||ref"; at both it is 0,
+    and they are refused. On a CPU whose kernel of bfloat16 heads keeps its logits in cache, "chunked"
+    takes bfloat16, because that kernel has no such divergence.
+
+    Gradients reach hidden, weight and bias, through logp and kl; ref_logp carries none. Index
+    values, schedules, budget, autocast, precision and `retain_graph` are as for `selected_logprob`;
+    `explain_selected_logprob_kl` tells what runs.
 
     Args:
         hidden: (N, D) floating point with contiguous rows, the policy's states after its norm.
@@ -84,7 +91,7 @@ def selected_logprob_kl(
         ref_weight: (V, D_ref), the reference's head, in the dtype of hidden.
         rows: (M,) int32 or int64, 0 <= rows < N, may repeat: the states that predict.
         targets: (M,) int64, 0 <= targets < V: the token ids that they predict.
-        direction: "ref||policy" or "policy||ref".
+        direction: "ref||policy", "policy||ref", or ("jsd", beta) with 0 < beta < 1.
         bias: (V,) of the policy's head, in the dtype of hidden.
         ref_bias: (V,) of the reference's head, in the dtype of hidden.
         scale: multiplies the logits before the bias: a number other than 0, or (M,), one a row, as
@@ -101,18 +108,19 @@ def selected_logprob_kl(
 
     Raises:
         ValueError: for shapes, strides, dtypes or devices that do not fit, an unknown direction, a
-            scale of 0, a ref_scale of 0 or less, indices on the CPU out of range, a budget that holds
-            not even one row or is more than the GPU's memory, and an `impl` that is unknown or cannot
-            run.
+            beta outside (0, 1), a scale of 0, a ref_scale of 0 or less, indices on the CPU out of
+            range, a budget that holds not even one row or is more than the GPU's memory, and an
+            `impl` that is unknown or cannot run.
         torch.OutOfMemoryError: as `selected_logprob`.
         NotImplementedError: as `selected_logprob`.
     """
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    _check(*heads, rows, targets, direction, scale, softcap, ref_scale, ref_softcap)
+    _check(*heads, rows, targets, scale, softcap, ref_scale, ref_softcap)
+    beta = _beta(direction)
     check_reverse_mode("selected_logprob_kl", hidden, weight, bias)
-    chosen = pick(IMPLS, impl, hidden, weight)
+    chosen = pick(IMPLS, impl, hidden, weight, beta)
     layout, need = chosen.kernels.layout_of(hidden, weight), needs_grad(hidden, weight, bias)
     schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
     one, each = scale_arguments(scale)
@@ -120,7 +128,7 @@ def selected_logprob_kl(
     ref_one, ref_each = scale_arguments(None if ref_scale is scale else ref_scale)
     if ref_softcap is None or ref_softcap == math.inf:
         ref_softcap = softcap if ref_softcap is None else None
-    settings = (one, softcap, ref_one, ref_softcap, DIRECTIONS[direction], schedule, budget)
+    settings = (one, softcap, ref_one, ref_softcap, beta, schedule, budget)
     args = (*heads, rows, targets, *settings, chosen.name)
     if schedule == schedules.NO_GRAD:
         return LogprobKL(*_fwd(*args, scales=each, ref_scales=ref_each)[:3])
@@ -135,7 +143,7 @@ def explain_selected_logprob_kl(
     rows: Tensor,  # (M,) int32 or int64
     targets: Tensor,  # (M,) int64
     *,
-    direction: str = "ref||policy",
+    direction: str | tuple[str, float] = "ref||policy",
     bias: Tensor | None = None,  # (V,)
     ref_bias: Tensor | None = None,  # (V,)
     scale: Scale = 1.0,  # a number, or (M,)
@@ -156,7 +164,7 @@ def explain_selected_logprob_kl(
         ref_weight: (V, D_ref), the reference's head, in the dtype of hidden.
         rows: (M,) int32 or int64, the states that predict.
         targets: (M,) int64, the token ids that they predict.
-        direction: "ref||policy" or "policy||ref".
+        direction: "ref||policy", "policy||ref", or ("jsd", beta) with 0 < beta < 1.
         bias: (V,) of the policy's head, in the dtype of hidden.
         ref_bias: (V,) of the reference's head, in the dtype of hidden.
         scale: multiplies the logits before the bias: a number other than 0, or (M,).
@@ -173,8 +181,9 @@ def explain_selected_logprob_kl(
         ValueError: as `selected_logprob_kl`, but for index values, which are not read.
     """
     heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    _check(*heads, rows, targets, direction, scale, softcap, ref_scale, ref_softcap)
-    chosen = pick(IMPLS, impl, hidden, weight)
+    _check(*heads, rows, targets, scale, softcap, ref_scale, ref_softcap)
+    beta = _beta(direction)
+    chosen = pick(IMPLS, impl, hidden, weight, beta)
     layout = chosen.kernels.layout_of(hidden, weight)
     need = needs_grad(hidden, weight, bias)
     return explanation(chosen.name, layout, hidden, len(rows), budget, need)
@@ -189,7 +198,6 @@ def _check(
     ref_bias: Tensor | None,
     rows: Tensor,
     targets: Tensor,
-    direction: str,
     scale: Scale,
     softcap: float | None,
     ref_scale: Scale | None,
@@ -216,8 +224,21 @@ def _check(
         check_scale(ref_scale, rows, hidden, prefix="ref_")
     elif ref_scale is not None and not 0 < ref_scale < math.inf:
         raise ValueError(f"expected a ref_scale above 0 or None, got {ref_scale}")
-    if direction not in DIRECTIONS:
-        raise ValueError(f'expected direction "ref||policy" or "policy||ref", got "{direction}"')
+
+
+def _beta(direction: str | tuple[str, float]) -> float:
+    """Return the divergence as the kernels take it: the reference's weight in the mixture."""
+    if isinstance(direction, str) and direction in DIRECTIONS:
+        return DIRECTIONS[direction]
+    if not (isinstance(direction, tuple) and len(direction) == 2 and direction[0] == JSD):
+        got = f'"{direction}"' if isinstance(direction, str) else repr(direction)
+        raise ValueError(
+            f'expected direction "ref||policy", "policy||ref" or ("jsd", beta), got {got}'
+        )
+    beta = direction[1]
+    if not (isinstance(beta, int | float) and 0 < beta < 1):
+        raise ValueError(f'expected 0 < beta < 1 in direction ("jsd", beta), got {beta!r}')
+    return beta
 
 
 class _SelectedLogprobKL(torch.autograd.Function):
