@@ -271,7 +271,10 @@ def test_kl_in_one_pass(V, name, direction):
     wanted = grad_kl[:, None] * second - grad_logp[:, None] * first
     # what float16 leaves of l, which is kept relative to the target's, and which tells a's cap
     digits = (ratio.abs() + (truth[1] - truth[0]).abs()[:, None]) * larger
-    digits *= (grad_kl.abs() + grad_logp.abs() * (name == "all"))[:, None]
+    slope = 1.0  # of p (l + KL), in which l makes p too where q is the larger
+    if direction == "policy||ref":
+        slope = 1 + (-ratio.clamp(min=0)).exp() * (ratio + truth[2][:, None]).abs()
+    digits *= grad_kl.abs()[:, None] * slope + grad_logp.abs()[:, None] * (name == "all")
     size = larger * (grad_kl.abs() * (1 + truth[2]))[:, None] + (first * grad_logp[:, None]).abs()
     error = (out.double() - wanted).abs()
     assert (error <= 2**-11 * digits + 2e-5 * size + 1e-12)[FINITE_ROWS].all()
