@@ -12,7 +12,7 @@ from bench.contender import Contender
 from bench.harness import ROUNDS, Job
 from sepo.errors import InputError
 
-SUITES = ("head", "select", "attention", "step")
+SUITES = ("head", "select", "attention", "score", "step")
 FULL = "full"
 ONLY_SHORT = ("step-short",)
 SHORT_ROUNDS = 3  # of its operations: with five a slow machine has no time left for the step
@@ -37,7 +37,7 @@ def short(device: str) -> dict[str, tuple[str, ...]]:  # providers by case; (): 
 
 def lacking(suite: str) -> str:
     """What this machine lacks for it, or ""."""
-    if suite not in ("attention", "step"):
+    if suite not in ("attention", "score", "step"):
         return ""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     return f"{', '.join(missing)} not installed" if missing else ""
@@ -94,6 +94,10 @@ def _cases(suite: str, device: str, steps: dict) -> Iterator[tuple[Any, tuple[Co
         from bench.operations import attention, block_mask
 
         found = [(attention, ATTENTION), (block_mask, (block_mask.MASK,))]
+    elif suite == "score":
+        from bench.operations import score
+
+        found = [(score, score.SCORE)]
     else:
         from bench import contenders
         from bench.operations import head, k_targets, kl, stats, topk

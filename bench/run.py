@@ -3,7 +3,7 @@
     python bench/run.py                     a correctness gate, then one case of each suite,
                                             in the dtype that the machine multiplies fastest,
                                             and last the hours of an epoch by each trainer
-    python bench/run.py --suite head        head | select | attention | step | full
+    python bench/run.py --suite head        head | select | attention | score | step | full
     python bench/run.py --case 'head-bf16-*' --providers sepo cce
     python bench/run.py --case head-bf16-30 --base main    here and at another commit, in turn
 

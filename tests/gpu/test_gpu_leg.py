@@ -34,9 +34,11 @@ def test_the_leg_measures_everything_in_order(monkeypatch):
     assert len(files) > 30 and all((ROOT / w).exists() for w in files)
     # every operation's case is a process, once; the large ones come first in each group
     names = [
-        x.name for x in jobs.jobs(("head", "select", "attention"), device="cuda", cases=("*",))
+        x.name
+        for x in jobs.jobs(("head", "select", "attention", "score"), device="cuda", cases=("*",))
     ]
-    found = [s.name for s in stages if s.group in ("head", "kl", "select", "attention")]
+    groups = "head", "kl", "select", "attention", "score"
+    found = [s.name for s in stages if s.group in groups]
     assert sorted(found) == sorted(names)
     first = {group: next(s.name for s in stages if s.group == group) for group in ("head", "kl")}
     assert all("large" in name for name in first.values())
@@ -188,12 +190,12 @@ def test_the_leg_rehearsed(device, monkeypatch, tmp_path, capsys, answers, code,
 def test_a_leg_without_steps_is_not_well(device, monkeypatch):
     """As on the first machine: what a suite needs was missing, and all was said to be well."""
     monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
-    stages = order.stages(Path("results.jsonl"), ("attention", "step"))[2:]
+    stages = order.stages(Path("results.jsonl"), ("attention", "score", "step"))[2:]
     assert {s.absent for s in stages} == {"transformers, accelerate not installed"}
     results = run_stages(stages)
     text, code = summary(results, [])
     assert code == 3
-    expected = ", ".join(["attention", *order.STEPS, "trace"])
+    expected = ", ".join(["attention", "score", *order.STEPS, "trace"])
     assert text.splitlines()[-1] == f"not measured: {expected}"
 
 

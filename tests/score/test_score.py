@@ -312,4 +312,7 @@ def test_end_of_a_run_is_reported(tmp_path, capsys):
     assert "2 of 5 parts are left to the other shards" in capsys.readouterr().out
     run((1, 2))
     printed = capsys.readouterr().out
-    assert "tokens/s" in printed and f"complete store: {tmp_path}" in printed
+    assert f"complete store: {tmp_path}" in printed
+    tokens = sum(len(p) for p in [*make_pairs()[2:4], *make_pairs()[6:8]])  # of its two parts
+    last = printed.splitlines()[-1]
+    assert last.startswith(f"scored {tokens} tokens in ") and last.endswith(" tokens/s")

@@ -11,7 +11,9 @@ from bench.operations import head, k_targets, kl, stats, topk
 from tools.leg.stages import ROOT, Stage
 
 ENVIRONMENT = "environment"
-GROUPS = ENVIRONMENT, "build", "head", "kl", "select", "attention", "step", "tests", "sanitizer"
+GROUPS = (
+    ENVIRONMENT, "build", "head", "kl", "select", "attention", "score", "step", "tests", "sanitizer",
+)  # fmt: skip
 # case, model and seconds; of a shape the weights are random and the pairs drawn, and no model named
 # is SmolLM2 where it is at hand, else its shape
 STEPS = {
@@ -22,6 +24,7 @@ STEPS = {
     "step-sparsepo smollm2": ("step-sparsepo", None, 60),
 }
 LARGE, SMALL = 40, 15  # seconds of a case: its truth, compilation, the rounds of all its providers
+ON_HOST = {"flex-mask-8k": 8, "flex-mask-32k": 8}  # nothing is compiled
 AGAIN = 3
 TESTS = {"test_gpu_heads.py": 150, "test_gpu_attention.py": 60}  # seconds; the others FEW
 FEW, FLEX = 30, 120
@@ -51,20 +54,20 @@ def _setting_up(path: Path) -> list[Stage]:
 
 def _cases(path: Path) -> list[Stage]:
     suites = [("head", head), ("kl", kl), ("head", stats), ("head", k_targets), ("select", topk)]
-    absent = jobs.lacking("attention")
+    absent = jobs.lacking("attention")  # and "score", which needs the same
     if not absent:
-        from bench.operations import attention, block_mask
+        from bench.operations import attention, block_mask, score
 
-        suites += [("attention", attention), ("attention", block_mask)]
+        suites += [("attention", attention), ("attention", block_mask), ("score", score)]
     found = []
     for group, module in suites:
         cases = sorted(module.cases("cuda"), key=lambda case: "large" not in case.name)
         for case in cases:
             suite = "--suite", case.suite, "--case", case.name
-            seconds = LARGE if "large" in case.name else SMALL
+            seconds = LARGE if "large" in case.name else ON_HOST.get(case.name, SMALL)
             found.append(Stage(case.name, group, seconds, _bench(path, *suite), again=AGAIN))
     if absent:
-        found.append(Stage("attention", "attention", 0, (), absent))
+        found += [Stage(name, name, 0, (), absent) for name in ("attention", "score")]
     return found
 
 

@@ -344,9 +344,9 @@ def _device_name(model: PreTrainedModel) -> str:
 
 
 def _print_end(writer: StoreWriter, complete: bool, tokens: int, seconds: float) -> None:
-    print(f"scored {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s")
     if complete:
         say(f"complete store: {writer.path}")
     else:
         missing, total = len(writer.missing()), num_parts(writer.manifest)
         say(f"{writer.path}: {missing} of {total} parts are left to the other shards")
+    print(f"scored {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s")
