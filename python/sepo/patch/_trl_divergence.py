@@ -1,6 +1,5 @@
 """The function of tensors that stands where TRL has its distillation's."""
 
-import importlib
 import math
 from typing import Any
 
@@ -10,6 +9,8 @@ from torch import Tensor
 import sepo.ops as ops
 from sepo.model.forward import Head
 from sepo.patch._trl_head import head_of, refuse_zero3
+
+ENDS = {0.0: "ref||policy", 1.0: "policy||ref"}  # of beta
 
 
 class Divergence:
@@ -32,20 +33,9 @@ class Divergence:
     ) -> tuple[Tensor, Tensor]:  # (M,) float32 nats each
         """Return every row's divergence, and the student's entropy without a gradient.
 
-        KL(teacher || student) at beta 0, KL(student || teacher) at 1. Between them it is a mixture's
-        divergence, which our operation does not have: TRL's own function runs.
+        KL(teacher || student) at beta 0, KL(student || teacher) at 1, between them the generalised
+        Jensen-Shannon divergence of GKD (arXiv 2306.13649).
         """
-        if 0 < beta < 1:
-            own: Any = importlib.import_module("trl.kernels.chunked_divergence")
-            student, teacher = (
-                (hidden, weight, bias),
-                (teacher_hidden, teacher_weight, teacher_bias),
-            )
-            settings = temperature, scale, softcap, teacher_scale, teacher_softcap
-            found: tuple[Tensor, Tensor] = own.ChunkedDivergenceFunction.apply(
-                *student, *teacher, beta, *settings
-            )
-            return found
         refuse_zero3()
         dtype = torch.promote_types(hidden.dtype, teacher_hidden.dtype)
         x, (weight, bias, scale, softcap) = head_of(
@@ -66,7 +56,7 @@ class Divergence:
             teacher_head.weight,
             rows,
             targets,
-            direction="policy||ref" if beta else "ref||policy",
+            direction=ENDS.get(beta, ("jsd", beta)),
             ref_bias=teacher_head.bias,
             ref_scale=teacher_head.scale,
             ref_softcap=teacher_head.softcap or math.inf,
