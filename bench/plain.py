@@ -4,6 +4,7 @@ It is a contender, the yardstick of precision, and the truth of whole steps. `pr
 own for the contender; the yardstick takes one that is nowhere slow.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,18 @@ def of_targets(logp: Tensor, targets: Tensor) -> Tensor:  # (..., V), (...) -> (
     return logp.gather(-1, targets[..., None])[..., 0]
 
 
-def divergence(log_p: Tensor, log_q: Tensor, direction: str) -> Tensor:  # (..., V) each -> (...)
-    """KL of policy p and reference q, "ref||policy" or "policy||ref"."""
-    first, second = (log_q, log_p) if direction == "ref||policy" else (log_p, log_q)
-    return (first.exp() * (first - second)).sum(-1)
+def divergence(
+    log_p: Tensor,  # (..., V)
+    log_q: Tensor,  # (..., V)
+    direction: str | tuple[str, float],  # "ref||policy", "policy||ref" or ("jsd", beta)
+) -> Tensor:  # (...)
+    """KL of policy p and reference q, or their generalised Jensen-Shannon divergence."""
+    kl = lambda first, second: (first.exp() * (first - second)).sum(-1)
+    if isinstance(direction, str):
+        return kl(log_q, log_p) if direction == "ref||policy" else kl(log_p, log_q)
+    beta = direction[1]
+    log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
+    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
 
 
 def statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:  # (M, V), (M,) -> (M,) each
@@ -58,7 +67,7 @@ def selected_logprob_kl(
     rows: Tensor,  # (M,) int32
     targets: Tensor,  # (M,)
     *,
-    direction: str,  # "ref||policy" | "policy||ref"
+    direction: str | tuple[str, float],  # as of divergence
     gather_first: bool,
     product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, ref_logp, kl, (M,) float32 each

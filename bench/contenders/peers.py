@@ -11,6 +11,8 @@ import torch
 
 from bench.contender import Contender, gradients, installed, missing
 
+ENDS = {"ref||policy": 0.0, "policy||ref": 1.0}  # of beta, the weight of TRL's teacher
+
 _lacks = lambda package: lambda inputs: missing(package)
 
 
@@ -56,14 +58,15 @@ def _no_divergence(inputs) -> str | None:
 
 
 def _divergence(inputs) -> dict:
-    """Of its distillation trainer, of rows that the caller gathered: the KL alone."""
+    """Of its distillation trainer, of rows that the caller gathered: the divergence alone."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     hidden, weight = inputs.leaves()
-    forward = inputs.case.direction == "ref||policy"
+    direction = inputs.case.direction
+    beta = ENDS[direction] if isinstance(direction, str) else direction[1]
     kl, _ = ChunkedDivergenceFunction.apply(
         hidden[inputs.rows], weight, None, inputs.ref_hidden[inputs.rows], inputs.ref_weight, None,
-        0.0 if forward else 1.0,
+        beta,
     )  # fmt: skip
     return {"kl": kl.detach(), **gradients(kl, inputs.upstream_kl, hidden, weight)}
 

@@ -117,6 +117,7 @@ def test_choice_of_cases():
         "kl-policy-ref",
         "kl-fp32-ref-policy",
         "kl-fp32-policy-ref",
+        "kl-fp32-jsd",
     ]
     assert names("step") == ["step", "step-tdpo2", "step-sparsepo"]
     assert names(cases=("step-short",)) == ["step-short"]

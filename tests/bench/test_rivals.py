@@ -47,10 +47,20 @@ def test_heads(name, dtype):
     assert row.errors.keys() == values | {"grad_hidden", "grad_weight"}
 
 
+def defined(direction, log_p, log_q):
+    def apart(a, b):
+        return torch.nn.functional.kl_div(b, a, log_target=True, reduction="none").sum(-1)
+
+    if direction == kl.JSD:
+        log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+        return (apart(log_p, log_m) + apart(log_q, log_m)) / 2
+    return apart(log_q, log_p) if direction == "ref||policy" else apart(log_p, log_q)
+
+
 @TRL
-@pytest.mark.parametrize("direction", kl.DIRECTIONS)
+@pytest.mark.parametrize("direction", [*kl.DIRECTIONS, kl.JSD], ids=str)
 def test_divergence(direction):
-    """Its KL and the KL's gradient; of the other direction it has no speed."""
+    """Its divergence and that's gradient; of another it has no speed."""
     case = kl.KLCase("tiny", direction, **KL)
     (right,) = peers.KL
     other = next(d for d in kl.DIRECTIONS if d != direction)
@@ -67,15 +77,14 @@ def test_divergence(direction):
     assert rows["wrong"].status == "refused" and "grad_hidden is off by" in rows["wrong"].reason
 
 
-@pytest.mark.parametrize("direction", kl.DIRECTIONS)
+@pytest.mark.parametrize("direction", [*kl.DIRECTIONS, kl.JSD], ids=str)
 def test_truth_of_the_kl_alone_is_autograd_in_float64(direction):
     inputs = kl.KLCase("tiny", direction, **KL).inputs("cpu")
     hidden = inputs.hidden.double().requires_grad_()
     weight = inputs.weight.double().requires_grad_()
     log_p = (hidden[inputs.rows] @ weight.T).log_softmax(-1)
     log_q = (inputs.ref_hidden[inputs.rows].double() @ inputs.ref_weight.double().T).log_softmax(-1)
-    a, b = (log_q, log_p) if direction == "ref||policy" else (log_p, log_q)
-    divergence = torch.nn.functional.kl_div(b, a, log_target=True, reduction="none").sum(-1)
+    divergence = defined(direction, log_p, log_q)
     (divergence @ inputs.upstream_kl.double()).backward()
     true = {"kl": divergence.detach(), "grad_hidden": hidden.grad, "grad_weight": weight.grad}
     assert max(inputs.errors(true, "kl").values()) < 1e-12
