@@ -20,7 +20,7 @@ from sepo.masks import SparseMask, num_layers
 from sepo.model.forward import head
 from sepo.model.prepare import explain_attention, prepare_model
 from sepo.model.reference import CachedReference
-from sepo.score.logp import response_logp
+from sepo.score.logp import Asked, answers_of, response_logp
 from sepo.trainer.config import SePOConfig
 from sepo.trainer.step import MASK
 from sepo.trainer.trainer import SePOTrainer
@@ -149,9 +149,9 @@ def cached(
 
 
 def with_rows(reference, pairs: list[TokenPair], dtype: torch.dtype) -> list[ScoredPair]:
-    count = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    rows = torch.empty(count, reference.config.hidden_size, dtype=dtype)
-    response_logp(reference, pairs, "reference", max_tokens=8192, hidden=rows)
+    asked = {"reference": Asked(reference, states=dtype)}
+    ((_, answers),) = answers_of([pairs], asked, max_tokens=8192)
+    rows = answers["reference"].states
     found, end = [], 0
     for pair in pairs:
         parts = {}

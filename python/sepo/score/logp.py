@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sepo.data import all_positions, pack, truncate
-from sepo.data.hidden import ROW_DTYPE
 from sepo.data.types import PackedBatch, ScoredPair, TokenPair
 from sepo.errors import InputError
 from sepo.model.feed import feed
@@ -29,14 +28,14 @@ class Asked(NamedTuple):
 
     model: PreTrainedModel
     products: SplitProducts | None = None  # of the model; None: of its own dtype
-    states: bool = False  # whether the states that predict the tokens are wanted too
+    states: torch.dtype | None = None  # of the states that predict the tokens; None: none wanted
 
 
 class Answer(NamedTuple):
     """Hold what a model says of a block of pairs, in their order."""
 
     logp: Responses  # log p(y_t | x, y_<t)
-    states: Tensor | None  # (T_all, D) bfloat16 on the CPU: chosen and rejected of each pair
+    states: Tensor | None  # (T_all, D) as asked, on the CPU: chosen and rejected of each pair
 
 
 def response_logp(
@@ -105,12 +104,12 @@ def _logprob_of(ask: Asked) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def _told(
     ask: Asked, logprob: Callable[[Tensor, Tensor, Tensor], Tensor], batch: PackedBatch
-) -> tuple[Tensor, Tensor | None]:  # logp (M,) float32, states (M, D) bfloat16
+) -> tuple[Tensor, Tensor | None]:  # logp (M,) float32, states (M, D) as asked
     """Ask a model about a batch, on its device; nothing waits for the answer."""
     with _exact_float32(), nullcontext() if ask.products is None else ask.products.in_force():
         states = hidden_states(ask.model, batch)
         logp = logprob(states, batch.rows, batch.targets)
-    return logp, states[batch.rows].to(ROW_DTYPE) if ask.states else None
+    return logp, None if ask.states is None else states[batch.rows].to(ask.states)
 
 
 class _Gathered:
@@ -122,9 +121,9 @@ class _Gathered:
         self._starts = np.cumsum([0, *self._lengths])
         self._logp: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by the pair's place
         self._states: Tensor | None = None
-        if ask.states:
+        if ask.states is not None:
             width = head(ask.model).weight.shape[1]
-            self._states = torch.empty(int(self._starts[-1]), width, dtype=ROW_DTYPE)
+            self._states = torch.empty(int(self._starts[-1]), width, dtype=ask.states)
 
     def add(self, part: Sequence[int], logp: Tensor, states: Tensor | None) -> None:
         """Take one batch's, in the order of its pairs."""

@@ -214,7 +214,8 @@ def _scored(
     """Each block scored. Close what is not exhausted."""
     asked = {}
     if reference is not None:
-        asked["reference"] = Asked(reference, products.get("reference"), "hidden" in keep)
+        states = ROW_DTYPE if "hidden" in keep else None
+        asked["reference"] = Asked(reference, products.get("reference"), states)
     if oracle is not None:
         asked["oracle"] = Asked(oracle, products.get("oracle"))
     with closing(answers_of(blocks, asked, max_tokens, on_batch)) as told:
