@@ -192,7 +192,7 @@ REFUSALS = {
     ),
     "direction": (
         dict(direction="policy|ref"),
-        r'direction "ref\|\|policy" or "policy\|\|ref", got "policy\|ref"',
+        r'direction "ref\|\|policy", "policy\|\|ref" or \("jsd", beta\), got "policy\|ref"',
     ),
     "budget": (dict(budget=127), "at least one row, 128 bytes, got 127"),
     "implementation": (dict(impl="fast"), 'unknown impl "fast", expected one of: auto, .*chunked'),
