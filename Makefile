@@ -23,8 +23,8 @@ demo: .venv/.installed
 	$(BIN)/sepo demo --output_dir runs/demo
 
 test: .venv/.installed lint
-	$(BIN)/python -m pytest -q --durations=10 -m "not hostile and not every_target" -n auto --maxprocesses 4 \
-		--dist loadscope --no-loadscope-reorder \
+	$(BIN)/python -m pytest -q --durations=10 -m "not hostile and not every_target" \
+		-n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder \
 		--max-worker-restart=0  # a worker that dies is a failure at once; xdist waits for ever else
 
 # bad input, kills, flipped bits, two processes on one folder: ten minutes on two cores

@@ -34,8 +34,8 @@ def trl() -> Patch:
         with sepo.patch.trl():
             DPOTrainer(model, args=args, train_dataset=pairs).train()
 
-    Of distillation the KL divergences are computed here: `beta` 0 and 1. With a `beta` between them
-    TRL's own function computes its mixture's divergence.
+    Of distillation every divergence is computed here: the KL at `beta` 0 and 1, and between them the
+    generalised Jensen-Shannon divergence.
 
     With `use_liger_kernel` the layers are Liger's and the head is this one. TRL itself refuses
     Liger's fused cross entropy in these trainers.
