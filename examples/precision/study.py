@@ -61,13 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lambda: train_oracles(oracles, train_on, reference, tokenizer, place / "oracles"),
     )
     for steps, oracle in oracles.items():
-        for variant in ("random", *overlap.VARIANTS):
+        for variant in args.variants:
             measured = (variant, heldout, oracle, reference, place / "logp", FRACTION)
             rows.part(
                 {"part": "overlap", "oracle_steps": steps, "variant": variant},
                 lambda measured=measured: overlap.measure(*measured),
             )
-    study_policies(args, rows, pairs[: args.policy_pairs], oracles, reference, tokenizer)
+    if args.seeds:
+        study_policies(args, rows, pairs[: args.policy_pairs], oracles, reference, tokenizer)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -77,10 +78,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=DATA)
     add("--model", type=Path, help="directory of the reference; default: SmolLM2-135M-Instruct")
     add("--steps", type=int, nargs="+", default=[5, 10, 20, 40, 80, 160], help="of the oracles")
+    known = ("random", *overlap.VARIANTS)
+    add("--variants", nargs="+", choices=known, default=known, metavar="V", help="of an overlap")
     add("--pairs", type=int, default=48, help="held-out pairs that are scored in every precision")
     add("--policy_pairs", type=int, default=240, help="pairs that policies are trained on")
     add("--policy_oracle", type=int, default=POLICY_ORACLE, help="steps of the oracle they follow")
-    add("--seeds", type=int, nargs="+", default=[0, 1], help="of policies and of their samples")
+    seeds = "of policies and of their samples; none: no policies"
+    add("--seeds", type=int, nargs="*", default=[0, 1], help=seeds)
     add("--per_opening", type=int, default=4, help="samples of each held-out opening")
     return parser.parse_args(arguments)
 

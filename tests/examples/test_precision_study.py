@@ -171,3 +171,10 @@ def test_the_study_runs_and_does_nothing_twice(arguments, tmp_path, monkeypatch)
     kept = by[4, "bfloat16"]["kept"]
     assert f" | {kept:.3f} ± " in next(line for line in table if line.startswith("| bfloat16 |"))
     assert len(report.policy_table(rows)) == 2 + 4
+
+
+def test_one_arithmetic_alone_and_no_policies(arguments, tmp_path):
+    study.main([*arguments, "--steps", "2", "--variants", "split", "--seeds"])
+    lines = (tmp_path / "out" / "study.jsonl").read_text().splitlines()
+    found = [(row["part"], row.get("variant")) for row in map(json.loads, lines)]
+    assert found == [("settings", None), ("oracles", None), ("overlap", "split")]
