@@ -100,10 +100,10 @@ def _cases(suite: str, device: str, steps: dict) -> Iterator[tuple[Any, tuple[Co
         found = [(score, score.SCORE)]
     else:
         from bench import contenders
-        from bench.operations import head, k_targets, kl, stats, topk
+        from bench.operations import head, high_entropy, k_targets, kl, stats, topk
 
         heads = [(head, contenders.HEAD), (kl, contenders.KL), (stats, contenders.STATS)]
-        heads.append((k_targets, contenders.K_TARGETS))
+        heads += [(k_targets, contenders.K_TARGETS), (high_entropy, contenders.HIGH_ENTROPY)]
         found = {"head": heads, "select": [(topk, contenders.TOPK)]}[suite]
     return ((case, who) for module, who in found for case in module.cases(device))
 

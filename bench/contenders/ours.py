@@ -49,6 +49,23 @@ def _stats_schedule(inputs, impl: str) -> str:
     return f"{told.impl}, {told.schedule}, {told.gemms} products"
 
 
+def _high_entropy(inputs) -> dict:
+    """As docs/migrate.md has it: a gradient of the rows that are kept alone."""
+    hidden, weight = inputs.leaves()
+    of = hidden, weight, inputs.rows, inputs.targets
+    kept = ops.high_entropy_rows(*of, fraction=inputs.case.share)
+    i = kept.indices.long()
+    logp = ops.selected_logprob(hidden, weight, inputs.rows[i], inputs.targets[i])
+    values = {"logp": kept.stats.logp, "entropy": kept.stats.entropy}
+    return values | gradients(logp, inputs.upstream[i], hidden, weight)
+
+
+def _every_row(inputs) -> dict:
+    hidden, weight = inputs.leaves()
+    found = ops.selected_stats(hidden, weight, inputs.rows, inputs.targets)
+    return inputs.result(found.logp, found.entropy, hidden, weight)
+
+
 def _topk(inputs, impl: str) -> dict:
     args = inputs.score, inputs.cu_tokens, inputs.case.fraction, "alternate"
     index, cu_rows = ops.segment_topk(*args, impl=impl)
@@ -89,5 +106,12 @@ STATS = (
     Contender(
         "sepo:selected_logprob", partial(_logprob, impl="auto"), version=version, objective="logp",
         ours=True, note=lambda inputs: "no statistics",
+    ),
+)  # fmt: skip
+HIGH_ENTROPY = (
+    Contender("sepo", _high_entropy, version=version, ours=True, note=lambda inputs: "rows kept"),
+    Contender(
+        "sepo:every_row", _every_row, version=version, ours=True,
+        note=lambda inputs: "and a masked loss",
     ),
 )  # fmt: skip

@@ -4,6 +4,7 @@ Liger's preference losses take whole sequences and answer with a scalar: the row
 selected carry -100, and are computed all the same.
 """
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 
@@ -35,22 +36,43 @@ def _cce(inputs) -> dict:
     return {"logp": -nll.detach(), **gradients(nll, -inputs.upstream, hidden, weight)}
 
 
-def _trl(inputs) -> dict:
-    """TRL's fused head, as its DPO trainer calls it."""
+def _trl_head(inputs, hidden, weight, outputs: tuple[str, ...] = ()) -> list[torch.Tensor]:
+    """TRL's fused head as its trainers call it: logp and `outputs` of the rows that count, (M,)."""
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction, _use_triton
 
-    hidden, weight = inputs.leaves()
-    labels = inputs.labels
-    mask = labels != -100
+    mask = inputs.labels != -100
     # as in its forward: without Triton every position is scored
     compact = _use_triton(hidden.device)
-    logp = _ChunkedLogProbFunction.apply(
+    found = _ChunkedLogProbFunction.apply(
         hidden[mask] if compact else hidden, weight, None,
-        labels[mask] if compact else labels.clamp(min=0),
-        1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",),
-    )[0]  # fmt: skip
-    logp = logp if compact else logp[mask]
+        inputs.labels[mask] if compact else inputs.labels.clamp(min=0),
+        1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs,
+    )  # fmt: skip
+    return [x if compact else x[mask] for x in found if x is not None]
+
+
+def _trl(inputs) -> dict:
+    """As its DPO trainer asks."""
+    hidden, weight = inputs.leaves()
+    (logp,) = _trl_head(inputs, hidden, weight)
     return {"logp": logp.detach(), **gradients(logp, inputs.upstream, hidden, weight)}
+
+
+def _trl_stats(inputs) -> dict:
+    """All that it gives."""
+    hidden, weight = inputs.leaves()
+    outputs = "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
+    logp, entropy, *others, _ = _trl_head(inputs, hidden, weight, outputs)
+    names = "logp", "entropy", "log_sum_sq", "mean_logit"
+    values = dict(zip(names, (logp.detach(), entropy.detach(), *others), strict=True))
+    return values | gradients(inputs.loss(logp, entropy), None, hidden, weight)
+
+
+def _trl_every_row(inputs) -> dict:
+    """As its GRPO trainer does with `top_entropy_quantile`: all rows, and a masked loss."""
+    hidden, weight = inputs.leaves()
+    logp, entropy = _trl_head(inputs, hidden, weight, ("entropy",))
+    return inputs.result(logp, entropy, hidden, weight)
 
 
 def _no_divergence(inputs) -> str | None:
@@ -135,6 +157,11 @@ def _quack(inputs) -> dict:
     return {"loss": loss.detach(), **gradients(loss, None, hidden, weight)}
 
 
+def _of_trl(run: Callable, **more) -> Contender:
+    note = lambda inputs: "" if inputs.device == "cuda" else "torch ops, every position"
+    return Contender("trl", run, _lacks("trl"), installed("trl"), note=note, **more)
+
+
 _simpo = partial(_preference, name="LigerFusedLinearSimPOLoss", compute_nll_loss=False)
 _dpo = partial(_preference, name="LigerFusedLinearDPOLoss", use_ref_model=False)
 _liger = installed("liger-kernel")
@@ -143,10 +170,7 @@ HEAD = (
         "cce", _cce, _lacks("cut-cross-entropy"), installed("cut-cross-entropy"),
         note=lambda i: "default impl" if i.device == "cuda" else 'impl="torch_compile"',
     ),
-    Contender(
-        "trl", _trl, _lacks("trl"), installed("trl"),
-        note=lambda i: "" if i.device == "cuda" else "torch ops, every position",
-    ),
+    _of_trl(_trl),
     Contender(
         "liger_simpo", _simpo, _lacks("liger-kernel"), _liger, objective="simpo",
         note=lambda inputs: "all rows, loss without NLL",
@@ -168,3 +192,5 @@ KL = (
         note=lambda inputs: "hidden[rows], KL without log-probabilities",
     ),
 )  # fmt: skip
+STATS = (_of_trl(_trl_stats, objective="trl"),)
+HIGH_ENTROPY = (_of_trl(_trl_every_row),)

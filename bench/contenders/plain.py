@@ -85,6 +85,7 @@ KL = (
     Contender("softmax_both_gathered", lambda inputs: inputs.plain(gather_first=True)),
 )
 STATS = HEAD[:2]
+HIGH_ENTROPY = HEAD[1:2]
 TOPK = (
     Contender(
         "topk_loop", _topk_loop, objective="any tie", note=lambda inputs: "any of equal scores"

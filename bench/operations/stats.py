@@ -21,14 +21,14 @@ class StatsCase(HeadCase):
 
 
 class StatsInputs(LogprobInputs):
-    """Rows as of the log-probability; an objective "logp" asks for nothing else."""
+    """Rows as of the log-probability; objectives "logp" and "trl" ask for less."""
 
     def __init__(self, case: StatsCase, device: str):
         super().__init__(case, device)
         self.upstream_entropy = self.normal(case.M)
 
     def names(self, objective: str) -> tuple[str, ...]:
-        return ("logp",) if objective == "logp" else NAMES
+        return {"logp": ("logp",), "trl": NAMES[:-1]}.get(objective, NAMES)
 
     def values(self, objective: str, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         found = dict(zip(NAMES, plain.statistics(z, self.targets), strict=True))
@@ -59,7 +59,7 @@ class StatsInputs(LogprobInputs):
 
 
 def cases(device: str) -> list[StatsCase]:
-    few = dict(only=("gemm", "sepo", "dense_gathered"))
+    few = dict(only=("gemm", "sepo", "dense_gathered", "trl"))
     dtypes = [("bf16", torch.bfloat16, False), ("fp32", torch.float32, True)]
     found = [
         StatsCase(f"stats-{kind}{name}-30", 0.3, dtype, entropy_grad=grad, long=long, **few)

@@ -12,7 +12,7 @@ from bench import contenders, ledger, measure, run
 from bench.contender import Contender, missing
 from bench.contenders import peers
 from bench.harness import Job
-from bench.operations import head, kl
+from bench.operations import head, high_entropy, kl, stats
 from bench.steps import ours
 from bench.steps import trl as steps
 from bench.steps.models import Weights
@@ -45,6 +45,28 @@ def test_heads(name, dtype):
     assert (row.status, row.reason) == ("passed", "")
     values = {"loss"} if name == "torch_lce_chunked" else {"logp"}
     assert row.errors.keys() == values | {"grad_hidden", "grad_weight"}
+
+
+@TRL
+@pytest.mark.parametrize("entropy_grad", [False, True], ids=["metrics", "entropy"])
+def test_statistics(entropy_grad):
+    # its entropy is a difference of log-sum-exp and mean: in a small vocabulary it is refused
+    size = dict(TINY, V=2048)
+    case = stats.StatsCase("small", 0.5, torch.float32, entropy_grad=entropy_grad, **size)
+    row = gated(case, peers.STATS)["trl"]
+    assert (row.status, row.reason) == ("passed", "")
+    assert row.errors.keys() == {*stats.NAMES[:-1], "grad_hidden", "grad_weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_tokens_of_high_entropy(dtype):
+    """Who has them all, and masks, differentiates the same rows as who computes those alone."""
+    case = high_entropy.HighEntropyCase("tiny", 1.0, dtype, **TINY)
+    all_rows = lambda inputs: inputs.plain(True) | head.LogprobInputs.plain(inputs, True)
+    found = gated(case, (*contenders.HIGH_ENTROPY, Contender("wrong", all_rows)))
+    assert {name for name, row in found.items() if row.status == "refused"} == {"wrong"}
+    passed = {name for name, row in found.items() if row.status == "passed"}
+    assert passed | {"trl"} == {"gemm", "sepo", "sepo:every_row", "dense_gathered", "trl"}
 
 
 def defined(direction, log_p, log_q):
