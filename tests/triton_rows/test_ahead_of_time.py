@@ -34,9 +34,10 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
 # of the ptxas that Triton 3.6 brings: under a cap a few registers more, and of some kernels on sm_90
-# one number that a row reads once or twice, in no loop, is on the stack
+# one address that a row reads once or twice, in no loop, is on the stack; of stats_row two
 OLD = triton.__version__.startswith("3.6.")
 MORE_REGISTERS, MOST_STACK = (4, 8) if OLD else (0, 0)
+MOST_STACK_OF = {"stats_row": 16} if OLD else {}
 BYTES = {"*fp32": 4, "*fp16": 2, "*bf16": 2}
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 
@@ -207,7 +208,8 @@ def assert_no_spills(name, variants, target, tmp_path):
         if gpu.backend == "cuda":
             used = resources(done.asm["cubin"], tmp_path / "kernel.cubin")
             # registers that did not suffice are on the stack
-            assert used["LOCAL"] == 0 and used["STACK"] <= MOST_STACK, f"{what}: {used}"
+            most = MOST_STACK_OF.get(name, MOST_STACK)
+            assert used["LOCAL"] == 0 and used["STACK"] <= most, f"{what}: {used}"
             assert used["SHARED"] <= most_shared, what
             if is_aligned(kernel, types):
                 capped = dict(flags).get("CAPPED", False)
