@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from bench import jobs
-from bench.operations import head, k_targets, kl, stats, topk
+from bench.operations import head, high_entropy, k_targets, kl, stats, topk
 from tools.leg.stages import ROOT, Stage
 
 ENVIRONMENT = "environment"
@@ -23,7 +23,7 @@ STEPS = {
     "step-tdpo2 smollm2": ("step-tdpo2", None, 60),
     "step-sparsepo smollm2": ("step-sparsepo", None, 60),
 }
-LARGE, SMALL = 40, 15  # seconds of a case: its truth, compilation, the rounds of all its providers
+LARGE, SMALL = 35, 15  # seconds of a case: its truth, compilation, the rounds of all its providers
 ON_HOST = {"flex-mask-8k": 8, "flex-mask-32k": 8}  # nothing is compiled
 AGAIN = 3
 TESTS = {"test_gpu_heads.py": 150, "test_gpu_attention.py": 60}  # seconds; the others FEW
@@ -53,7 +53,8 @@ def _setting_up(path: Path) -> list[Stage]:
 
 
 def _cases(path: Path) -> list[Stage]:
-    suites = [("head", head), ("kl", kl), ("head", stats), ("head", k_targets), ("select", topk)]
+    heads = [("head", module) for module in (stats, k_targets, high_entropy)]
+    suites = [("head", head), ("kl", kl), *heads, ("select", topk)]
     absent = jobs.lacking("attention")  # and "score", which needs the same
     if not absent:
         from bench.operations import attention, block_mask, score
