@@ -17,7 +17,8 @@ from bench.contender import missing
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-EMULATED = " alone, emulated"  # after the instruction set: the CPU has more than torch may use
+ALONE = " alone"  # after an instruction set: torch uses no wider one
+EMULATED = ", emulated"  # after that: though the CPU has more
 # what takes instructions away, from torch, oneDNN, MKL and from us
 VARIABLES = "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "SEPO_CPU"
 PACKAGES = "torch", "transformers", "triton", "trl", "liger-kernel", "cut-cross-entropy"
@@ -83,7 +84,8 @@ def default_path(device: str) -> Path:
 
 
 def path_of(machine: str) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.removesuffix(EMULATED).lower()).strip("-")
+    name = machine.removesuffix(EMULATED).removesuffix(ALONE).lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     return RESULTS / f"{slug}.jsonl"
 
 
@@ -110,7 +112,7 @@ def versions() -> dict[str, str]:
 def machine(device: str) -> str:
     """GPU name, or CPU model with the number of cores this process may use.
 
-    A CPU whose widest instructions torch was told to do without is another machine.
+    A CPU without AVX-512, or with an AVX-512 that torch was told to do without, is another machine.
     """
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -118,14 +120,16 @@ def machine(device: str) -> str:
     text = info.read_text() if info.exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", text)
     model = found.group(1).strip() if found else platform.processor() or platform.machine()
-    return f"{model}, {len(os.sched_getaffinity(0))} cores{_emulated()}"
+    return f"{model}, {len(os.sched_getaffinity(0))} cores{_narrow()}"
 
 
-def _emulated() -> str:
+def _narrow() -> str:
     has = torch.cpu._is_avx512_supported(), torch.cpu._is_avx2_supported()
     most = next((name for name, there in zip(("AVX512", "AVX2"), has, strict=True) if there), None)
     used = torch.backends.cpu.get_cpu_capability()
-    return "" if most in (None, used) else f", {used}{EMULATED}"
+    if most is None or used == "AVX512":
+        return ""
+    return f", {used}{ALONE}{'' if used == most else EMULATED}"
 
 
 def short(commit: str) -> str:

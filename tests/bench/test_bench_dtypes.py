@@ -106,7 +106,7 @@ def test_the_yardstick_multiplies_what_is_fast(fastest, multiplies):
     assert precision.quick(torch.float32, "cpu") == torch.float32
 
 
-def test_a_cpu_that_may_not_do_all_it_can_is_another_machine(monkeypatch):
+def test_a_cpu_that_cannot_or_may_not_use_wide_instructions_is_another_machine(monkeypatch):
     cpu = lambda has, uses: (
         monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has == "AVX512"),
         monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: has != ""),
@@ -114,9 +114,15 @@ def test_a_cpu_that_may_not_do_all_it_can_is_another_machine(monkeypatch):
     )
     cpu("AVX512", "AVX512")
     whole = report.default_path("cpu")
-    for has, uses, more in [("AVX2", "AVX2", ""), ("", "DEFAULT", ""), ("AVX512", "AVX2", "-avx2")]:
+    assert whole.stem.endswith("-cores")
+    for has, uses, more in [
+        ("AVX2", "AVX2", ", AVX2 alone"),
+        ("", "DEFAULT", ""),
+        ("AVX512", "AVX2", ", AVX2 alone, emulated"),
+    ]:
         cpu(has, uses)
-        assert report.default_path("cpu").stem == whole.stem + more
+        assert report.machine("cpu").partition(" cores")[2] == more
+        assert report.default_path("cpu").stem == whole.stem + ("-avx2" if more else "")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     about = report.surroundings("cpu")
     assert about["machine"].endswith(" cores, AVX2 alone, emulated")
