@@ -106,9 +106,10 @@ def make(kind: str, steps: int, device: str, args: argparse.Namespace) -> Traine
     return trainer
 
 
-def different_words(completions: list[str], **columns) -> list[float]:
+def different_words(completions: list[str] | list[list[dict]], **columns) -> list[float]:
     """A reward that any model can earn."""
-    return [len(set(text.split())) / max(1, len(text.split())) for text in completions]
+    words = [(c if isinstance(c, str) else c[-1]["content"]).split() for c in completions]
+    return [len(set(found)) / max(1, len(found)) for found in words]
 
 
 def one_batch(trainer: Trainer, patch: Callable) -> Callable[[], None]:

@@ -47,3 +47,9 @@ def test_one_kind_alone(model, capsys):
     drop_in.main(["--model", model, "--steps", "0", *sizes])
     printed = capsys.readouterr().out
     assert "GRPO, 1" in printed and "DPO" not in printed
+
+
+def test_the_reward_is_of_texts_and_of_messages():
+    answer = "a b a"
+    for completion in (answer, [{"role": "assistant", "content": answer}]):
+        assert drop_in.different_words([completion]) == [2 / 3]
