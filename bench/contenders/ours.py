@@ -24,11 +24,11 @@ def _schedule(inputs, impl: str) -> str:
     return f"{told.impl}, {told.schedule}, {told.gemms} products"
 
 
-def _logprob_kl(inputs, impl: str) -> dict:
+def _logprob_kl(inputs, impl: str, direction: str | None = None) -> dict:
     hidden, weight = inputs.leaves()
     logp, ref_logp, kl = ops.selected_logprob_kl(
         hidden, weight, inputs.ref_hidden, inputs.ref_weight, inputs.rows, inputs.targets,
-        direction=inputs.case.direction, impl=impl,
+        direction=direction or inputs.case.direction, impl=impl,
     )  # fmt: skip
     return inputs.result(logp, ref_logp, kl, hidden, weight)
 
@@ -99,7 +99,14 @@ def _providers(
 
 _head = lambda inputs: (inputs.hidden, inputs.weight)
 HEAD = _providers(_logprob, selected_logprob.IMPLS, _head, _schedule)
-KL = _providers(_logprob_kl, selected_logprob_kl.IMPLS, _head)
+KL = (
+    *_providers(_logprob_kl, selected_logprob_kl.IMPLS, _head),
+    Contender(
+        "sepo:kl", partial(_logprob_kl, impl="auto", direction="ref||policy"),
+        lambda inputs: "the case is a KL" if isinstance(inputs.case.direction, str) else "",
+        version, ours=True, gated=False, note=lambda inputs: "KL(ref || policy) instead",
+    ),
+)  # fmt: skip
 TOPK = _providers(_topk, segment_topk.IMPLS, lambda inputs: (inputs.score, inputs.cu_tokens))
 STATS = (
     *_providers(_stats, selected_stats.IMPLS, _head, _stats_schedule),
