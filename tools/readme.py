@@ -41,6 +41,20 @@ STEP = {
 }
 
 
+PLAIN, TRL = ("dense_gathered", "softmax_both_gathered"), ("trl", "trl_divergence")
+OPERATIONS = {  # case, of a kind: what the page calls it
+    "head-{}-30": "log-probabilities",
+    "stats-{}-30": "and entropy, log Σp², mean logit, lse, top-1",
+    "stats-entropy-{}-30": "and the entropy's gradient",
+    "high-entropy-{}": "of all rows the fifth with the highest entropy",
+    "k20-{}-30": "of 20 targets a row",
+    "k20-over-targets-{}-30": "of 20 targets, normalised over these",
+    "kl-{}-ref-policy": "of two heads, and KL(ref ‖ policy)",
+    "kl-{}-policy-ref": "of two heads, and KL(policy ‖ ref)",
+    "kl-{}-jsd": "of two heads, and their JSD",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,6 +112,40 @@ def head_table(rows: list[dict], kind: str) -> str:
     return "\n".join(lines)
 
 
+def operations_table(rows: list[dict], kind: str) -> str:
+    """What the head gives beside log-probabilities, and what others take for it."""
+    lines = [
+        "| | sepo, ms | GEMMs | gathered rows, softmax / sepo | TRL / sepo | largest error of a value: sepo, TRL |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, words in OPERATIONS.items():
+        found, when = _run(rows, case.format(kind), ["sepo", "gemm", *PLAIN, *TRL])
+        ours, (plain, trl) = found["sepo"], ([found.get(n) for n in x] for x in (PLAIN, TRL))
+        plain, trl = (next(filter(None, them), None) for them in (plain, trl))
+        share = lambda row, ours=ours: (
+            "" if row is None else f"{row['median'] / ours['median']:.2f}"
+        )
+        worst = [_worst_value(row) for row in (ours, trl) if row is not None]
+        lines.append(
+            _line(
+                words, f"{1e3 * ours['median']:.0f}", f"{ours['times_gemm']:.2f} of "
+                f"{found['gemm']['note'].partition(' ')[0]}", share(plain), share(trl),
+                ", ".join(worst),
+            )
+        )  # fmt: skip
+    shape = ours["shape"]
+    about = (
+        f"{KINDS[kind]}, forward and backward, {_thousands(shape['V'])} words of width "
+        f"{shape['D']}; {when}. GEMMs: the time over the bare products that the work needs."
+    )
+    return "\n".join([fill(about[0].upper() + about[1:], COLUMNS), "", *lines])
+
+
+def _worst_value(row: dict) -> str:
+    found = max(error for name, error in row["errors"].items() if "grad" not in name)
+    return f"{found:.0e}".replace("e-0", "e-")
+
+
 def step_table(rows: list[dict]) -> str:
     """A whole step of a pair, beside TRL's."""
     found, when = _run(rows, "step", STEP)
@@ -129,6 +177,7 @@ def step_table(rows: list[dict]) -> str:
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "head": partial(head_table, kind="bf16"),
     "head-fp32": partial(head_table, kind="fp32"),
+    "operations-fp32": partial(operations_table, kind="fp32"),
     "step": step_table,
 }
 
