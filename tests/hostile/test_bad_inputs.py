@@ -25,7 +25,8 @@ CASES = [case for case in ALL if not case.process]
 PROCESSES = [*(case for case in ALL if case.process), *CASES[::100]]  # and a sample once more
 SECONDS = 60
 # tracebacks of today, each a gap in the reading of stores, models and data files
-BAR = re.compile(r"\r|\d+%\|")  # of progress: there is more than one way to end its line
+# of progress, whose end is known or not: there is more than one way to end its line
+BAR = re.compile(r"\r|\d+%\||\[\d+:\d+, .*/s\]$")
 
 
 @pytest.fixture(scope="session")
