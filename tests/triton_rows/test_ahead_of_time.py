@@ -210,6 +210,8 @@ def assert_no_spills(name, variants, target, tmp_path):
             # registers that did not suffice are on the stack
             most = MOST_STACK_OF.get(name, MOST_STACK)
             assert used["LOCAL"] == 0 and used["STACK"] <= most, f"{what}: {used}"
+            if used["STACK"]:
+                assert_stack_in_no_loop(tmp_path / "kernel.cubin", what)
             assert used["SHARED"] <= most_shared, what
             if is_aligned(kernel, types):
                 capped = dict(flags).get("CAPPED", False)
@@ -266,6 +268,24 @@ def is_aligned(kernel, types) -> bool:
     return all(aligned for name, (_, aligned) in named if name.startswith("stride_"))
 
 
+def disassembled(cubin) -> str:
+    command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def assert_stack_in_no_loop(cubin, what):
+    """What is there is stored and read once a row, and not once a tile."""
+    code = disassembled(cubin)
+    place = {found[1]: found.start() for found in re.finditer(r"^(\.L_\w+):", code, re.MULTILINE)}
+    jumps = [
+        (found.start(), place[found[1]]) for found in re.finditer(r"BRA.*`\((\.L_\w+)\)", code)
+    ]
+    loops = [(target, jump) for jump, target in jumps if target < jump]
+    accesses = [found.start() for found in re.finditer(r"\b(LDL|STL)\b", code)]
+    assert loops and accesses, what
+    assert not any(begin < x < end for x in accesses for begin, end in loops), what
+
+
 def assert_wide(cubin, kernel, types, flags, what):
     """What a thread has of the whole tiles is read 16 bytes at a time, and written 8 or 16."""
     config, types = CONFIGS[kernel.fn.__name__], dict(zip(kernel.arg_names, types, strict=False))
@@ -283,9 +303,8 @@ def assert_wide(cubin, kernel, types, flags, what):
         each *= 1 if kernel.fn.__name__ == "target_dots" else triton_targets.TERMS.value
     elif not flags.get("WRITE_DLOGITS", flags.get("WRITE_BLOCKS", True)):
         stored = set()
-    tool = triton.knobs.nvidia.nvdisasm.path
-    code = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)
+    code = disassembled(cubin)
     for access, blocks, widths in (("LDG", loaded, "128"), ("STG", stored, "64|128")):
         wanted = walks * sum(each * BYTES[types[name][0]] for name in blocks & types.keys())
-        wide = re.findall(rf"\b{access}\.E[.\w]*\.({widths})\b", code.stdout)
+        wide = re.findall(rf"\b{access}\.E[.\w]*\.({widths})\b", code)
         assert sum(int(bits) // 8 for bits in wide) >= wanted, f"{what}: {access} {wide}"
