@@ -42,16 +42,16 @@ STEP = {
 
 
 PLAIN, TRL = ("dense_gathered", "softmax_both_gathered"), ("trl", "trl_divergence")
-OPERATIONS = {  # case, of a kind: what the page calls it
-    "head-{}-30": "log-probabilities",
-    "stats-{}-30": "and entropy, log Σp², mean logit, lse, top-1",
-    "stats-entropy-{}-30": "and the entropy's gradient",
-    "high-entropy-{}": "of all rows the fifth with the highest entropy",
-    "k20-{}-30": "of 20 targets a row",
-    "k20-over-targets-{}-30": "of 20 targets, normalised over these",
-    "kl-{}-ref-policy": "of two heads, and KL(ref ‖ policy)",
-    "kl-{}-policy-ref": "of two heads, and KL(policy ‖ ref)",
-    "kl-{}-jsd": "of two heads, and their JSD",
+OPERATIONS = {  # case: what the page calls it
+    "head-fp32-30": "log-probabilities",
+    "stats-fp32-30": "and entropy, log Σp², mean logit, lse, top-1",
+    "stats-entropy-fp32-30": "and the entropy's gradient",
+    "high-entropy-fp32": "of all rows the fifth with the highest entropy",
+    "k20-fp32-30": "of 20 targets a row",
+    "k20-over-targets-fp32-30": "of 20 targets, normalised over these",
+    "kl-fp32-ref-policy": "of two heads, and KL(ref ‖ policy)",
+    "kl-fp32-policy-ref": "of two heads, and KL(policy ‖ ref)",
+    "kl-fp32-jsd": "of two heads, and their JSD",
 }
 
 
@@ -112,14 +112,14 @@ def head_table(rows: list[dict], kind: str) -> str:
     return "\n".join(lines)
 
 
-def operations_table(rows: list[dict], kind: str) -> str:
+def operations_table(rows: list[dict]) -> str:
     """What the head gives beside log-probabilities, and what others take for it."""
     lines = [
         "| | sepo, ms | GEMMs | gathered rows, softmax / sepo | TRL / sepo | largest error of a value: sepo, TRL |",
         "|---|---|---|---|---|---|",
     ]
     for case, words in OPERATIONS.items():
-        found, when = _run(rows, case.format(kind), ["sepo", "gemm", *PLAIN, *TRL])
+        found, when = _run(rows, case, ["sepo", "gemm", *PLAIN, *TRL])
         ours, (plain, trl) = found["sepo"], ([found.get(n) for n in x] for x in (PLAIN, TRL))
         plain, trl = (next(filter(None, them), None) for them in (plain, trl))
         share = lambda row, ours=ours: (
@@ -135,10 +135,10 @@ def operations_table(rows: list[dict], kind: str) -> str:
         )  # fmt: skip
     shape = ours["shape"]
     about = (
-        f"{KINDS[kind]}, forward and backward, {_thousands(shape['V'])} words of width "
+        f"Float32, forward and backward, {_thousands(shape['V'])} words of width "
         f"{shape['D']}; {when}. GEMMs: the time over the bare products that the work needs."
     )
-    return "\n".join([fill(about[0].upper() + about[1:], COLUMNS), "", *lines])
+    return "\n".join([fill(about, COLUMNS), "", *lines])
 
 
 def _worst_value(row: dict) -> str:
@@ -177,7 +177,7 @@ def step_table(rows: list[dict]) -> str:
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "head": partial(head_table, kind="bf16"),
     "head-fp32": partial(head_table, kind="fp32"),
-    "operations-fp32": partial(operations_table, kind="fp32"),
+    "operations-fp32": operations_table,
     "step": step_table,
 }
 

@@ -89,7 +89,7 @@ def test_operations_beside_what_others_take(rewritten):
         others = {"trl_divergence": 0.6} if case.startswith("kl") else {"dense_gathered": 0.5}
         for name, median in {"gemm": 0.1, "sepo": 0.2, **others}.items():
             note = "4 bare products"
-            found = head(name, "2026", median, case.format("fp32"), note=note, times_gemm=2.0)
+            found = head(name, "2026", median, case, note=note, times_gemm=2.0)
             found["errors"] = {"logp": 2e-7, "kl": 3e-6, "grad_weight": 1.0}
             rows.append(found)
     lines = rewritten(*rows, table="operations-fp32").splitlines()
