@@ -122,9 +122,9 @@ struct Heads {
   }
 };
 
-inline Heads<1> pack(const Head& a) { return {{a}, {PackedRows(a.x)}}; }
+inline Heads<1> pack(const Head& a) { return {{a}, {PackedRows::of(a.x)}}; }
 inline Heads<2> pack(const Head& a, const Head& b) {
-  return {{a, b}, {PackedRows(a.x), PackedRows(b.x)}};
+  return {{a, b}, {PackedRows::of(a.x), PackedRows::of(b.x)}};
 }
 
 // Runs visit(group, v0, count, block, tiles) on the logits of every tile, in parallel over groups

@@ -24,13 +24,17 @@ constexpr int64_t GROUP_V = TILE_V * GROUP_TILES;
 // x.T in blocks of TILE_M rows, as brgemm wants its right operand: (blocks, ceil(D / 2), TILE_M, 2)
 class PackedRows {
  public:
-  explicit PackedRows(const at::Tensor& x)  // (M, D) bfloat16, last dimension contiguous
+  explicit PackedRows(const at::Tensor& x)  // (M, D), of which it has the shape: nothing is packed
       : M(x.size(0)), D(x.size(1)), blocks(ceil_div(M, TILE_M)), pairs(ceil_div(D, 2)) {
-    data_ = x.new_empty({blocks, pairs, TILE_M, 2});
-    auto* out = reinterpret_cast<uint16_t*>(data_.mutable_data_ptr<at::BFloat16>());
+    data_ = x.new_empty({blocks, pairs, TILE_M, 2}, at::kBFloat16);
+  }
+
+  static PackedRows of(const at::Tensor& x) {  // (M, D) bfloat16, last dimension contiguous
+    PackedRows packed(x);
+    const int64_t M = packed.M, D = packed.D, pairs = packed.pairs, stride = x.stride(0);
+    auto* out = reinterpret_cast<uint16_t*>(packed.block(0));
     const auto* in = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
-    const int64_t stride = x.stride(0);
-    at::parallel_for(0, blocks * pairs, 1024, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, packed.blocks * pairs, 1024, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i / pairs * TILE_M, d = i % pairs * 2;
         uint16_t* to = out + i * TILE_M * 2;
@@ -42,10 +46,14 @@ class PackedRows {
         }
       }
     });
+    return packed;
   }
 
   const at::BFloat16* block(int64_t b) const {
     return data_.const_data_ptr<at::BFloat16>() + b * pairs * TILE_M * 2;
+  }
+  at::BFloat16* block(int64_t b) {
+    return data_.mutable_data_ptr<at::BFloat16>() + b * pairs * TILE_M * 2;
   }
   int64_t block_rows(int64_t b) const { return std::min(TILE_M, M - b * TILE_M); }
 
@@ -72,12 +80,12 @@ class WeightTile {
     tile_ = padded_.data();
   }
 
-  // z[v, m] = weight[v] . x[m] for the loaded entries and all rows of a block, z: (count, TILE_M)
-  void multiply(const PackedRows& x, int64_t block, float* z) const {
+  // z[v, m] = or += weight[v] . x[m] for the loaded entries and all rows of a block, z: (count, TILE_M)
+  void multiply(const PackedRows& x, int64_t block, float* z, bool add = false) const {
     const int64_t columns = std::min(TILE_M, ceil_div(x.block_rows(block), 32) * 32);
     at::native::cpublas::brgemm(
         count_, columns, x.pairs * 2, padded_.empty() ? stride_ : D_ + 1, TILE_M, TILE_M,
-        /*add_C=*/false, tile_, x.block(block), z);
+        add, tile_, x.block(block), z);
   }
 
  private:

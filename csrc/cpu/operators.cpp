@@ -8,6 +8,10 @@
 TORCH_LIBRARY_FRAGMENT(sepo, m) {
   // scales, of a head: (M,) float32 or float64, one a row in the place of `scale`
   m.def("native_bfloat16_tiles() -> bool", &sepo::bfloat16_tiles);
+  // out (M, V) float32, its rows contiguous, is written with x weight.T of bfloat16 numbers
+  m.def("native_bfloat16_logits(Tensor(a!) out, Tensor x, Tensor weight) -> ()");
+  // x (N, D) and bias (V,) float32, hi and lo (V, D) bfloat16
+  m.def("native_split_linear(Tensor x, Tensor hi, Tensor? lo, Tensor? bias) -> Tensor");
   sepo::define_segment_operators(m);
   // writes dlogits (M, V), its rows the fast dimension: dlogits / row_scale of loops.py, zero at
   // the targets
@@ -82,6 +86,8 @@ TORCH_LIBRARY_FRAGMENT(sepo, m) {
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 TORCH_LIBRARY_IMPL(sepo, CPU, m) {
+  m.impl("native_bfloat16_logits", &sepo::bfloat16_logits);
+  m.impl("native_split_linear", &sepo::split_linear);
   m.impl("native_segment_topk", &sepo::segment_topk);
   m.impl("native_segment_sum", &sepo::segment_sum);
   m.impl("native_segment_sum_bwd", &sepo::segment_sum_bwd);

@@ -16,6 +16,8 @@ using at::Tensor;
 using Maybe = std::optional<at::Tensor>;
 
 bool bfloat16_tiles();
+void bfloat16_logits(Tensor out, const Tensor& x, const Tensor& weight);
+Tensor split_linear(const Tensor& x, const Tensor& hi, const Maybe& lo, const Maybe& bias);
 
 Tensor segment_topk(
     const Tensor& score, const Tensor& cu_tokens, const Tensor& cu_rows, int64_t side, int64_t M);

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from native_kernels import LACKING
 from numerics import max_error
 from ops import implementations
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +15,7 @@ from sepo.ops import (
     split_logprob,
     split_weight,
 )
-from sepo_kernels import devices
+from sepo_kernels import devices, extension
 from sepo_kernels.halves import KINDS, error_bound, halves, to_tf32
 from sepo_kernels.selected_logprob import IMPLS as HEAD_IMPLS
 from sepo_kernels.selected_logprob.reference import selected_logprob as logprob_reference
@@ -22,8 +23,37 @@ from sepo_kernels.split_linear import IMPLS, reference
 
 INF, NAN = float("inf"), float("nan")
 MOST = torch.finfo(torch.float32).max * (1 - 2**-10)  # whose nearest bfloat16 is infinite
-impl = implementations.fixture(IMPLS)
 kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def of_kind(kind):
+    """Names of the implementations that multiply such halves: the native one bfloat16's alone."""
+    names = implementations.parameters(IMPLS)
+    return [name for name in names if kind == "bfloat16" or name.values != ("native",)]
+
+
+def can_run(impl: str) -> str:
+    if impl == "native" and not extension.BFLOAT16_TILES:
+        pytest.skip("no bfloat16 tiles here")
+    return impl
+
+
+@pytest.fixture(params=of_kind("bfloat16"))
+def impl(request):
+    return can_run(request.param)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((kind, *name.values), marks=name.marks)
+        for kind in KINDS
+        for name in of_kind(kind)
+    ],
+    ids="-".join,
+)
+def kind_and_impl(request):
+    kind, impl = request.param
+    return kind, can_run(impl)
 
 
 def operands(N, D, V, *, exact=False):
@@ -41,10 +71,13 @@ def exact_sums(N, D, V):
     return draw(N, D), draw(V, D)
 
 
-@kinds
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("shape", [(3, 1, 5), (8, 64, 31), (4, 1000, 9), (2, 5000, 3), (0, 8, 4)])
-def test_within_the_bound(impl, kind, exact, shape):
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 1, 5), (8, 64, 31), (4, 1000, 9), (2, 5000, 3), (0, 8, 4), (700, 35, 131), (65, 70, 64)],
+)
+def test_within_the_bound(kind_and_impl, exact, shape):
+    kind, impl = kind_and_impl
     x, weight = operands(*shape, exact=exact)
     split, bias = split_weight(weight, kind=kind), torch.randn(shape[2])
     assert split.products == (2 if exact else 3)
@@ -93,10 +126,10 @@ def test_halves_of_every_magnitude(kind):
     assert torch.equal(digits, digits.round())
 
 
-@kinds
 @pytest.mark.parametrize("value", [INF, -INF, NAN, MOST, -MOST, 0.0])
 @pytest.mark.parametrize("other", [1.0, -0.5, 0.0, INF, NAN, 2.0**-100])
-def test_not_finite_where_float32_is_not(impl, kind, value, other):
+def test_not_finite_where_float32_is_not(kind_and_impl, value, other):
+    kind, impl = kind_and_impl
     given = torch.tensor([[value, 0.5]]), torch.tensor([[other, 0.25], [0.125, other]])
     for x, weight in (given, given[::-1]):
         found, plain = split_linear(x, split_weight(weight, kind=kind), impl=impl), x @ weight.T
@@ -164,9 +197,11 @@ def test_operator_registration_and_its_flop(impl, exact):
 @pytest.mark.parametrize("known", [False, True])
 def test_explained(monkeypatch, known):
     monkeypatch.setattr(devices, "BFLOAT16_GEMMS", known)
+    monkeypatch.setattr(extension, "BFLOAT16_TILES", known)
     x, weight = operands(2, 8, 4, exact=True)
     found = explain_split_linear(x, split_weight(weight))
-    assert (found.impl, found.products, found.emulated) == ("library", 2, not known)
+    impl = "native" if known and not LACKING else "library"
+    assert (found.impl, found.products, found.emulated) == (impl, 2, not known)
     assert "zero everywhere: 2 products" in found.reasons[0]
     assert ("no bfloat16 instructions here" in found.reasons[1]) is not known
     assert explain_split_linear(x, split_weight(weight, kind="tf32")).emulated
@@ -184,7 +219,10 @@ def test_explained(monkeypatch, known):
         (dict(bias=torch.ones(5)), r"expected bias \(6,\) torch.float32, got \(5,\)"),
         (dict(x=torch.ones(3, 4, device="meta")), "expected all tensors on one device"),
         (dict(x=torch.ones(3, 4, requires_grad=True)), "call it under torch.no_grad"),
-        (dict(impl="cublas"), 'unknown impl "cublas", expected one of: auto, library, triton'),
+        (
+            dict(impl="cublas"),
+            'unknown impl "cublas", expected one of: auto, native, library, triton',
+        ),
         (dict(impl="triton"), 'impl="triton" cannot run here: triton needs a GPU'),
     ],
     ids=str,
