@@ -23,8 +23,8 @@ VecOf<T> weighed(const VecOf<T>& weight, const VecOf<T>& x) {
   return VecOf<T>::blendv(weight * x, zero, weight == zero);
 }
 
-// z, ref_z (V,) finished logits, less their shifts c: nothing is written
-template <typename T>
+// z, ref_z (V,) finished logits, less their shifts c: nothing is written. MIXED: without `weighted`
+template <bool MIXED, typename T>
 Sums<T> sum_row(const T* z, const T* ref_z, int64_t V, T c, T ref_c, Direction direction) {
   Sums<T> total;
   for (int64_t start = 0; start < V; start += SUM_BLOCK) {
@@ -36,6 +36,7 @@ Sums<T> sum_row(const T* z, const T* ref_z, int64_t V, T c, T ref_c, Direction d
       const VecOf<T> exp_a = a.exp(), exp_b = b.exp();
       sum_a = sum_a + only(exp_a, width);
       sum_b = sum_b + only(exp_b, width);
+      if constexpr (MIXED) continue;
       // raw difference first: near the reference it is exact
       const VecOf<T> d = (VecOf<T>::loadu(ref_z + v, width) - VecOf<T>::loadu(z + v, width)) -
           VecOf<T>(ref_c - c);
@@ -96,17 +97,29 @@ std::pair<double, double> mixture_row(
   return {jsd < 0 ? 0 : jsd, mean};  // not a maximum, which would hide NaN
 }
 
-// ref_z becomes dJSD/dz, of what mixture_row has left; rest = 1 - beta
-template <typename T>
-void jsd_row(const T* z, T* ref_z, int64_t V, T mean, T rest) {
-  at::vec::map2<T>(
-      [&](VecOf<T> p, VecOf<T> log_ratio) { return VecOf<T>(rest) * p * (log_ratio - VecOf<T>(mean)); },
-      ref_z, z, ref_z, V);
-}
-
 template <typename T, typename To>
 void write(const T* from, To* to, int64_t V) {
   if constexpr (!std::is_same_v<T, To>) at::vec::map([](VecOf<T> x) { return x; }, to, from, V);
+}
+
+// Writes dJSD/dz of what mixture_row has left; rest = 1 - beta, and `to` may be ref_z
+template <typename T, typename To>
+void write_jsd(const T* z, const T* ref_z, To* to, int64_t V, T mean, T rest) {
+  const auto of = [&](VecOf<T> p, VecOf<T> log_ratio) {
+    return VecOf<T>(rest) * p * (log_ratio - VecOf<T>(mean));
+  };
+  if constexpr (std::is_same_v<T, To>) {
+    at::vec::map2<T>(of, to, z, ref_z, V);
+  } else {  // rounded at once: the row is read once less
+    constexpr int64_t SIZE = VecOf<T>::size();
+    for (int64_t v = 0; v < V; v += 2 * SIZE) {
+      const auto some = [&](int64_t from) {
+        const int64_t width = std::clamp<int64_t>(V - from, 0, SIZE);
+        return of(VecOf<T>::loadu(z + from, width), VecOf<T>::loadu(ref_z + from, width));
+      };
+      at::vec::convert_from_float<To>(some(v), some(v + SIZE)).store(to + v, std::min(2 * SIZE, V - v));
+    }
+  }
 }
 
 template <typename T, typename To>
@@ -129,7 +142,8 @@ void do_rows(
       T *a = z.mutable_data_ptr<T>() + m * z.stride(0),
         *b = ref_z.mutable_data_ptr<T>() + m * ref_z.stride(0);
       const T c = finish(a, V, m), ref_c = ref_finish(b, V, m);
-      const Sums<T> sums = sum_row(a, b, V, c, ref_c, direction);
+      const Sums<T> sums = direction == JSD ? sum_row<true>(a, b, V, c, ref_c, direction)
+                                            : sum_row<false>(a, b, V, c, ref_c, direction);
       const double log_a = std::log(sums.a), log_b = std::log(sums.b), shift = log_b - log_a;
       const T at = a[target[m]];
       logp[m] = at - c - log_a;
@@ -140,15 +154,15 @@ void do_rows(
         const auto [jsd, mean] = mixture_row<T>(a, b, V, lse, ref_lse, between, mixture, finish);
         kl[m] = jsd;
         if (!first) continue;
-        jsd_row<T>(a, b, V, mean, 1. - beta);
+        write_jsd<T>(a, b, second->mutable_data_ptr<To>() + m * second->stride(0), V, mean, 1. - beta);
       } else {
         kl[m] = direction == REF_POLICY ? sums.weighted / sums.b - shift : shift - sums.weighted / sums.a;
         if (!first) continue;
         dlogits_row<T>(a, b, V, lse, ref_lse, between, kl[m], direction, finish);
+        write(b, second->mutable_data_ptr<To>() + m * second->stride(0), V);
       }
       a[target[m]] = std::expm1(logp[m]) * finish.derivative(at);
       write(a, first->mutable_data_ptr<To>() + m * first->stride(0), V);
-      write(b, second->mutable_data_ptr<To>() + m * second->stride(0), V);
     }
   });
 }

@@ -193,5 +193,5 @@ def _shift(z: Tensor) -> tuple[Tensor, Tensor]:
 
 KERNELS = LogitKernels(
     forward, recompute, combine, num_state=0,
-    fused=lambda dtype: False, second_dtype=lambda dtype: dtype,
+    fused=lambda dtype, beta: False, second_dtype=lambda dtype, beta: dtype,
 )  # fmt: skip

@@ -56,30 +56,29 @@ class LogitKernels(NamedTuple):
         given these columns of first and second, (chunk, columns) each; grad_* (chunk,) in the
         accumulator's dtype. out is a view of a buffer; first and second stay as they are
     num_state: how many numbers a row `combine` reads beside logp and kl
-    fused(dtype) -> bool: no logits are written, and the blocks are stored with the rows as their
-        fast dimension, out too: each is the transpose of a contiguous (V, chunk) or its columns.
-        combine writes zero at the targets: each outweighs the rest of its row, and its part is
-        added in float32. state[:, 0] is the target's logit
-    second_dtype(dtype) -> torch.dtype of the second block; the first has the input's
+    fused(dtype, beta) -> bool: no logits are written, and the blocks are stored with the rows as
+        their fast dimension, out too: each is the transpose of a contiguous (V, chunk) or its
+        columns. combine writes zero at the targets: each outweighs the rest of its row, and its
+        part is added in float32. state[:, 0] is the target's logit
+    second_dtype(dtype, beta) -> torch.dtype of the second block; the first has the input's
     """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     recompute: Callable[..., None]
     combine: Callable[..., None]
     num_state: int
-    fused: Callable[[torch.dtype], bool]
-    second_dtype: Callable[[torch.dtype], torch.dtype]
+    fused: Callable[[torch.dtype, float], bool]
+    second_dtype: Callable[[torch.dtype, float], torch.dtype]
 
     def layout(
-        self, V: int, dtype: torch.dtype, multiprocessors: int = 0, D: int = 1
+        self, V: int, dtype: torch.dtype, beta: float, multiprocessors: int = 0, D: int = 1
     ) -> TwoHeadLayout:
-        return TwoHeadLayout(
-            V, dtype, self.second_dtype(dtype), self.fused(dtype), multiprocessors, D
-        )
+        second, fused = self.second_dtype(dtype, beta), self.fused(dtype, beta)
+        return TwoHeadLayout(V, dtype, second, fused, multiprocessors, D)
 
-    def layout_of(self, hidden: Tensor, weight: Tensor) -> TwoHeadLayout:
+    def layout_of(self, hidden: Tensor, weight: Tensor, beta: float) -> TwoHeadLayout:
         (V, D), gpu = weight.shape, devices.multiprocessors(hidden.device)
-        return self.layout(V, hidden.dtype, gpu, D)
+        return self.layout(V, hidden.dtype, beta, gpu, D)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +90,9 @@ def implementation(
     name: str, kernels: LogitKernels, why_not: Callable[..., str | None]
 ) -> TwoHeads:
     """Put `kernels` into the loops, with the signature of the operators."""
+    fused = lambda dtype: kernels.fused(dtype, REF_POLICY)
     return TwoHeads(
-        name, partial(fwd, kernels), partial(bwd, kernels), why_not, kernels.fused, kernels=kernels
+        name, partial(fwd, kernels), partial(bwd, kernels), why_not, fused, kernels=kernels
     )
 
 
@@ -120,9 +120,9 @@ def fwd(
     M = rows.shape[0]
     scale = scale if scales is None else scales
     ref_scale = _of_reference(scale, ref_scale, ref_scales)
-    layout = kernels.layout_of(hidden, weight)
+    layout = kernels.layout_of(hidden, weight, beta)
     num_saved = schedules.saved_rows(M, layout, budget, schedule)
-    results = outputs(kernels, hidden, weight, rows, schedule, num_saved)
+    results = outputs(kernels, hidden, weight, rows, beta, schedule, num_saved)
     *statistics, first, second = results
     logp, ref_logp, kl, state = statistics
     step = schedules.chunk_rows(M, layout, budget, schedule, backward=False)
@@ -203,7 +203,7 @@ def bwd(
         add_rows(grad_hidden, rows, first * grad_logp[:, None] + second * grad_kl[:, None])
         return grad_hidden.to(dtype), weight.new_empty((0,)), weight.new_empty((0,))
 
-    layout = kernels.layout_of(hidden, weight)
+    layout = kernels.layout_of(hidden, weight, beta)
     num_saved = schedules.saved_rows(M, layout, budget, schedule)
     step = schedules.chunk_rows(M, layout, budget, schedule, backward=True)
     chunks = [*parts(0, num_saved, max(1, num_saved)), *parts(num_saved, M, step)]
@@ -245,6 +245,7 @@ def outputs(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     rows: Tensor,  # (M,)
+    beta: float,
     schedule: str,
     num_saved: int,
 ) -> tuple[Tensor, ...]:
@@ -257,7 +258,7 @@ def outputs(
     numbers = [hidden.new_empty((M,), dtype=acc) for _ in range(3)]
     state = hidden.new_empty((M, kernels.num_state), dtype=acc)
     if schedule in (schedules.SAVE, schedules.PARTIAL):
-        fused, second = kernels.fused(dtype), kernels.second_dtype(dtype)
+        fused, second = kernels.fused(dtype, beta), kernels.second_dtype(dtype, beta)
         new = partial(new_block, hidden, num_saved, V, fused)
         saved = new(), new(second)
     elif schedule == schedules.FROZEN_HEAD:

@@ -226,11 +226,16 @@ def _capped(*softcaps: float | None) -> bool:
     return any(softcap is not None for softcap in softcaps)
 
 
-def _second_dtype(dtype: torch.dtype) -> torch.dtype:
+def _second_dtype(dtype: torch.dtype, beta: float) -> torch.dtype:
     # float16: a difference of logits, of which the digits count and not the range
     return torch.float16 if one_pass(dtype) else dtype
 
 
 KERNELS = LogitKernels(
-    forward, recompute, combine, NUM_STATE, fused=lambda dtype: False, second_dtype=_second_dtype
+    forward,
+    recompute,
+    combine,
+    NUM_STATE,
+    fused=lambda dtype, beta: False,
+    second_dtype=_second_dtype,
 )

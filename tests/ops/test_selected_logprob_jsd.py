@@ -31,12 +31,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEVERAL_COLUMNS = (9, 20, 24, 16, 5003)  # as SHAPES, more words than a buffer of columns
 
 
-def having(dtype) -> list[str]:
-    """Implementations that have this divergence for inputs of `dtype` here."""
-    tiles = dtype == torch.bfloat16 and extension.BFLOAT16_TILES
-    return [name for name in RUNNABLE if not (name == "native" and tiles)]
-
-
 def all_and_truth(shape, variant, schedule, beta, dtype):
     """(inputs rounded to dtype, options of the definition, ours of each, truth in float64)."""
     options = dict(VARIANTS[variant], direction=("jsd", beta))
@@ -45,7 +39,7 @@ def all_and_truth(shape, variant, schedule, beta, dtype):
     budget = budget_for(schedule, shape[-1], dtype)
     options |= dict(schedule=schedule)
     call = checked(schedule, shape[1])
-    ours = [run(call, inputs, budget=budget, impl=impl, **options) for impl in having(dtype)]
+    ours = [run(call, inputs, budget=budget, impl=impl, **options) for impl in RUNNABLE]
     assert all(one.keys() == truth.keys() for one in ours)
     return inputs, options, ours, truth
 
@@ -88,7 +82,7 @@ def test_as_accurate_as_plain_pytorch(shape, schedule, dtype):
 
 
 @pytest.mark.parametrize("rows", [None, 2], ids=["save", "recompute"])
-@pytest.mark.parametrize("impl", having(torch.float64))
+@pytest.mark.parametrize("impl", RUNNABLE)
 def test_gradcheck(rows, impl):
     i = make_inputs(5, 7, 3, 4, 11, dtype=torch.float64, bias=True)
     leaves = [x.requires_grad_() for x in i[:3]]
@@ -103,7 +97,7 @@ def test_gradcheck(rows, impl):
 def test_symmetric_at_a_half():
     i = make_inputs(37, 53, 45, 29, 1001, bias=True)
     j = Inputs(*i[3:6], *i[:3], *i[6:])
-    for impl in having(torch.float32):
+    for impl in RUNNABLE:
         options = dict(direction=("jsd", 0.5), impl=impl)
         logp, ref_logp, jsd = i.call(selected_logprob_kl, **options)
         exchanged = j.call(selected_logprob_kl, **options)
@@ -120,7 +114,7 @@ def test_towards_its_ends_it_is_a_kl(beta, direction):
     i = make_inputs(*SHAPES[1], dtype=torch.float64)
     i.upstream[0] = 0  # of logp
     kl = run(selected_logprob_kl, i, direction=direction, scale=0.1)
-    for impl in having(torch.float64):
+    for impl in RUNNABLE:
         jsd = run(selected_logprob_kl, i, direction=("jsd", beta), scale=0.1, impl=impl)
         for name in ("kl", "hidden", "weight"):
             found = jsd[name] / min(beta, 1 - beta)
@@ -136,7 +130,7 @@ def test_bounded_and_finite_for_any_gap(gap, dtype):
     i = make_inputs(2, 3, 2, 2, 3, dtype=dtype)
     i = i._replace(hidden=hidden, weight=weight, ref_hidden=hidden.flip(0), ref_weight=weight)
     i = i._replace(rows=torch.tensor([0, 0, 1], dtype=torch.int32), targets=torch.arange(3))
-    for beta, impl in product((*BETAS, 1e-9, 1 - 1e-9), having(dtype)):
+    for beta, impl in product((*BETAS, 1e-9, 1 - 1e-9), RUNNABLE):
         ours = run(selected_logprob_kl, i, direction=("jsd", beta), impl=impl)
         truth = run(DEFINITION, i, dtype=torch.float64, direction=("jsd", beta))
         assert 0 <= ours["kl"].min() and ours["kl"].max() <= math.log(2) * (1 + 1e-6)
@@ -152,7 +146,7 @@ def test_equal_heads_have_none_and_no_gradient_of_it(schedule, dtype):
     i = make_inputs(37, 23, 45, 45, 1001, dtype=dtype, bias=True)
     i = i._replace(ref_hidden=i.hidden, ref_weight=i.weight, ref_bias=i.bias)
     i.upstream[0] = 0  # of logp
-    for impl in having(dtype):
+    for impl in RUNNABLE:
         options = dict(budget=budget_for(schedule, 1001, dtype), direction=("jsd", 0.3), impl=impl)
         ours = run(checked(schedule, 23), i, schedule=schedule, **options)
         assert torch.equal(ours["logp"], ours["ref_logp"])
@@ -167,7 +161,7 @@ def test_small_divergences_keep_their_digits():
     i = i._replace(ref_hidden=i.hidden, ref_weight=near)
     truth = i.to(torch.float64).call(DEFINITION, direction=("jsd", 0.5))[2]
     assert 1e-7 < truth.mean() < 1e-4
-    for impl in having(torch.bfloat16):
+    for impl in RUNNABLE:
         ours = i.call(selected_logprob_kl, direction=("jsd", 0.5), impl=impl)[2]
         assert max_error(ours, truth) < 2e-2 * truth.mean()
 
@@ -182,7 +176,7 @@ def test_words_that_a_head_rules_out(dtype):
     options = dict(direction=("jsd", 0.3))
     truth = run(DEFINITION, i, dtype=torch.float64, **options)
     plain = run(DEFINITION, i, **options)
-    for impl in having(dtype):
+    for impl in RUNNABLE:
         ours = run(selected_logprob_kl, i, impl=impl, **options)
         for name, value in truth.items():
             if dtype == torch.float64:
@@ -264,10 +258,15 @@ def test_refuses_by_name(case, fn):
     assert "\n" not in str(error.value)
 
 
-def test_tiles_without_it_are_passed_over_and_say_so(monkeypatch):
-    monkeypatch.setattr(extension, "BFLOAT16_TILES", True)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_logits_are_read_once_more_by_rows(monkeypatch, tiles):
+    """With bfloat16 tiles too: they make the logits, but do not keep them in cache."""
+    monkeypatch.setattr(extension, "BFLOAT16_TILES", tiles)
     i = make_inputs(4, 2, 8, 6, 16, dtype=torch.bfloat16)
-    explain = partial(i.call, explain_selected_logprob_kl, direction=("jsd", 0.5))
-    assert explain().impl == "chunked"
-    with pytest.raises(ValueError, match='impl="native" cannot run here: its bfloat16 tiles have'):
-        explain(impl="native")
+    explain = partial(i.call, explain_selected_logprob_kl)
+    jsd, kl = explain(direction=("jsd", 0.5)), explain(direction="ref||policy")
+    assert jsd.impl == kl.impl == RUNNABLE[0]
+    assert not any("stay in cache" in reason for reason in jsd.reasons)
+    assert any("stay in cache" in reason for reason in kl.reasons) == (
+        tiles and kl.impl == "native"
+    )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops import implementations
-from ops.kl_cases import DIRECTIONS, SCHEDULES, make_inputs, run
+from ops.kl_cases import SCHEDULES, make_inputs, run
 from recorder import Recorder, allocator_peak
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,18 +13,20 @@ from sepo_kernels.selected_logprob_kl import IMPLS, chunked
 from sepo_kernels.selected_logprob_kl.layout import TwoHeadLayout
 
 N, M, D, D_REF, V = 640, 300, 8, 6, 4001
+DIRECTIONS = {"ref||policy": 0.0, "policy||ref": 1.0, ("jsd", 0.3): 0.3}  # -> beta
 GEMMS = {"save": 4, "save frozen": 3, "recompute": 6, "frozen_head": 4, "no_grad": 2}
 
 
 impl = implementations.fixture(IMPLS)
 
 
-def layout(dtype, impl: str) -> TwoHeadLayout:
-    return next(x for x in IMPLS if x.name == impl).kernels.layout(V, dtype)
+def layout(dtype, impl: str, direction="ref||policy") -> TwoHeadLayout:
+    kernels = next(x for x in IMPLS if x.name == impl).kernels
+    return kernels.layout(V, dtype, DIRECTIONS[direction])
 
 
-def budget_of(kind: str, dtype, impl: str) -> int:  # of all rows, or of 40
-    row = layout(dtype, impl).row_bytes(gradient=kind != "no_grad")
+def budget_of(kind: str, dtype, impl: str, direction="ref||policy") -> int:  # of all rows, or of 40
+    row = layout(dtype, impl, direction).row_bytes(gradient=kind != "no_grad")
     return (M if kind.startswith("save") else 40) * row
 
 
@@ -36,14 +38,18 @@ def of_vocabulary(shape) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("softcap", [None, 4.0])
-def test_largest_block_is_within_budget(impl, dtype, kind, softcap):
-    i, budget = make_inputs(N, M, D, D_REF, V, dtype=dtype, bias=True), budget_of(kind, dtype, impl)
+@pytest.mark.parametrize(
+    "options", [{}, dict(softcap=4.0), dict(direction=("jsd", 0.3), softcap=4.0)], ids=str
+)
+def test_largest_block_is_within_budget(impl, dtype, kind, options):
+    direction = options.get("direction", "ref||policy")
+    i = make_inputs(N, M, D, D_REF, V, dtype=dtype, bias=True)
+    budget = budget_of(kind, dtype, impl, direction)
     with Recorder() as record:
-        run(selected_logprob_kl, i, schedule=kind, budget=budget, softcap=softcap, impl=impl)
+        run(selected_logprob_kl, i, schedule=kind, budget=budget, impl=impl, **options)
     blocks = [(shape, size) for shape, size in record.made if of_vocabulary(shape)]
     # a fused kernel that keeps nothing makes nothing either
-    unseen = layout(dtype, impl).fused and kind == "no_grad"
+    unseen = layout(dtype, impl, direction).fused and kind == "no_grad"
     assert blocks or unseen, "the recorder did not see inside the operator"
     assert max((size for _, size in blocks), default=0) <= budget
     assert all(max(shape[:2]) != N and N * V > shape[0] * shape[1] for shape, _ in blocks)
@@ -51,7 +57,7 @@ def test_largest_block_is_within_budget(impl, dtype, kind, softcap):
         assert not any(M in shape for shape, _ in blocks)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_all_blocks_together_are_within_budget(impl, dtype, kind, direction, monkeypatch):
@@ -59,7 +65,7 @@ def test_all_blocks_together_are_within_budget(impl, dtype, kind, direction, mon
     monkeypatch.setattr(gemm, "WIDE_TILE_BYTES", 1 << 14)
     monkeypatch.setattr(chunked, "TILE_BYTES", {"cpu": 4 * V})  # one row, up to seven temporaries
     torch.use_deterministic_algorithms(False)  # filling with NaN is not free either
-    budget = budget_of(kind, dtype, impl)
+    budget = budget_of(kind, dtype, impl, direction)
     i = make_inputs(N, M, D, D_REF, V, dtype=dtype)
     options = dict(schedule=kind, budget=budget, direction=direction, impl=impl)
     call = lambda: run(selected_logprob_kl, i, **options)

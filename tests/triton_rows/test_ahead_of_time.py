@@ -70,7 +70,11 @@ def drive(dtype, V, stride, start, softcap):
     x, weight, bias = new(8), torch.zeros(V, 8, dtype=dtype), torch.zeros(V, dtype=dtype)
     targets, row = new(dtype=torch.int64), new(dtype=torch.float32)
     z, ref_z = block(torch.float32), block(torch.float32)
-    first, second, out = block(dtype), block(kl.KERNELS.second_dtype(dtype)), block(dtype)
+    first, second, out = (
+        block(dtype),
+        block(kl.KERNELS.second_dtype(dtype, REF_POLICY)),
+        block(dtype),
+    )
     head = x, weight, bias
     logprob.forward(*head, targets, 1.0, softcap, None, z)
     logprob.forward(*head, targets, 1.0, softcap, first, z)
@@ -136,7 +140,9 @@ def test_bytes_moved_are_those_of_the_launches(monkeypatch, dtype):
     monkeypatch.setattr(triton_rows, "launch", lambda *args, **_: moved.append(count(args[3:])))
     x, weight, row = torch.zeros(4, 8, dtype=dtype), torch.zeros(31, 8, dtype=dtype), torch.zeros(4)
     targets, acc = torch.zeros(4, dtype=torch.int64), torch.float32
-    blocks = [torch.zeros(4, 31, dtype=t) for t in (dtype, kl.KERNELS.second_dtype(dtype))]
+    blocks = [
+        torch.zeros(4, 31, dtype=t) for t in (dtype, kl.KERNELS.second_dtype(dtype, REF_POLICY))
+    ]
     logits = [k if k.dtype == acc else torch.zeros(4, 31) for k in blocks]
     head = x, weight, None
 

@@ -121,7 +121,7 @@ def selected_logprob_kl(
     beta = _beta(direction)
     check_reverse_mode("selected_logprob_kl", hidden, weight, bias)
     chosen = pick(IMPLS, impl, hidden, weight, beta)
-    layout, need = chosen.kernels.layout_of(hidden, weight), needs_grad(hidden, weight, bias)
+    layout, need = chosen.kernels.layout_of(hidden, weight, beta), needs_grad(hidden, weight, bias)
     schedule, budget = schedule_within(budget, rows.shape[0], layout, hidden.device, need)
     one, each = scale_arguments(scale)
     # Dynamo takes no tensor twice: the policy's is told by its absence
@@ -184,7 +184,7 @@ def explain_selected_logprob_kl(
     _check(*heads, rows, targets, scale, softcap, ref_scale, ref_softcap)
     beta = _beta(direction)
     chosen = pick(IMPLS, impl, hidden, weight, beta)
-    layout = chosen.kernels.layout_of(hidden, weight)
+    layout = chosen.kernels.layout_of(hidden, weight, beta)
     need = needs_grad(hidden, weight, bias)
     return explanation(chosen.name, layout, hidden, len(rows), budget, need)
 
@@ -330,8 +330,8 @@ def _fake_fwd(
     impl: str, **each: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels, M = _BY_NAME[impl].kernels, rows.shape[0]
-    num_saved = schedules.saved_rows(M, kernels.layout_of(hidden, weight), budget, schedule)
-    return outputs(kernels, hidden, weight, rows, schedule, num_saved)
+    num_saved = schedules.saved_rows(M, kernels.layout_of(hidden, weight, beta), budget, schedule)
+    return outputs(kernels, hidden, weight, rows, beta, schedule, num_saved)
 
 
 def _fake_bwd(grad_logp: Tensor, grad_kl: Tensor, *args: Any, **_: Any) -> tuple[Tensor, ...]:
