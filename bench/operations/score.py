@@ -1,6 +1,7 @@
 """A pass of `sepo score`: one model's log-probability of every response token of drawn pairs."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import ClassVar
@@ -51,6 +52,18 @@ class ScoreInputs(Inputs):
     def halves(self) -> SplitProducts:
         return SplitProducts(self.model, "split")
 
+    @cached_property
+    def rounded(self) -> PreTrainedModel:  # as a checkpoint in bfloat16 is read
+        model = deepcopy(self.model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        return model
+
+    @cached_property
+    def halves_of_two(self) -> SplitProducts:
+        return SplitProducts(self.rounded, "split")
+
     @property
     def tokens(self) -> int:
         return sum(map(len, self.pairs))
@@ -65,28 +78,32 @@ class ScoreInputs(Inputs):
         return float(models.num_bytes(self.model))
 
 
-def _scored(halves_of: Callable[[ScoreInputs], SplitProducts | None], inputs: ScoreInputs) -> dict:
-    case, halves = inputs.case, halves_of(inputs)
-    response_logp(inputs.model, inputs.pairs, "model", case.max_tokens, products=halves)
+Way = Callable[[ScoreInputs], tuple[PreTrainedModel, SplitProducts | None]]
+
+
+def _scored(way: Way, inputs: ScoreInputs) -> dict:
+    model, products = way(inputs)
+    response_logp(model, inputs.pairs, "model", inputs.case.max_tokens, products=products)
     return {}
 
 
-def _contender(arithmetic: str, halves_of: Callable, why_not: Callable) -> Contender:
+def _contender(name: str, way: Way, why_not: Callable[[ScoreInputs], str]) -> Contender:
     return Contender(
-        f"sepo:{arithmetic}", partial(_scored, halves_of), why_not=why_not, ours=True, gated=False,
+        f"sepo:{name}", partial(_scored, way), why_not=why_not, ours=True, gated=False,
         version=lambda: f"sepo {sepo.__version__}",
         note=lambda inputs: f"{inputs.tokens} tokens of {len(inputs.pairs)} pairs",
         rate=lambda inputs, seconds: f"{inputs.tokens / seconds:.0f} tokens/s",
     )  # fmt: skip
 
 
+def _why_slow(inputs: ScoreInputs) -> str:
+    return why_slow("split", torch.device(inputs.device)) or ""
+
+
 SCORE = (
-    _contender("float32", lambda inputs: None, lambda inputs: ""),
-    _contender(
-        "split",
-        lambda inputs: inputs.halves,
-        lambda inputs: why_slow("split", torch.device(inputs.device)) or "",
-    ),
+    _contender("float32", lambda inputs: (inputs.model, None), lambda inputs: ""),
+    _contender("split", lambda inputs: (inputs.model, inputs.halves), _why_slow),
+    _contender("split_two", lambda inputs: (inputs.rounded, inputs.halves_of_two), _why_slow),
 )
 
 

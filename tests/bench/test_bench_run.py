@@ -115,6 +115,7 @@ def test_choice_of_cases():
         "head-D4096",
         "kl-ref-policy",
         "kl-policy-ref",
+        "kl-jsd",
         "kl-fp32-ref-policy",
         "kl-fp32-policy-ref",
         "kl-fp32-jsd",
