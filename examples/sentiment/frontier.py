@@ -28,7 +28,7 @@ import torch
 import transformers
 from frontier_grid import ORACLE, QUICK, Run, Scale, granularities, grid
 from frontier_masks import mask_words
-from frontier_report import write_report
+from frontier_report import write_granularity, write_report
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sepo
@@ -60,8 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     runs = [r for r in runs if not args.only or any(part in r.name for part in args.only)]
     scale = QUICK if args.quick else Scale()
     if args.command == "report":
-        results = read_results(args.output_dir, runs, scale)
-        write_report(args.output_dir, results, runs, args.to or args.output_dir, scale)
+        results, to = read_results(args.output_dir, runs, scale), args.to or args.output_dir
+        if not args.granularity:
+            write_report(args.output_dir, results, runs, to)
+        write_granularity(results, to, scale)
         return
     shared = Shared(args.output_dir, args.data, args.model, scale)
     index, count = args.shard

@@ -74,7 +74,7 @@ def granularity_table(kinds: list[Kind]) -> str:
             f"| {kind.loss} | {kind.tokens} | {', '.join(map(str, kind.seeds))} | "
             f"{shown(mean_interval(kind.reward), 3)} | {more} | {shown(mean_interval(kind.kl), 2)} |"
         )
-    return "\n".join(lines) if kinds else ""
+    return "\n".join(lines)
 
 
 def draw_granularity(kinds: list[Kind], file: Path) -> None:

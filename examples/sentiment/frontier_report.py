@@ -24,23 +24,17 @@ MARKERS = "osD^v<>PX*hd"
 LAST_QUARTER = 0.75  # of a training: what its end is a mean over
 
 
-def write_report(
-    place: Path, results: dict[str, dict], runs: list[Run], to: Path, scale: Scale
-) -> None:
+def write_report(place: Path, results: dict[str, dict], runs: list[Run], to: Path) -> None:
     """frontier.md and its figures in `to`, of whatever is whole; what is not is named."""
     to.mkdir(parents=True, exist_ok=True)
     whole = [run for run in runs if run.name in results]
-    kinds = kinds_of(granularities(), results, scale)
     with plt.rc_context(STYLE):
         draw_frontier(results, whole, to / "frontier.svg")
         draw_sweeps(results, whole, to / "sweeps.svg")
         draw_masks(place, whole, to / "masks.svg")
-        if kinds:
-            draw_granularity(kinds, to / "granularity.svg")
     parts = [
         frontier_table(results, whole),
         sweep_table(results, whole),
-        granularity_table(kinds),
         seed_table(results, [run for run in whole if run.part != "granularity"]),
         mask_table(place, results, whole),
     ]
@@ -49,6 +43,18 @@ def write_report(
     file = to / "frontier.md"
     file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     print(f"{len(whole)} of {len(runs)} runs: {file}")
+
+
+def write_granularity(results: dict[str, dict], to: Path, scale: Scale) -> None:
+    """granularity.md and its figure in `to`, if a run of the study is whole."""
+    if not (kinds := kinds_of(granularities(), results, scale)):
+        return
+    to.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        draw_granularity(kinds, to / "granularity.svg")
+    (to / "granularity.md").write_text(granularity_table(kinds) + "\n", encoding="utf-8")
+    whole, of = (sum(map(len, x)) for x in ([k.seeds for k in kinds], granularities().values()))
+    print(f"{whole} of {of} runs: {to / 'granularity.md'}")
 
 
 def frontier_table(results: dict, runs: list[Run]) -> str:

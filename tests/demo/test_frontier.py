@@ -155,7 +155,7 @@ def test_rules_are_trained_and_compared(command):
     out = command("run", *names, "sparsepo-random_beta0.1_seed0")
     assert result_of(out, "sparsepo-random_beta0.1_seed0").get("mask") is None
     command("report")
-    table = (out / "frontier.md").read_text()
+    table = (out / "granularity.md").read_text()
     assert "| SePO | below the mean probability | 0 |" in table
     assert "| DPO | 40 % that lag behind | 0, 1, 2 |" in table
     assert "TDPO1: weighed at random" in (out / "granularity.svg").read_text()
