@@ -43,15 +43,15 @@ STEP = {
 
 PLAIN, TRL = ("dense_gathered", "softmax_both_gathered"), ("trl", "trl_divergence")
 OPERATIONS = {  # case: what the page calls it
-    "head-fp32-30": "log-probabilities",
-    "stats-fp32-30": "and entropy, log Σp², mean logit, lse, top-1",
-    "stats-entropy-fp32-30": "and the entropy's gradient",
-    "high-entropy-fp32": "of all rows the fifth with the highest entropy",
-    "k20-fp32-30": "of 20 targets a row",
-    "k20-over-targets-fp32-30": "of 20 targets, normalised over these",
-    "kl-fp32-ref-policy": "of two heads, and KL(ref ‖ policy)",
-    "kl-fp32-policy-ref": "of two heads, and KL(policy ‖ ref)",
-    "kl-fp32-jsd": "of two heads, and their JSD",
+    "head-{}-30": "log-probabilities",
+    "stats-{}-30": "and entropy, log Σp², mean logit, lse, top-1",
+    "stats-entropy-{}-30": "and the entropy's gradient",
+    "high-entropy-{}": "of all rows the fifth with the highest entropy",
+    "k20-{}-30": "of 20 targets a row",
+    "k20-over-targets-{}-30": "of 20 targets, normalised over these",
+    "kl-{}-ref-policy": "of two heads, and KL(ref ‖ policy)",
+    "kl-{}-policy-ref": "of two heads, and KL(policy ‖ ref)",
+    "kl-{}-jsd": "of two heads, and their JSD",
 }
 
 
@@ -112,13 +112,14 @@ def head_table(rows: list[dict], kind: str) -> str:
     return "\n".join(lines)
 
 
-def operations_table(rows: list[dict]) -> str:
+def operations_table(rows: list[dict], kind: str) -> str:
     """What the head gives beside log-probabilities, and what others take for it."""
     lines = [
         "| | sepo, ms | GEMMs | gathered rows, softmax / sepo | TRL / sepo | largest error of a value: sepo, TRL |",
         "|---|---|---|---|---|---|",
     ]
     for case, words in OPERATIONS.items():
+        case = case.format(kind).replace("kl-bf16", "kl")  # the cases of bfloat16 KLs don't name it
         found, when = _run(rows, case, ["sepo", "gemm", *PLAIN, *TRL])
         ours, (plain, trl) = found["sepo"], ([found.get(n) for n in x] for x in (PLAIN, TRL))
         plain, trl = (next(filter(None, them), None) for them in (plain, trl))
@@ -135,7 +136,7 @@ def operations_table(rows: list[dict]) -> str:
         )  # fmt: skip
     shape = ours["shape"]
     about = (
-        f"Float32, forward and backward, {_thousands(shape['V'])} words of width "
+        f"{KINDS[kind].capitalize()}, forward and backward, {_thousands(shape['V'])} words of width "
         f"{shape['D']}; {when}. GEMMs: the time over the bare products that the work needs."
     )
     return "\n".join([fill(about, COLUMNS), "", *lines])
@@ -177,7 +178,8 @@ def step_table(rows: list[dict]) -> str:
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "head": partial(head_table, kind="bf16"),
     "head-fp32": partial(head_table, kind="fp32"),
-    "operations-fp32": operations_table,
+    "operations": partial(operations_table, kind="bf16"),
+    "operations-fp32": partial(operations_table, kind="fp32"),
     "step": step_table,
 }
 

@@ -83,16 +83,26 @@ def test_heads_of_a_machine_that_is_slow_in_bfloat16(rewritten):
     assert "GEMMs: its three bare products in float32, 300 ms." in half
 
 
-def test_operations_beside_what_others_take(rewritten):
-    rows = []
-    for case in readme.OPERATIONS:
+@pytest.mark.parametrize(
+    ("table", "head_case", "kl_case"),
+    [
+        ("operations", "head-bf16-30", "kl-ref-policy"),
+        ("operations-fp32", "head-fp32-30", "kl-fp32-ref-policy"),
+    ],
+)
+def test_operations_beside_what_others_take(rewritten, table, head_case, kl_case):
+    rows, kind = [], "fp32" if table.endswith("fp32") else "bf16"
+    cases = {case.format(kind) for case in readme.OPERATIONS if not case.startswith("kl")}
+    cases |= {kl_case.replace("ref-policy", name) for name in ("ref-policy", "policy-ref", "jsd")}
+    assert head_case in cases and len(cases) == len(readme.OPERATIONS)
+    for case in cases:
         others = {"trl_divergence": 0.6} if case.startswith("kl") else {"dense_gathered": 0.5}
         for name, median in {"gemm": 0.1, "sepo": 0.2, **others}.items():
             note = "4 bare products"
             found = head(name, "2026", median, case, note=note, times_gemm=2.0)
             found["errors"] = {"logp": 2e-7, "kl": 3e-6, "grad_weight": 1.0}
             rows.append(found)
-    lines = rewritten(*rows, table="operations-fp32").splitlines()
+    lines = rewritten(*rows, table=table).splitlines()
     assert "| log-probabilities | 200 | 2.00 of 4 | 2.50 |  | 3e-6 |" in lines
     kl = "| of two heads, and KL(ref ‖ policy) | 200 | 2.00 of 4 |  | 3.00 | 3e-6, 3e-6 |"
     assert kl in lines and sum("of 4" in line for line in lines) == len(readme.OPERATIONS)
@@ -101,7 +111,7 @@ def test_operations_beside_what_others_take(rewritten):
 def test_a_table_that_cannot_be_made_is_named(rewritten):
     with pytest.raises(InputError, match="no run of head-bf16-30 has measured ours"):
         rewritten(head("dense", "2026-01-01", 0.1))
-    known = "head, head-fp32, operations-fp32, step"
+    known = "head, head-fp32, operations, operations-fp32, step"
     with pytest.raises(InputError, match=f"expected a table of {known}, got heads"):
         rewritten(table="heads")
     with pytest.raises(InputError, match="gpu.jsonl is not there"):
