@@ -89,14 +89,15 @@ std::pair<PackedRows, PackedRows> packed_halves(const Tensor& x) {
 
 void bfloat16_logits(Tensor out, const Tensor& x, const Tensor& weight) {
   const PackedRows rows = PackedRows::of(x);
-  multiply({{weight.stride(1) == 1 ? weight : weight.contiguous(), rows}}, std::nullopt, out);
+  multiply({{by_rows(weight), rows}}, std::nullopt, out);
 }
 
 Tensor split_linear(const Tensor& x, const Tensor& hi, const Maybe& lo, const Maybe& bias) {
   Tensor y = x.new_empty({x.size(0), hi.size(0)});
   const auto [x_hi, x_lo] = packed_halves(x);
-  std::vector<Product> products{{hi, x_hi}, {hi, x_lo}};
-  if (lo) products.push_back({*lo, x_hi});
+  const Tensor high = by_rows(hi);
+  std::vector<Product> products{{high, x_hi}, {high, x_lo}};
+  if (lo) products.push_back({by_rows(*lo), x_hi});
   multiply(products, bias ? Maybe(bias->contiguous()) : std::nullopt, y);
   return y;
 }

@@ -24,7 +24,7 @@ struct Head {
   Head(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
        double scale, std::optional<double> softcap, const std::optional<at::Tensor>& scales)
       : x(x.contiguous()),
-        weight(weight.stride(1) == 1 ? weight : weight.contiguous()),
+        weight(by_rows(weight)),
         bias(bias ? bias->contiguous() : at::Tensor()),
         scale(static_cast<float>(scale)),
         softcap(softcap ? std::optional<float>(*softcap) : std::nullopt),

@@ -63,6 +63,11 @@ class PackedRows {
   at::Tensor data_;
 };
 
+// The weight with its rows contiguous
+inline at::Tensor by_rows(const at::Tensor& weight) {
+  return weight.stride(1) == 1 ? weight : weight.contiguous();
+}
+
 // Up to TILE_V rows of the weight as brgemm's left operand. An odd width is copied and padded with
 // zeros: brgemm would multiply the entry after the row's end, which may be NaN.
 class WeightTile {

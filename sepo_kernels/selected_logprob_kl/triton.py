@@ -232,10 +232,6 @@ def _second_dtype(dtype: torch.dtype, beta: float) -> torch.dtype:
 
 
 KERNELS = LogitKernels(
-    forward,
-    recompute,
-    combine,
-    NUM_STATE,
-    fused=lambda dtype, beta: False,
-    second_dtype=_second_dtype,
-)
+    forward, recompute, combine, NUM_STATE,
+    fused=lambda dtype, beta: False, second_dtype=_second_dtype,
+)  # fmt: skip

@@ -87,6 +87,14 @@ def test_within_the_bound(kind_and_impl, exact, shape):
     assert found.dtype == torch.float32 and bool(((found - truth).abs() <= bound).all())
 
 
+def test_halves_whose_columns_are_contiguous(impl):
+    x, weight = operands(9, 70, 40)
+    hi, lo = split_weight(weight)
+    turned = SplitWeight(hi.T.contiguous().T, lo.T.contiguous().T)
+    straight = split_linear(x, SplitWeight(hi, lo), impl=impl)
+    torch.testing.assert_close(split_linear(x, turned, impl=impl), straight, rtol=1e-5, atol=1e-5)
+
+
 @kinds
 def test_without_sums_the_bound_is_nearly_reached(kind):
     """Of a million products one errs by more than a third of it: no bit is wasted or lost."""
