@@ -41,8 +41,11 @@ def check(shape, variant, name, direction, dtype):
     budget = budget_for(name, V, dtype)
     ours = run(checked(name, M), inputs, dtype=dtype, budget=budget, impl="triton", **like)
     assert ours.keys() == truth.keys()
+    # a mean of log q - log p, which round at their own size: seven rows may be lucky in plain PyTorch
+    size = max(max_error(truth[what], 0.0 * truth[what]) for what in ("logp", "ref_logp"))
     for what, value in truth.items():
-        assert_as_accurate(ours[what], plain[what], value, what=what)
+        difference = size if what == "kl" else 0.0
+        assert_as_accurate(ours[what], plain[what], value, what=what, size=difference)
     for what in ("logp", "ref_logp", "kl"):
         assert max_error(ours[what], truth[what]) < 1e-5, what
 
