@@ -21,6 +21,7 @@ def ops(folder: Path, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "pytest_benchmark.plugin"]
     command += ["bench/test_ops.py", "-k", "topk-30", f"--benchmark-storage={folder}"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "python")))}
+    env.pop("PYTEST_XDIST_WORKER", None)  # a worker's child: pytest-benchmark would measure nothing
     return subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
