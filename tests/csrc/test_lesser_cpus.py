@@ -1,6 +1,7 @@
 """On a CPU without AVX-512 or AVX2 the right library is loaded, and nothing is an illegal instruction.
 
-qemu stands for the CPU; torch itself runs there too, in half a minute.
+qemu stands for the CPU; torch itself runs there too, in half a minute. oneDNN's own switch stands for
+a lesser library.
 """
 
 import shutil
@@ -46,3 +47,13 @@ def test_on_a_lesser_cpu(cpu, level):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{level} {level} False\n"
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("most", ["AVX512_CORE", "AVX2"])
+def test_where_onednn_is_held_to_less_than_the_cpu_has(most):
+    """It may have no bfloat16 tiles where the CPU does: that is asked, not an error at import."""
+    env = ENVIRONMENT | {"ONEDNN_MAX_CPU_ISA": most}
+    done = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "False"
