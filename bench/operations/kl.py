@@ -107,11 +107,10 @@ class KLInputs(HeadInputs):
 def cases(device: str) -> list[KLCase]:
     name = lambda direction: "jsd" if direction == JSD else direction.replace("||", "-")
     # the softmax of every row takes the same time in both directions: once is enough
-    once = dict(without=("softmax_both",))
-    found = [KLCase(f"kl-{name(d)}", d) for d in DIRECTIONS]
-    if device == "cpu":
-        found[1:] = [KLCase(f"kl-{name(d)}", d, **once) for d in (DIRECTIONS[1], JSD)]
-    full = dict(dtype=torch.float32, long=True, **once)
+    half = (*DIRECTIONS, JSD) if device == "cpu" else DIRECTIONS
+    again = ("softmax_both",) if device == "cpu" else ()
+    found = [KLCase(f"kl-{name(d)}", d, without=() if d == DIRECTIONS[0] else again) for d in half]
+    full = dict(dtype=torch.float32, without=("softmax_both",), long=True)
     # on a GPU, whose time is short, it has the place of a second KL
     fp32 = (*DIRECTIONS, JSD) if device == "cpu" else (DIRECTIONS[0], JSD)
     found += [KLCase(f"kl-fp32-{name(d)}", d, **full) for d in fp32]

@@ -27,7 +27,7 @@ DIVERGENCES = [*DIRECTIONS, JSD]
 # (N, M, D, D_ref, V), columns of a tile
 SMALL = [
     ((32, 7, 32, 32, 64), 32),
-    ((9, 7, 16, 8, 37), 16),
+    ((9, 16, 16, 8, 37), 16),
     ((8, 0, 16, 24, 31), 16),
 ]
 
@@ -41,11 +41,8 @@ def check(shape, variant, name, direction, dtype):
     budget = budget_for(name, V, dtype)
     ours = run(checked(name, M), inputs, dtype=dtype, budget=budget, impl="triton", **like)
     assert ours.keys() == truth.keys()
-    # a mean of log q - log p, which round at their own size: seven rows may be lucky in plain PyTorch
-    size = max(max_error(truth[what], 0.0 * truth[what]) for what in ("logp", "ref_logp"))
     for what, value in truth.items():
-        difference = size if what == "kl" else 0.0
-        assert_as_accurate(ours[what], plain[what], value, what=what, size=difference)
+        assert_as_accurate(ours[what], plain[what], value, what=what)
     for what in ("logp", "ref_logp", "kl"):
         assert max_error(ours[what], truth[what]) < 1e-5, what
 
